@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import time
@@ -12,7 +13,7 @@ import pytest
 from scipy import stats
 
 from simpo.analysis.charts import Pairs, curves, paper_figures, thin
-from simpo.analysis.headline import Headline
+from simpo.analysis.headline import deciding, measurements
 from simpo.analysis.reading import Run, in_order
 from simpo.analysis.report import examples, write_report
 from simpo.cli import main
@@ -26,6 +27,11 @@ from simpo.statistics import mean_interval
 STAGES = {"before": 0.2, "after": 0.7}
 
 
+def sentence_of(path) -> str:
+    found = re.search(r'<p class="sentence">(.*?)</p>', path.read_text(encoding="utf-8"), re.DOTALL)
+    return html.unescape(found[1])
+
+
 def data_of(path) -> dict:
     text = path.read_text(encoding="utf-8")
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
@@ -37,15 +43,15 @@ def test_the_headline_is_the_change_of_the_same_rows(make_run, tmp_path, rows_of
         np.array([row["rewards/accuracies"] for row in rows_of(tmp_path / f"run/held_out_{stage}.jsonl")])
         for stage in ("before", "after")
     )
-    headline = Headline.of(run)
-    (measure,) = headline.measures
+    (measure,) = measurements(run)
     assert measure.before.value == before.mean() and measure.after.value == after.mean() > before.mean()
     assert measure.change == mean_interval(after - before)
-    assert headline.direction == "better" and measure.change.low > 0
+    assert deciding([measure]) == measure and measure.direction == "better" and measure.change.low > 0
+    page = write_report([tmp_path / "run"])
     for value in (measure.before, measure.after, measure.change):
         for number in (value.value, value.low, value.high):
-            assert f"{100 * number:.1f}" in headline.sentence
-    page = write_report([tmp_path / "run"]).read_text(encoding="utf-8")
+            assert f"{100 * number:.1f}" in sentence_of(page)
+    page = page.read_text(encoding="utf-8")
     assert "12,345" in page and "3 of 70 rows of the train data" in page and run.record.fingerprint in page
 
 
@@ -63,18 +69,19 @@ def test_a_loss_starts_and_changes_as_a_mean_over_tokens(tmp_path):
         write_results(run.path, command="sft", fingerprint=run.fingerprint, metrics=metrics)
         run.finish()
     found = Run.read(tmp_path / "run")
-    assert Headline.of(found).measures[0].change.value == pytest.approx(means[1] - means[0])
+    assert measurements(found)[0].change.value == pytest.approx(means[1] - means[0])
     assert curves([found])[0]["series"][0]["data"][0] == (0, pytest.approx(means[0], rel=1e-4))
     assert "epoch" not in write_report([tmp_path / "run"]).read_text().partition("Not finite in the log")[2][:80]
     (tmp_path / "run/held_out_after.jsonl").unlink()
-    assert Headline.of(Run.read(tmp_path / "run")).measures[0].change is None
+    assert measurements(Run.read(tmp_path / "run"))[0].change is None
 
 
 def test_without_a_clear_change_the_verdict_is_open(make_run, tmp_path, rows_of):
     path = make_run(tmp_path / "run")
     (path / "held_out_after.jsonl").write_text((path / "held_out_before.jsonl").read_text())
-    headline = Headline.of(Run.read(path))
-    assert headline.direction == "unclear" and headline.measures[0].change.value == 0
+    (measure,) = measurements(Run.read(path))
+    assert measure.direction == "unclear" and measure.change.value == 0
+    assert "</span>No clear change</p>" in write_report([path]).read_text(encoding="utf-8")
 
 
 def test_rows_stay_together_when_the_two_files_lose_different_ones(make_run, tmp_path, rows_of):
@@ -88,7 +95,7 @@ def test_rows_stay_together_when_the_two_files_lose_different_ones(make_run, tmp
         file.write_text("".join(lines))
     run, whole = Run.read(path), [row for row in range(60) if row not in (1, 4)]
     right = {stage: np.array([rows[stage][row]["rewards/accuracies"] for row in whole]) for stage in rows}
-    (measure,) = Headline.of(run).measures
+    (measure,) = measurements(run)
     assert measure.change == mean_interval(right["after"] - right["before"])
     assert Pairs.of(run, "before").margins.tolist() == [rows["before"][row]["rewards/margins"] for row in whole]
     for example in examples([run])[0]:
@@ -262,11 +269,12 @@ def test_a_sweep_is_told_by_its_best_trial(make_run, tmp_path):
         metrics = [Metric("trials/finished", 2), Metric("best/trial", 1), best]
         write_results(path, command="sweep", fingerprint=run.fingerprint, metrics=metrics)
         run.finish()
-    found, trial = Headline.of(Run.read(path)), Headline.of(trials[1])
-    assert found.direction == trial.direction == "better" and found.measures == trial.measures
-    assert found.sentence.startswith("Of 2 finished trials, 001 is the best: reward accuracy on 60")
+    found, trial = measurements(Run.read(path)), measurements(trials[1])
+    assert found == trial and deciding(found).direction == "better"
     page = write_report([path])
     text = page.read_text(encoding="utf-8")
+    assert sentence_of(page).startswith("Of 2 finished trials, 001 is the best: reward accuracy on 60")
+    assert "</span>The best trial ranks pairs better</p>" in text
     assert "compared with trials/001, no clear difference" in text
     assert "chosen by the held-out rows" in text
     assert {row["kind"] for row in data_of(page)["examples"]} == {"pair"}

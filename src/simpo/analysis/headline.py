@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Literal
@@ -43,7 +43,6 @@ class Kind:
 
 _ROWS = yaml.safe_load((Path(__file__).parent / "page/headline.yaml").read_text(encoding="utf-8"))
 _RESULTS = [Kind(**row) for row in _ROWS["results"]]
-_WIN_RATE = Kind(**_ROWS["win_rate"])
 _HELD_OUT = [Kind(**row) for row in _ROWS["held_out"]]
 
 
@@ -124,45 +123,6 @@ def number(found: Interval, *, percent: bool = False, sign: bool = False, unit: 
     return f"{shown(found.value)}{unit if percent else ''}{bounds}"
 
 
-@dataclass(frozen=True)
-class Headline:
-    """The verdict on a run in a few words, how certain it is, and the sentence that it rests on."""
-
-    direction: Direction
-    words: str
-    certainty: str
-    sentence: str
-    measures: list[Measure]
-
-    @classmethod
-    def of(cls, run: Run) -> Headline:
-        """The headline of a run, finished or not; the first measurement that can be judged decides."""
-        measures = measurements(run)
-        best = run.metric("best/trial")  # of a sweep
-        sentence = "; ".join(one.statement for one in measures[:3]) or _nothing(run)
-        if measures and best and (count := run.metric("trials/finished")):
-            sentence = f"of {count.value:,.0f} finished trials, {best.value:03.0f} is the best: {sentence}"
-        if measures and not run.finished:
-            sentence = f"So far, {sentence}"
-        sentence = f"{sentence[0].upper()}{sentence[1:]}."
-        deciding = next((one for one in measures if one.direction != "unknown"), None)
-        if deciding is None:
-            words = "Measured, not compared" if measures else "Not measured" if run.finished else "Not measured yet"
-            return cls("unknown", words, "", sentence, measures)
-        includes = "includes" if deciding.direction == "unclear" else "excludes"
-        certainty = f"{deciding.label}: the 95% interval {includes} no difference."
-        words = re.sub("^It ", "The best trial ", deciding.verdict) if best else deciding.verdict
-        return cls(deciding.direction, words, certainty, sentence, measures)
-
-
-def _nothing(run: Run) -> str:
-    """The sentence on a run in which nothing was measured."""
-    text = "Nothing was measured that tells whether the model got better" if run.finished else "No result yet"
-    trains = run.record.command in ("train", "sft", "reward", "online")
-    wanting = trains and not run.settings.get("eval_dataset_name")
-    return f"{text}; held-out rows would tell (eval_dataset_name)" if wanting else text
-
-
 # ---- What is measured.
 
 _OF_BEST = ("best/eval_rewards/accuracies", "best/eval_generations/win_rate")  # a trial's own results have them as well
@@ -172,7 +132,12 @@ def measurements(run: Run) -> list[Measure]:
     """Everything that tells whether the model of a run got better, the most telling first."""
     trained = run.trained
     kinds = [kind for kind in _HELD_OUT if not kind.commands or trained.record.command in kind.commands]
-    return [*_in_results(run), *_win_rate(trained), *(one for kind in kinds for one in _held_out(trained, kind))]
+    return [*_in_results(run), *(one for kind in kinds for one in _held_out(trained, kind))]
+
+
+def deciding(measures: Sequence[Measure]) -> Measure | None:
+    """The measurement that decides whether a run made a model better: the first that can be judged."""
+    return next((one for one in measures if one.direction != "unknown"), None)
 
 
 def _in_results(run: Run) -> Iterator[Measure]:
@@ -205,14 +170,6 @@ def model_names(run: Run) -> dict[str, str]:
     return short if short["a"] != short["b"] else names
 
 
-def _win_rate(run: Run) -> Iterator[Measure]:
-    """The win rate of answers during training, at the last evaluation."""
-    if (logged := run.last("eval_generations/win_rate")) is not None:
-        step, value = logged
-        found = _share(value, len(run.lines("generations/start.jsonl")))
-        yield Measure(_WIN_RATE, found, None, None, {"step": f" (step {step:,})"})
-
-
 def _held_out(run: Run, kind: Kind) -> Iterator[Measure]:
     """A metric of held-out rows: row by row where the files are there, else of the results, else as logged last."""
     name, step = kind.metric, ""
@@ -228,9 +185,14 @@ def _held_out(run: Run, kind: Kind) -> Iterator[Measure]:
     if name == "rewards/accuracies" and run.starts_at_zero:
         found.pop("before", None)
         rows.pop("before", None)
-    if "after" not in found and "{step}" in kind.alone and (logged := run.last(f"eval_{name}")) is not None:
+    if (
+        "after" not in found
+        and "{step}" in (kind.alone or kind.sentence)
+        and (logged := run.last(f"eval_{name}")) is not None
+    ):
         step = f" (step {logged[0]:,})"
-        found["after"] = _share(logged[1], len(run.column("before", name)) if kind.share else 0)
+        of = run.lines("generations/start.jsonl") if name == "generations/win_rate" else run.column("before", name)
+        found["after"] = _share(logged[1], len(of) if kind.share else 0)
         if found["after"].low is None:  # nothing tells how certain a change would be
             found.pop("before", None)
     change = None

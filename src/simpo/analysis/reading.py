@@ -163,33 +163,20 @@ class Run:
 
     @cached_property
     def settings(self) -> Row:
-        """All keys of the recipe with their values."""
-        return self._mapping("recipe.resolved.yaml")
-
-    @cached_property
-    def environment(self) -> Row:
-        """Versions and the machine."""
-        return self._mapping("environment.json")  # which is YAML as well
-
-    def _mapping(self, name: str) -> Row:
-        """The keys and values in a file; none if it is absent or damaged."""
+        """All keys of the recipe with their values; none if the file is absent or damaged."""
         found = None
-        with suppress(SimpoError), third_party(name):
-            found = yaml.load(self.text(name), _LOADER)  # noqa: S506 - a safe one
+        with suppress(SimpoError), third_party("recipe.resolved.yaml"):
+            found = yaml.load(self.text("recipe.resolved.yaml"), _LOADER)  # noqa: S506 - a safe one
         return found if isinstance(found, dict) else {}
 
     @property
-    def command_line(self) -> str:
-        """The command that reproduces the run."""
-        first, _, _ = self.text("recipe.yaml").partition("\n")
-        return first.removeprefix("# ") if first.startswith("# simpo") else f"simpo {self.record.command}"
-
-    @property
-    def recipe(self) -> str:
-        """The recipe as it was given, without the command."""
+    def recipe(self) -> tuple[str, str]:
+        """The command that reproduces the run, and the recipe that it was given."""
         text = self.text("recipe.yaml")
         first, _, rest = text.partition("\n")
-        return (rest if first.startswith("# simpo") else text).strip()
+        if first.startswith("# simpo"):
+            return first.removeprefix("# "), rest.strip()
+        return f"simpo {self.record.command}", text.strip()
 
     @cached_property
     def log(self) -> list[tuple[datetime, str]]:

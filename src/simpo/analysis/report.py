@@ -7,18 +7,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from simpo import __version__
 from simpo.analysis.charts import by_distance, curves, paper_figures, rounds
-from simpo.analysis.headline import Headline, number
+from simpo.analysis.headline import deciding, measurements, number
 from simpo.analysis.reading import Row, Run, in_order, read_runs
 from simpo.errors import SimpoError
 from simpo.runs.files import write_text
@@ -36,7 +36,7 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_PAGES.filters |= {"number": number, "yaml": yaml.safe_dump}
+_PAGES.filters["number"] = number
 _PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 _MOST_TRAININGS = 12  # runs in one chart
 # Columns of the table of results: of a comparison, A is the model and B what it is compared with.
@@ -123,15 +123,15 @@ def _view(run: Run) -> Row:
     table: dict[str, dict[Stage | None, Metric]] = {}
     for metric in metrics:
         table.setdefault(metric.name, {})[metric.stage] = metric
-    try:
+    measures, files = measurements(run), []
+    with suppress(FileNotFoundError, SimpoError):
         files = read_manifest(run.path)
-    except (FileNotFoundError, SimpoError):
-        files = []
     identity = run.trained.record.identity.items()
     trials = [part for part in run.parts.values() if part.finished] if run.record.command == "sweep" else []
     return {
         "run": run,
-        "headline": Headline.of(run),
+        "measures": measures,
+        "deciding": deciding(measures),
         "columns": {stage: name for stage, name in columns.items() if any(metric.stage == stage for metric in metrics)},
         "table": table,
         "data": [metric for metric in run.trained.metrics if metric.name.startswith("data/")],

@@ -85,19 +85,17 @@ def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
     for key, record in records.items():
         responses = list(dict.fromkeys(record["responses"]))
         dropped[REPEATED] += len(record["responses"]) - len(responses)
-        prompt, columns = record["prompt"], context_of(record).columns
-        if len(responses) < 2:
-            dropped[TOO_FEW] += 1
-        elif pairs:
-            for (i, a), (j, b) in combinations(enumerate(responses), 2):
-                items.append(Item(f"{key}/{i}-{j}", prompt, (a, b), columns))
-        elif len(responses) > _MOST:
+        dropped[TOO_FEW] += len(responses) < 2
+        if len(responses) > _MOST and not pairs:
             raise SimpoError(
                 f"{path}: prompt {key}: {len(responses)} answers, and at most {_MOST} can be ranked; compare them in "
                 "pairs with --pairs true, or sample fewer"
             )
-        else:
-            items.append(Item(key, prompt, tuple(responses), columns))
+        groups: dict[str, tuple[str, ...]] = {key: tuple(responses)} if len(responses) > 1 else {}
+        if pairs:
+            groups = {f"{key}/{i}-{j}": (a, b) for (i, a), (j, b) in combinations(enumerate(responses), 2)}
+        columns = context_of(record).columns
+        items += [Item(of_group, record["prompt"], group, columns) for of_group, group in groups.items()]
     if not items:
         most = max(len(record["responses"]) for record in records.values())
         what = "one answer to every prompt" if most == 1 else "no prompt with two different answers"

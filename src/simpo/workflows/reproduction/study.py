@@ -22,6 +22,7 @@ from simpo.data.settings import TokenizeSettings
 from simpo.data.sources import load_rows
 from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
+from simpo.evaluation.compare import PromptAnswers, compare_answers
 from simpo.generation.engine import TransformersEngine
 from simpo.generation.responses import ResponseText
 from simpo.generation.sample import FILE_NAME, PromptArguments, sample_responses
@@ -110,23 +111,23 @@ def _answer_metrics(
 ) -> dict[str, float]:
     """One answer of each model to every prompt, judged by the world's exact judge."""
     prepared = prepare_prompts(load_rows(str(prompts), split="train"), tokenizer)
-    ids = [prompt.ids for prompt in prepared]
-    texts, scores = ResponseText(tokenizer), []
+    texts, records = ResponseText(tokenizer), []
     for answering in (model, start):
-        sampled = TransformersEngine(answering, tokenizer).generate(ids, SAMPLING, seed)
-        answers = [texts.decode(prompt, one.ids) for prompt, one in zip(ids, sampled, strict=True)]
-        scores.append([judge(prompt.content, text) for prompt, text in zip(prepared, answers, strict=True)])
-        if answering is model:
-            own = sampled
-            right = [correct(prompt.content, text) for prompt, text in zip(prepared, answers, strict=True)]
-    ours, theirs = map(np.array, scores)
-    return {
-        "win_rate": float(((ours > theirs) + 0.5 * (ours == theirs)).mean()),
-        "score": float(ours.mean()),
-        "correct": float(np.mean(right)),
-        "tokens": float(np.mean([len(one.ids) for one in own])),
-        "ended": float(np.mean([one.finished for one in own])),
-    }
+        sampled = TransformersEngine(answering, tokenizer).generate([prompt.ids for prompt in prepared], SAMPLING, seed)
+        records.append(
+            [
+                {
+                    "responses": [texts.decode(prompt.ids, one.ids)],
+                    "response_ids": [one.ids],
+                    "finished": [one.finished],
+                }
+                for prompt, one in zip(prepared, sampled, strict=True)
+            ]
+        )
+    answers = [PromptAnswers(prompt.content, *both) for prompt, *both in zip(prepared, *records, strict=True)]
+    metrics = compare_answers(answers, judge, {"correct": correct})
+    found = {metric.name: float(metric.interval.value) for metric in metrics if metric.stage == "after"}
+    return {"tokens": found.pop("response_tokens"), "ended": found.pop("end_of_turn_rate"), **found}
 
 
 # ---- How it ranks held-out pairs.
@@ -255,8 +256,8 @@ class Arm:
 
     def tuning_trials(self) -> list[Trial]:
         """A trial of each candidate on the tuning prompts; none if there is nothing to choose."""
-        found = [self.trial(candidate, _TUNING_SEED) for candidate in self.candidates()]
-        return [Trial(one.settings, one.pairs, one.seed, TUNING) for one in found] if len(found) > 1 else []
+        found = [replace(self.trial(candidate, _TUNING_SEED), prompts=TUNING) for candidate in self.candidates()]
+        return found if len(found) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -288,8 +289,7 @@ def read_studies(chosen: Sequence[str] = ()) -> list[Study]:
     for number, entry in enumerate(document["studies"], 1):
         arms = {name: Arm(name, given, document["learning_rate"]) for name, given in entry["arms"].items()}
         claims = [Claim(**claim) for claim in entry["claims"]]
-        name, title, source = (entry[key] for key in ("name", "title", "source"))
-        studies.append(Study(number, name, title, source, arms, claims, document["seeds"]))
+        studies.append(Study(number=number, seeds=document["seeds"], **entry | {"arms": arms, "claims": claims}))
     known = {str(study.number): study for study in studies} | {study.name: study for study in studies}
     for name in chosen:
         if name not in known:
@@ -306,9 +306,8 @@ def decide(claim: Claim, measured: Mapping[str, Measured]) -> Outcome:
     def values(side: str | float) -> np.ndarray:
         return measured[side][claim.metric] if isinstance(side, str) else np.array(side)
 
-    against = [claim.than]
-    if claim.than == "others":
-        against = [name for name in measured if name != claim.better]
+    others = [name for name in measured if name != claim.better]
+    against = others if claim.than == "others" else [claim.than]
     differences = {str(other): mean_interval(values(claim.better) - values(other)) for other in against}
     verdicts = [_verdict(found) for found in differences.values()]
     worst: tuple[Verdict, ...] = ("does not hold here", "inconclusive", "holds")
