@@ -152,16 +152,14 @@ def rounds(run: Run) -> Iterator[Chart]:
     away = {place: distance(metric.interval.value) for place, metric in kl.items()}
     described = _CHARTS["rounds"]
     if rates:
-        series = [interval_series(name, found.items()) for name, found in rates.items()]
-        yield chart_of(described["win_rate"], series)
+        yield chart_of(described["win_rate"], [interval_series(name, found.items()) for name, found in rates.items()])
     if kl:
         yield chart_of(described["kl"], [interval_series("kl", kl.items())])
     if rates and kl:
-        series = [
-            interval_series(name, [(away[place], metric) for place, metric in found.items() if place in away])
-            for name, found in rates.items()
-        ]
-        yield chart_of(described["by_distance"], series)
+        known = {
+            name: [(away[place], found[place]) for place in found if place in away] for name, found in rates.items()
+        }
+        yield chart_of(described["by_distance"], [interval_series(name, found) for name, found in known.items()])
 
 
 # ---- The SimPO paper's figures for one run, from its held-out rows (Meng, Xia and Chen 2024, arXiv 2405.14734).

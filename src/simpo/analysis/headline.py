@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from simpo.analysis.reading import Run
-from simpo.runs.results import HELD_OUT, Metric, Stage
+from simpo.runs.results import HELD_OUT, Stage
 from simpo.statistics import Interval, mean_interval, proportion_interval, rate_interval
 
 Direction = Literal["better", "worse", "unclear", "unknown"]
@@ -143,7 +143,7 @@ def deciding(measures: Sequence[Measure]) -> Measure | None:
 def _in_results(run: Run) -> Iterator[Measure]:
     """What ``results.json`` says of it, in the order of the file; of a loop, of its last round."""
     rounds = [int(one.name[6:].partition("/")[0]) for one in run.metrics if one.name.startswith("round-")]
-    models = {side: f" ({name})" if name else "" for side, name in model_names(run).items()}
+    models = _model_names(run)
     for metric in run.metrics:
         name = metric.name.removeprefix(f"round-{max(rounds)}/") if rounds else metric.name
         before = run.metric(metric.name, "before")
@@ -160,14 +160,15 @@ def _in_results(run: Run) -> Iterator[Measure]:
             "ties": f" ({100 * ties.value:.1f}% are ties and count half)" if ties and ties.value else "",
         }
         paired = run.metric(f"{name}/difference") or run.metric(f"{name.rpartition('/')[0]}/difference")
-        yield Measure(kind, metric.interval, _interval(before), _interval(paired) if before else None, names)
+        start, change = (before.interval, paired.interval if paired else None) if before else (None, None)
+        yield Measure(kind, metric.interval, start, change, names)
 
 
-def model_names(run: Run) -> dict[str, str]:
-    """The names of a comparison's models by side, as short as they can be told apart."""
+def _model_names(run: Run) -> dict[str, str]:
+    """The names of a comparison's models by side, in parentheses, as short as they can be told apart."""
     names = {side: str(run.settings.get(side, "")) for side in "ab"}
     short = {side: PurePath(name).name for side, name in names.items()}
-    return short if short["a"] != short["b"] else names
+    return {side: f" ({name})" if name else "" for side, name in (short if short["a"] != short["b"] else names).items()}
 
 
 def _held_out(run: Run, kind: Kind) -> Iterator[Measure]:
@@ -204,10 +205,6 @@ def _held_out(run: Run, kind: Kind) -> Iterator[Measure]:
             change = mean_interval(last - first, weights)
     if "after" in found:
         yield Measure(kind, found["after"], found.get("before"), change, {"step": step})
-
-
-def _interval(metric: Metric | None) -> Interval | None:
-    return None if metric is None else metric.interval
 
 
 def _share(value: float, n: int) -> Interval:

@@ -55,11 +55,10 @@ class Run:
         except SimpoError as error:
             raise SimpoError(str(error).removeprefix("output_dir: ").replace("; name a new folder", "")) from error
         run = cls(path, record, path.resolve().name)
-        if (path / RESULTS).exists():
-            try:
-                run.metrics = read_results(path / RESULTS).metrics
-            except SimpoError as error:
-                run.missing.append(str(error))
+        try:
+            run.metrics = read_results(path / RESULTS).metrics if (path / RESULTS).exists() else []
+        except SimpoError as error:
+            run.missing.append(str(error))
         run.logs = run.lines("metrics.jsonl")
         return run
 

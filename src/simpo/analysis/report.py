@@ -39,9 +39,6 @@ _PAGES = Environment(
 _PAGES.filters["number"] = number
 _PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 _MOST_TRAININGS = 12  # runs in one chart
-# Columns of the table of results: of a comparison, A is the model and B what it is compared with.
-_STAGES: dict[Stage | None, str] = {None: "value", "before": "before", "after": "after"}
-_SIDES: dict[Stage | None, str] = {None: "value", "after": "A", "before": "B"}
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
@@ -118,11 +115,10 @@ def _trainings(run: Run, several: bool) -> list[Run]:
 
 def _view(run: Run) -> Row:
     """What the template shows of a run, apart from charts and examples."""
-    metrics = [metric for metric in run.metrics or run.trained.metrics if not metric.name.startswith("data/")]
-    columns = _SIDES if run.record.command == "compare" else _STAGES
     table: dict[str, dict[Stage | None, Metric]] = {}
-    for metric in metrics:
-        table.setdefault(metric.name, {})[metric.stage] = metric
+    for metric in run.metrics or run.trained.metrics:
+        if not metric.name.startswith("data/"):
+            table.setdefault(metric.name, {})[metric.stage] = metric
     measures, files = measurements(run), []
     with suppress(FileNotFoundError, SimpoError):
         files = read_manifest(run.path)
@@ -132,7 +128,7 @@ def _view(run: Run) -> Row:
         "run": run,
         "measures": measures,
         "deciding": deciding(measures),
-        "columns": {stage: name for stage, name in columns.items() if any(metric.stage == stage for metric in metrics)},
+        "stages": {stage for metrics in table.values() for stage in metrics},
         "table": table,
         "data": [metric for metric in run.trained.metrics if metric.name.startswith("data/")],
         "hashes": {"fingerprint": run.record.fingerprint}

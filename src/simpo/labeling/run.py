@@ -19,16 +19,7 @@ from simpo.config import check_values, setting
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.evaluation.preferences import agreement_metrics
-from simpo.labeling.session import (
-    KINDS,
-    Item,
-    Judgment,
-    Session,
-    Store,
-    items_of_one,
-    items_of_two,
-    load_items,
-)
+from simpo.labeling.session import KINDS, Item, Judgment, Session, Store, items_of_one, items_of_two, load_items
 from simpo.runs.files import disk_errors, write_lines
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import RunFolder, RunRecord

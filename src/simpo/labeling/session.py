@@ -55,9 +55,6 @@ def load_items(path: Path) -> list[Item]:
 
 
 _MOST = 9  # answers to rank; there are nine number keys
-# Why an answer or a prompt is not shown: the end of the metric's name.
-REPEATED, TOO_FEW = "answers_the_same_as_another_one", "prompts_fewer_than_two_different_answers"
-IDENTICAL = "pairs_of_identical_answers"
 
 
 def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
@@ -70,7 +67,7 @@ def items_of_two(a: Path, b: Path) -> tuple[list[Item], Counter[str]]:
     ties = sum(item.is_tie for item in items)
     if ties == len(items):
         raise SimpoError(f"{a} and {b}: all answers are identical; there is nothing to judge")
-    return items, Counter({IDENTICAL: ties} if ties else {})
+    return items, Counter({"pairs_of_identical_answers": ties} if ties else {})
 
 
 def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
@@ -84,8 +81,8 @@ def items_of_one(path: Path, *, pairs: bool) -> tuple[list[Item], Counter[str]]:
     dropped: Counter[str] = Counter()
     for key, record in records.items():
         responses = list(dict.fromkeys(record["responses"]))
-        dropped[REPEATED] += len(record["responses"]) - len(responses)
-        dropped[TOO_FEW] += len(responses) < 2
+        dropped["answers_the_same_as_another_one"] += len(record["responses"]) - len(responses)
+        dropped["prompts_fewer_than_two_different_answers"] += len(responses) < 2
         if len(responses) > _MOST and not pairs:
             raise SimpoError(
                 f"{path}: prompt {key}: {len(responses)} answers, and at most {_MOST} can be ranked; compare them in "

@@ -141,8 +141,7 @@ class Guard(TrainerCallback):
 
 def _preferred(rows: Dataset) -> Dataset:
     """The first response of every row, which is its preferred one, with its mask of scored tokens."""
-    columns = {"prompt_ids": rows["prompt_ids"][:]}
-    for name in ("response_ids", "scored"):
-        if name in rows.column_names:
-            columns[name] = [several[:1] for several in rows[name]]
-    return Dataset.from_dict(columns)
+    several = [name for name in ("response_ids", "scored") if name in rows.column_names]
+    return Dataset.from_dict(
+        {"prompt_ids": rows["prompt_ids"][:], **{name: [one[:1] for one in rows[name]] for name in several}}
+    )

@@ -150,11 +150,8 @@ class Trials:
 
     def has(self, study: Study) -> bool:
         """Whether all trials of a study are done."""
-
-        def done(trials: Iterable[Trial]) -> bool:
-            return all(trial.key in self._done for trial in trials)
-
-        return done(trial for arm in study.arms.values() for trial in arm.tuning_trials()) and done(self.tuned(study))
+        tuning = [trial for arm in study.arms.values() for trial in arm.tuning_trials()]
+        return all(one.key in self._done for one in tuning) and all(one.key in self._done for one in self.tuned(study))
 
     def measured(self, trials: Sequence[Trial]) -> Measured:
         """The metrics of trials that are done, ``[trials]`` each."""

@@ -213,8 +213,8 @@ def _pair(folder: Path, name: str, prompts: str) -> None:
 
 REGISTERED = Path(__file__).parent / "studies.yaml"
 METRICS = (
-    *("win_rate", "score", "correct", "tokens", "ended", "accuracy", "ranking_agreement"),
-    *("reward_length_rho", "kl", "seconds"),
+    *("win_rate", "score", "correct", "tokens", "ended"),  # of answers
+    *("accuracy", "ranking_agreement", "reward_length_rho", "kl", "seconds"),
 )
 _TUNING_SEED = 0
 OWN_KEYS = ("grid", "pairs", "learning_rate_times")  # of arms; the others are keys of recipes
@@ -296,8 +296,8 @@ def read_studies(chosen: Sequence[str] = ()) -> list[Study]:
             names = [study.name for study in studies]
             hint = nearest(name, names) or f"; the studies are 1 to {len(studies)}: {', '.join(names)}"
             raise SimpoError(f"study {name!r} is unknown{hint}")
-    wanted = {known[name].number for name in chosen} or {study.number for study in studies}
-    return [study for study in studies if study.number in wanted]
+    wanted = {known[name].number for name in chosen}
+    return [study for study in studies if not wanted or study.number in wanted]
 
 
 def decide(claim: Claim, measured: Mapping[str, Measured]) -> Outcome:
