@@ -36,7 +36,9 @@
   const DASHES = ["solid", "dashed", "dotted"];
   const SYMBOLS = ["circle", "triangle", "rect", "diamond"];
 
-  const metricsOf = (chart) => Object.values(chart.keys || {}).filter((name) => chart.series.some((one) => one.metric === name));
+  // The metrics of a chart of curves, in the order of charts.yaml; other charts have none.
+  const metricsOf = (chart) =>
+    Object.values(chart.keys || {}).filter((name) => chart.series.some((one) => one.metric === name));
 
   // What a curve looks like. Of one run, metrics differ in color; if there is one, training and held-out rows do. Of several
   // runs, the runs differ in color, and metrics in dashes. Training is thin.
@@ -44,24 +46,27 @@
     const thin = one.name === "training", metric = metrics.indexOf(one.metric), several = metrics.length > 1;
     const label = several ? `${one.metric}, ${one.name}` : one.name;
     if (data.runs.length === 1) return { ...one, name: label, label, thin, color: several ? metric : Number(!thin) };
-    return { ...one, name: one.run, label: `${one.run}, ${label}`, thin, color: data.runs.indexOf(one.run), dash: metric };
+    const run = data.runs.indexOf(one.run);
+    return { ...one, name: one.run, label: `${one.run}, ${label}`, thin, color: run, dash: metric };
   };
 
   // What the lines of several runs mean, whose legend names the runs only.
   const explained = (chart, metrics) => {
     const both = new Set(chart.series.map((one) => one.thin)).size > 1;
     const dashes = ["Solid", "dashed", "dotted"].slice(0, metrics.length).map((dash, k) => `${dash}: ${metrics[k]}`);
-    return [both ? "Thin lines: training; thick lines: held out." : "", metrics.length > 1 ? `${dashes.join("; ")}.` : ""].filter(Boolean).join(" ");
+    const widths = both ? "Thin lines: training; thick lines: held out." : "";
+    return [widths, metrics.length > 1 ? `${dashes.join("; ")}.` : ""].filter(Boolean).join(" ");
   };
 
-  for (const plot of document.querySelectorAll("[data-chart]")) {
+  const addStyle = (plot) => {
     const chart = data.charts[plot.dataset.chart], metrics = metricsOf(chart);
-    chart.series = chart.series.map((one, number) => (chart.keys ? styled(one, metrics) : { color: number, label: one.name, ...one }));
-    const note = chart.keys && data.runs.length > 1 ? explained(chart, metrics) : "";
-    if (!note) continue;
+    chart.series = chart.series.map((one, k) => (metrics.length ? styled(one, metrics) : { color: k, label: one.name, ...one }));
+    const note = metrics.length && data.runs.length > 1 ? explained(chart, metrics) : "";
+    if (!note) return;
     chart.note = `${chart.note} ${note}`.trim();
     plot.parentElement.querySelector("figcaption").append(element("p", { className: "note", textContent: note }));
-  }
+  };
+  document.querySelectorAll("[data-chart]").forEach(addStyle);
 
   const seriesOf = (chart, one, number) => {
     const color = css(`--c${one.color % 8}`);
