@@ -34,6 +34,7 @@ class Kind:
     verdicts: tuple[str, str, str] = ("It got better", "It got worse", "No clear change")
     share: bool = True  # whether it is a share, shown in percent
     smaller_is_better: bool = False  # as for a loss
+    logged: bool = False  # whether the value that was logged last stands in where there is no other
 
     def fits(self, name: str, command: str, compared: bool) -> bool:
         """Whether it is about the metric of this name; ``compared`` is whether that has a value before training."""
@@ -186,11 +187,7 @@ def _held_out(run: Run, kind: Kind) -> Iterator[Measure]:
     if name == "rewards/accuracies" and run.starts_at_zero:
         found.pop("before", None)
         rows.pop("before", None)
-    if (
-        "after" not in found
-        and "{step}" in (kind.alone or kind.sentence)
-        and (logged := run.last(f"eval_{name}")) is not None
-    ):
+    if kind.logged and "after" not in found and (logged := run.last(f"eval_{name}")) is not None:
         step = f" (step {logged[0]:,})"
         of = run.lines("generations/start.jsonl") if name == "generations/win_rate" else run.column("before", name)
         found["after"] = _share(logged[1], len(of) if kind.share else 0)
