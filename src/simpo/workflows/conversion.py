@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -32,18 +32,27 @@ Recipe = Mapping[str, Any]  # all keys with their values
 NOTE = "note"  # among a rule's results, a remark about what is left out
 
 
+_TOOLKITS = yaml.safe_load((Path(__file__).parent / "templates/toolkits.yaml").read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Toolkit:
-    """A toolkit whose recipes are converted."""
+    """A toolkit whose recipes are converted; ``templates/toolkits.yaml`` has more of it."""
 
     name: str  # what it is called
-    # Keys of which one is in every recipe of this toolkit and in none of the toolkits after it in the table.
-    marks: Set[str]
     # The command that trains with a recipe, from its keys and path; ValueError if there is none.
     command: Callable[[Recipe, PurePath], str]
     rules: Mapping[str, Rule]  # by their key
-    # By command, keys of ours whose default differs, where the recipe has not set them.
-    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def marks(self) -> Set[str]:
+        """Keys that tell its recipes from those of others."""
+        return set(_TOOLKITS[self.name]["marks"])
+
+    @property
+    def defaults(self) -> Mapping[str, Mapping[str, Any]]:
+        """Keys of ours whose default differs there, by command, and for adapters."""
+        return _TOOLKITS[self.name]["defaults"]
 
 
 def _nothing(value: Any, recipe: Recipe) -> Mapping[str, Any]:
@@ -81,25 +90,15 @@ def _held_out_share(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     raise ValueError(f"write dataset_mixture with the data set and test_split_size: {value}")
 
 
-_FINE_TUNING = {"num_train_epochs": "3", "lr_scheduler_type": "linear", "warmup_steps": "0", "learning_rate": "5e-5"}
 _LLAMA_FACTORY = Toolkit(
     "LLaMA-Factory",
-    {"stage", "finetuning_type", "cutoff_len", "dataset_dir"},
     _llama_factory_command,
     {
-        **{
-            "pref_beta": _beta_of("pref_loss"),
-            "dataset": _registered,
-            "eval_dataset": _registered,
-            "template": _template,
-        },
+        "pref_beta": _beta_of("pref_loss"),
+        "dataset": _registered,
+        "eval_dataset": _registered,
+        "template": _template,
         "val_size": _held_out_share,
-    },
-    {
-        "train": _FINE_TUNING | {"beta": "0.1", "gamma": "0.5"},
-        "sft": _FINE_TUNING,
-        "reward": _FINE_TUNING,
-        "lora": {"lora_r": "8", "lora_alpha": "16", "lora_dropout": "0", "lora_target_modules": "all-linear"},
     },
 )
 
@@ -218,10 +217,8 @@ def _fsdp(value: Any, recipe: Recipe) -> Mapping[str, Any]:
 
 _cpo_alpha = partial(reject, "write sft_weight, which is averaged within a response and then over pairs")
 
-_COSINE = {"num_train_epochs": "1", "lr_scheduler_type": "cosine", "warmup_steps": "0.03"}
 _AXOLOTL = Toolkit(
     "Axolotl",
-    {"base_model", "sequence_len"},
     _axolotl_command,
     {
         "datasets": _datasets, "test_datasets": _test_datasets, "val_set_size": _nothing, "rl_beta": _beta_of("rl"),
@@ -230,7 +227,6 @@ _AXOLOTL = Toolkit(
         "bf16": _precision, "reward_model": _nothing, "cpo_alpha": _cpo_alpha, "fsdp": _fsdp, "strict": _nothing,
         "shuffle_merged_datasets": _nothing, "remove_unused_columns": _nothing,
     },
-    {"train": _COSINE | {"beta": "0.1"}, "sft": _COSINE, "reward": _COSINE},
 )  # fmt: skip
 
 # ---- open-instruct.
@@ -289,19 +285,12 @@ def _trained_by_dpo(value: Any, recipe: Recipe) -> Mapping[str, Any]:
 
 _OPEN_INSTRUCT = Toolkit(
     "open-instruct",
-    {"use_slow_tokenizer", "tokenizer_name", "tokenizer_name_or_path", "dataset_mixer_list", "with_tracking"},
     _open_instruct_command,
     {
         "dataset_mixer": _mixer, "dataset_mixer_list": _mixer_list, "tokenizer_name": _same_tokenizer,
         "tokenizer_name_or_path": _same_tokenizer, "checkpointing_steps": _checkpointing_steps,
         "with_tracking": _tracking, "loss_type": _trained_by_dpo, "dpo_loss_type": _trained_by_dpo,
         "dataset_mixer_list_splits": lambda value, recipe: {"dataset_splits": value},
-    },
-    {
-        "train": {"objective": "dpo_norm", "beta": "5", "gamma_beta_ratio": "0.3", "num_train_epochs": "2"}
-        | {"lr_scheduler_type": "linear", "warmup_steps": "0.03", "learning_rate": "2e-5"},
-        "sft": {"num_train_epochs": "2", "lr_scheduler_type": "linear", "warmup_steps": "0.03"},
-        "lora": {"lora_r": "64", "lora_alpha": "16", "lora_dropout": "0.1"},
     },
 )  # fmt: skip
 
@@ -330,14 +319,8 @@ def _trl_loss(value: Any, recipe: Recipe) -> Mapping[str, Any]:
 
 _HANDBOOK = Toolkit(
     "alignment-handbook",
-    {"dataset_mixture", "dataset_mixer", "dataset_splits", "preprocessing_num_workers", "dataset_num_proc"},
     _handbook_command,
     {"loss_type": _trl_loss, "eos_token": lambda value, recipe: _special_tokens({"eos_token": value}, recipe)},
-    {
-        "train": {"num_train_epochs": "3", "lr_scheduler_type": "linear", "warmup_steps": "0", "beta": "0.1"}
-        | {"learning_rate": "1e-6", "max_length": "1024"},
-        "sft": {"num_train_epochs": "3", "lr_scheduler_type": "linear", "warmup_steps": "0"},
-    },
 )
 
 TOOLKITS = (_LLAMA_FACTORY, _AXOLOTL, _OPEN_INSTRUCT, _HANDBOOK)
