@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from simpo.config import Key, keys_of
 from simpo.config.fields import describe
-from simpo.generation.settings import SamplingSettings
+from simpo.generation.settings import EngineSettings, SamplingSettings, VllmSettings
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments
 from simpo.models.settings import ModelArguments
 from simpo.objectives import OBJECTIVES, Objective
@@ -124,6 +124,10 @@ def _sampling() -> list[str]:
         "Keys of `simpo online`, next to those of model, objective and training: [Online training](online.md).",
         "",
         *_table(OnlineConfig, [n for n in _own(OnlineConfig) if n not in inherited]),
+        "",
+        "The [engine](online.md#vllm) that samples the answers, and vLLM's arguments:",
+        "",
+        *_table(EngineSettings, ["engine", *_names(VllmSettings)]),
         "",
         "The annotator:",
         "",

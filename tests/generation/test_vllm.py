@@ -10,9 +10,10 @@ from peft import LoraConfig
 
 from simpo.cli import main
 from simpo.errors import SimpoError
-from simpo.generation.engine import Sampled, VllmEngine
+from simpo.generation.engine import Sampled
 from simpo.generation.sample import Job, PromptArguments
 from simpo.generation.settings import SamplingSettings
+from simpo.generation.vllm import VllmEngine
 from simpo.models.settings import ModelArguments
 
 STOP = 9
@@ -52,6 +53,7 @@ class EngineArgs:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    enable_sleep_mode: bool = False
 
 
 @pytest.fixture
@@ -82,6 +84,21 @@ def test_every_request_has_its_own_seed(engine):
     assert len(set(seeds)) == 4
     engine.generate([[1]] * 2, settings, seed=7)
     assert engine._llm.seeds == seeds[:2]
+
+
+def test_other_weights_are_read_and_nothing_computed_remains(engine, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        LLM, "collective_rpc", lambda self, name, *, kwargs: calls.append((name, kwargs)), raising=False
+    )
+    monkeypatch.setattr(LLM, "reset_prefix_cache", lambda self: len(calls) == 1, raising=False)
+    engine.reload(tmp_path)
+    assert calls == [("reload_weights", {"weights_path": str(tmp_path)})]
+    with pytest.raises(SimpoError, match="engine: vLLM keeps what it computed"):
+        engine.reload(tmp_path)
+    monkeypatch.setattr(LLM, "collective_rpc", lambda self, name: None)  # of an older vLLM
+    with pytest.raises(SimpoError, match=r"engine: vLLM 0\.0 cannot load other weights: .*kwargs"):
+        engine.reload(tmp_path)
 
 
 def test_the_checkpoints_sampling_settings_are_not_used(engine):

@@ -155,6 +155,42 @@ def test_ratios_are_1_until_the_first_update(online, name):
     assert second["policy/ratio"] != 1 and second["rollout/staleness"] == 1
 
 
+def test_what_is_logged_of_a_rollout(online, tmp_path):
+    """Means over the prompts of the step, from the answers in its file."""
+    watch = Watch()
+    online(max_steps=1, callbacks=[watch], logging_steps=1, temperature=0.001, prompts=4).train()
+    records, log = rollout(tmp_path), watch.logs[0]
+
+    def mean(value):
+        return pytest.approx(sum(map(value, records)) / len(records), rel=1e-5)
+
+    assert log["rollout/reward"] == mean(lambda row: sum(row["scores"]) / K)
+    assert log["rollout/length"] == mean(lambda row: sum(map(len, row["response_ids"])) / K)
+    assert log["rollout/ended"] == mean(lambda row: sum(row["finished"]) / K)
+    assert log["rollout/identical"] == mean(lambda row: 1 - len({tuple(ids) for ids in row["response_ids"]}) / K)
+    assert 0 < log["rollout/identical"] < 1
+    tokens = [[logp for own in row["behavior_logps"] for logp in own] for row in records]
+    assert log["policy/entropy"] == pytest.approx(-sum(sum(own) / len(own) for own in tokens) / 4, rel=1e-5)
+    assert log["seconds/rollouts"] > 0 and log["seconds/training"] > 0
+
+
+def test_in_mixed_precision_the_policy_is_the_one_that_sampled(online, chat_world, tmp_path):
+    """The log-probabilities are those of bf16, within its rounding, and the first ratios are exactly 1."""
+    watch = Watch()
+    online(dtype=torch.float32, bf16=True, max_steps=2, sync_every=2, callbacks=[watch], logging_steps=1).train()
+    first, second = watch.logs[:2]
+    assert first["policy/ratio"] == 1 and first["policy/clip_fraction"] == 0 and first["rollout/kl"] == 0
+    assert second["policy/ratio"] != 1
+    model, differences = AutoModelForCausalLM.from_pretrained(chat_world / "model"), []
+    for row in rollout(tmp_path)[:4]:
+        for ids, stored in zip(row["response_ids"], row["behavior_logps"], strict=True):
+            sequence = torch.tensor([row["prompt_ids"] + ids])
+            logps = model(sequence).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)
+            naive = logps.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            differences.append((naive - torch.tensor(stored)).abs().max().item())
+    assert 1e-5 < max(differences) < 0.05
+
+
 @pytest.mark.parametrize("objective", sampled(["rloo", "ppo", "simpo", "dpo"], kept=("ppo", "simpo")))
 def test_micro_batches_do_not_change_a_step(online, objective, tmp_path):
     found = []

@@ -100,7 +100,7 @@ def _sample(settings: SampleSettings, argv: list[str]) -> Path | None:
             sampling,
             folder,
             engine=settings.engine,
-            engine_args=settings.vllm.arguments(),
+            engine_args=settings.vllm.vllm_arguments(),
             images=True,
             argv=argv,
         )

@@ -37,7 +37,8 @@ from simpo.training.callbacks import RunCallback
 from simpo.training.configs import OnlineConfig
 from simpo.training.guard import alarm
 from simpo.training.packed import PackedTrainer
-from simpo.training.rollouts import AnsweredPrompt, preserve_rng_state, sample_answers
+from simpo.training.rollouts import AnsweredPrompt
+from simpo.training.sampling import preserve_rng_state, sample_answers
 from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)

@@ -1,12 +1,10 @@
-"""The interface of sampling engines, and the engines on transformers' ``generate`` and on vLLM."""
+"""The interface of sampling engines, and the engine on transformers' ``generate``."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -20,12 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simpo.config.fields import nearest
 from simpo.data.chat_template import end_of_turn
-from simpo.errors import SimpoError, third_party
+from simpo.errors import SimpoError
 from simpo.generation.settings import SamplingSettings, derived_seed
-from simpo.models.adapters import find_adapter
-from simpo.models.settings import ModelArguments
 from simpo.packing.images import forward_inputs
 from simpo.packing.layout import ImageTensors
 from simpo.packing.model import causal_lm, prepare_policy, state_of
@@ -327,84 +322,3 @@ class _Forced(LogitsProcessor):
         forced = torch.full_like(scores, float("-inf"))
         forced[:, next(self._tokens)] = 0
         return forced
-
-
-# ---- The engine on vLLM, an optional dependency.
-
-# Engine arguments that the command's own options set, or that sampling depends on.
-_FIXED = (
-    *("model", "tokenizer", "revision", "trust_remote_code", "dtype"),
-    *("generation_config", "logprobs_mode", "runner"),
-)
-
-
-def load_vllm(model: ModelArguments) -> Any:
-    """Import the package, for a model that it can load."""
-    try:
-        import vllm  # noqa: PLC0415 - an optional dependency
-    except ImportError as error:
-        raise SimpoError("engine: vLLM is not installed; pip install 'simpo[vllm]'") from error
-    if find_adapter(model.model_name_or_path, model.model_revision) is not None:
-        raise SimpoError("engine: vLLM takes whole models here; 'simpo merge' the adapter first")
-    return vllm
-
-
-class VllmEngine:
-    """Samples with vLLM on all GPUs of this machine.
-
-    ``engine_args`` are further arguments of ``vllm.EngineArgs``, such as ``max_model_len``.
-
-    Raises:
-        SimpoError: see :func:`load_vllm`; vLLM does not have an argument or cannot use it; or it cannot start.
-    """
-
-    def __init__(
-        self, model: ModelArguments, stop_ids: list[int], engine_args: Mapping[str, Any] = MappingProxyType({})
-    ) -> None:
-        self._vllm = load_vllm(model)
-        self._stop_ids = stop_ids
-        known = [field.name for field in dataclasses.fields(self._vllm.EngineArgs)]
-        for name in engine_args:
-            if name in _FIXED:
-                raise SimpoError(f"engine_args: {name}: is set by simpo and its own options; leave it out")
-            if name not in known:
-                raise SimpoError(f"engine_args: vLLM {self._vllm.__version__} has no {name!r}{nearest(name, known)}")
-        given: dict[str, Any] = {"tensor_parallel_size": max(1, torch.cuda.device_count()), **engine_args}
-        with third_party(f"engine: vLLM cannot start with {given}"):
-            self._llm = self._vllm.LLM(
-                model=model.model_name_or_path,
-                revision=model.model_revision,
-                trust_remote_code=model.trust_remote_code,
-                dtype=model.dtype,
-                generation_config="vllm",  # ignores the checkpoint's own sampling settings
-                logprobs_mode="raw_logprobs",
-                **given,
-            )
-
-    def generate(
-        self, prompts: Sequence[list[int]], settings: SamplingSettings, seed: int, *, images: Sequence[Images] = ()
-    ) -> list[Sampled]:
-        """One response to every prompt, without images; see :class:`simpo.generation.engine.Engine`."""
-        if any(images):
-            raise SimpoError("engine: vllm gets no images here; use transformers")
-        parameters = [
-            self._vllm.SamplingParams(
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_tokens=settings.max_new_tokens,
-                seed=derived_seed(seed, number),
-                stop_token_ids=self._stop_ids,
-                logprobs=0,  # for the sampled token only
-                detokenize=False,
-            )
-            for number in range(len(prompts))
-        ]
-        inputs = [self._vllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        found = []
-        for request in self._llm.generate(inputs, parameters, use_tqdm=False):
-            output = request.outputs[0]
-            ids = list(output.token_ids)
-            logp = sum(step[token_id].logprob for step, token_id in zip(output.logprobs, ids, strict=True))
-            found.append(Sampled(ids, output.finish_reason == "stop", float(logp)))
-        return found

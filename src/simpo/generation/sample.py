@@ -30,9 +30,10 @@ from simpo.data.settings import RenderSettings
 from simpo.data.sources import load_rows
 from simpo.errors import SimpoError
 from simpo.generation.chunks import Chunk, ChunkFiles, gather, missing_chunks, sample_chunks
-from simpo.generation.engine import Engine, Images, TransformersEngine, VllmEngine, stop_ids
+from simpo.generation.engine import Engine, Images, TransformersEngine, stop_ids
 from simpo.generation.responses import response_metrics, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.generation.vllm import VllmEngine
 from simpo.models.checkpoint import Checkpoint, model_digest
 from simpo.models.devices import device, from_main
 from simpo.models.loading import check_model_files, load_processor, load_tokenizer

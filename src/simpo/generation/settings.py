@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import yaml
 
@@ -60,7 +60,7 @@ class SamplingSettings:
         return replace(self, max_new_tokens=longest, chunk_size=self.chunk_size or chunk_size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class VllmSettings:
     """vLLM's engine."""
 
@@ -71,9 +71,10 @@ class VllmSettings:
         None, "Other arguments of its engine: KEY=VALUE ..., or a mapping."
     )
 
-    def arguments(self) -> dict[str, Any]:
+    def vllm_arguments(self) -> dict[str, Any]:
         """All arguments of the engine."""
-        found = {key: value for key, value in asdict(self).items() if key != "engine_args" and value is not None}
+        own = {field.name: getattr(self, field.name) for field in fields(VllmSettings)}
+        found = {key: value for key, value in own.items() if key != "engine_args" and value is not None}
         for given in [self.engine_args] if isinstance(self.engine_args, dict) else self.engine_args or []:
             arguments: Any = given
             if isinstance(given, str):
@@ -86,6 +87,24 @@ class VllmSettings:
                 raise SimpoError(f"engine_args: {min(twice)} is given twice")
             found |= arguments
         return found
+
+
+@dataclass
+class EngineSettings(VllmSettings):
+    """What generates answers in training."""
+
+    engine: Literal["transformers", "vllm"] = setting(
+        "transformers", "What generates the answers: the model in memory, or vLLM, which reads its weights from files."
+    )
+
+    def check_engine(self, longest: int) -> None:
+        """Raise :class:`SimpoError` for vLLM's arguments without it, or with less room than ``longest`` tokens."""
+        own = [field for field in fields(VllmSettings) if getattr(self, field.name) != field.default]
+        if own and self.engine != "vllm":
+            raise SimpoError(f"{own[0].name}: engine {self.engine} does not use it; leave it out")
+        room = self.vllm_arguments().get("max_model_len")
+        if isinstance(room, int) and 0 <= room < longest:
+            raise SimpoError(f"max_model_len: {room} leaves less room than max_length {longest}; leave it out")
 
 
 def derived_seed(seed: int, *numbers: int) -> int:

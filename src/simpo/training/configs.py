@@ -14,7 +14,7 @@ import torch
 
 from simpo.config import setting
 from simpo.errors import SimpoError, check_all
-from simpo.generation.settings import SamplingSettings
+from simpo.generation.settings import EngineSettings, SamplingSettings
 from simpo.objectives import OBJECTIVES, Mixture, Objective, Responses
 from simpo.objectives.policy_gradient import POLICY_GRADIENTS, KLEstimator, PolicyGradient
 from simpo.objectives.ppo import PPO
@@ -265,7 +265,7 @@ _EVALUATION_BETA = 0.1  # for the implied reward where there is no KL coefficien
 
 
 @dataclass
-class OnlineConfig(PreferenceConfig):
+class OnlineConfig(EngineSettings, PreferenceConfig):
     """Configuration of training a model on its own answers, which an annotator scores.
 
     All keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient. A step
@@ -287,7 +287,7 @@ class OnlineConfig(PreferenceConfig):
     top_k: int = setting(0, "Draw from this many likeliest tokens; 0 is off.")
     max_new_tokens: int | None = setting(None, "Longest answer in tokens (default: half of max_length).")
     generation_batch_size: int | None = setting(
-        None, "Answers generated together by a process (default: 32 on a CPU, 64 on a GPU)."
+        None, "Answers generated together by a process (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."
     )
     unfinished_score: float | None = setting(
         None, "Score of an answer that max_new_tokens cut off (default: the annotator's)."
@@ -460,6 +460,7 @@ class OnlineConfig(PreferenceConfig):
             raise SimpoError(f"soft_labels: is for two answers, and num_generations is {self.num_generations}; set 2")
 
     def _check_rollouts(self) -> None:
+        self.check_engine(self.max_length)
         if self.rollout_epochs > 0 and self.sync_every % self.rollout_epochs:
             raise SimpoError(f"rollout_epochs: {self.rollout_epochs} does not divide sync_every, {self.sync_every}")
         if self.max_new_tokens >= self.max_length:  # type: ignore[operator]
@@ -470,8 +471,7 @@ class OnlineConfig(PreferenceConfig):
             raise SimpoError(f"unfinished_score: must be finite, not {self.unfinished_score}")
 
     def _check_gradient(self) -> None:
-        gradient = self.gradient
-        if gradient is None:
+        if (gradient := self.gradient) is None:
             return
         if self.num_generations < 2 and gradient.baseline not in ("batch", "value"):
             raise SimpoError(

@@ -85,8 +85,9 @@ class OnlineTrainer(PreferenceTrainer):
     Args:
         annotator: scores the answers; can also be set as an attribute before training.
         gold_annotator: scores the same answers for ``rollout/gold``, without effect on the training.
-        engine: samples the answers with the model as it is (default: transformers' ``generate``).
-        loading: how the model was loaded; its ``trust_remote_code`` and ``allow_pickle`` also apply to ``value_model``.
+        engine: samples the answers with the model as it is (default: the configuration's).
+        loading: how the model was loaded; its ``trust_remote_code`` and ``allow_pickle`` also apply to ``value_model``,
+            and where an adapter's base model is read again.
     """
 
     config_type = OnlineConfig  # type: ignore[assignment]
@@ -126,7 +127,7 @@ class OnlineTrainer(PreferenceTrainer):
                     "distribution (1, 1, 0) are biased"
                 )
         self.annotator, self.gold_annotator = annotator, gold_annotator
-        self._files = RolloutFiles(self, self._reference, self._value, engine)
+        self._files = RolloutFiles(self, self._reference, self._value, engine, loading)
         self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
         self._kl_coef, self._explained_variance = self.args.kl_coef, math.nan  # for the current rollout
         self._staleness, self._denominator = 0, 1.0

@@ -1,4 +1,4 @@
-"""Rollouts: answers of a model as it is trained, their files, and the training rows that scored answers become."""
+"""Rollouts: the files of answers of a model as it is trained, and the training rows that scored answers become."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import hashlib
 import json
 import logging
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -18,18 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
 from simpo.data.prompts import Prompt
 from simpo.data.tokenizing import TOKENS
 from simpo.errors import SimpoError, third_party
-from simpo.generation.chunks import gather, missing_chunks, sample_chunks
-from simpo.generation.engine import Engine, Images, Sampled, TransformersEngine
+from simpo.generation.engine import Engine, Sampled, TransformersEngine
 from simpo.generation.responses import response_texts
-from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.generation.settings import derived_seed
 from simpo.models.devices import from_main
+from simpo.models.settings import ModelArguments
 from simpo.objectives.policy_gradient import advantages, kl_estimate, sum_by, whiten
 from simpo.objectives.ppo import ScoreScale, adapt_kl_coefficient
 from simpo.packing.layout import PackedBatch
@@ -51,24 +48,25 @@ from simpo.training.batches import (
     response_tokens,
 )
 from simpo.training.configs import OnlineConfig
-from simpo.training.packed import PackedTrainer
 from simpo.training.reference import ReferenceModel
-from simpo.training.sharding import whole_weights
+from simpo.training.sampling import VllmSampler, preserve_rng_state, sample_answers
 from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "rollouts"
 _IDENTITY = "training.json"
+_LARGEST_GAP = 0.1  # nats a token; of the roundings of bf16 in two libraries it is about a hundredth
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
 Scores = list[float | None]  # of the answers to a prompt; None where there is none
 # Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
 # mean tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores
 # are equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
-# score_clip changes, the KL coefficient of the rollout, and the mean score by the gold annotator.
+# score_clip changes, the KL coefficient of the rollout, the mean score by the gold annotator, and the difference from
+# the log-probabilities by vLLM, in nats a token.
 _PARTS = (
     *("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef"),
-    "gold",
+    *("gold", "engine_gap"),
 )
 ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in _PARTS)
 
@@ -138,40 +136,6 @@ class Schedule:
         return np.random.default_rng((self.seed, place.rollout, place.epoch)).permutation(len(place.prompts))
 
 
-# ---- Answers of a model as it is trained, without effect on the training.
-
-
-def sample_answers(
-    trainer: PackedTrainer,
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    settings: SamplingSettings,
-    images: Callable[[int], Images] | None = None,
-) -> list[list[Sampled]]:
-    """The answers to every prompt, on every rank; the ranks share the work, and all must call.
-
-    ``prompts`` are token ids, ``images`` as in :func:`~simpo.generation.chunks.sample_chunks`, and ``engine`` holds the
-    trainer's model. If the weights are sharded, every rank has all of them meanwhile.
-    """
-    config = trainer.args
-    share = missing_chunks(prompts, settings)[config.process_index :: config.world_size]
-    # Layers were compiled for training, and would be compiled again for every length of the growing cache.
-    eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
-    with whole_weights(trainer.model, trainer.accelerator), trainer.accelerator.autocast(), eager:
-        records = list(sample_chunks(engine, prompts, settings, share, images))
-    return gather(records if config.world_size == 1 else gather_object(records), len(prompts))
-
-
-@contextmanager
-def preserve_rng_state(device: torch.device) -> Iterator[None]:
-    """Judges and models may draw or seed random numbers without effect on the training."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-
-
 # ---- Files of rollouts.
 
 
@@ -179,14 +143,22 @@ class RolloutFiles:
     """The folder ``rollouts`` of a training: each rollout is sampled, scored and written once, and read after a kill.
 
     ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the start model, ``value`` PPO's
-    value function, and ``engine`` samples the answers (default: transformers' ``generate``).
+    value function, and ``engine`` samples the answers (default: the recipe's, for a model as ``loading`` says).
     """
 
     def __init__(
-        self, trainer: Any, reference: ReferenceModel, value: ValueFunction | None, engine: Engine | None
+        self,
+        trainer: Any,
+        reference: ReferenceModel,
+        value: ValueFunction | None,
+        engine: Engine | None,
+        loading: ModelArguments | None,
     ) -> None:
         self._trainer, self._reference, self._value, self._engine = trainer, reference, value, engine
         self._folder = Path(trainer.args.output_dir) / FOLDER
+        self._vllm: VllmSampler | None = None
+        if engine is None and trainer.args.engine == "vllm":
+            self._vllm = VllmSampler(trainer, loading, self._folder / "weights")
         self.seconds = 0.0  # spent on rollouts since the last log, which resets it
 
     def _path(self, rollout: int) -> Path:
@@ -237,6 +209,11 @@ class RolloutFiles:
                 )
         with preserve_rng_state(args.device):
             records = self._sampled(place, annotator)
+        if (gap := _engine_gap(records)) > _LARGEST_GAP:
+            raise SimpoError(
+                f"engine: rollout {place.rollout}: vLLM's log-probabilities differ from the policy's by {gap:.2g} nats "
+                "a token, so that it does not sample from the policy; use engine: transformers"
+            )
         if args.gradient is not None:
             columns = adapted_columns(records, previous, args)
             records = [{**record, **columns} for record in records]
@@ -255,12 +232,7 @@ class RolloutFiles:
         """Answer, score, and compute log-probabilities under the policy and the reference, and values, if needed."""
         trainer = self._trainer
         tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
-        self._engine = self._engine or TransformersEngine(trainer.model, tokenizer)
-        settings = trainer.args.sampling.resolved(
-            context=None, chunk_size=32 if trainer.args.device.type == "cpu" else 64
-        )
-        settings = replace(settings, seed=derived_seed(trainer.args.seed, place.rollout))
-        samples = sample_answers(trainer, self._engine, [one.ids for one in prompts], settings)
+        samples = self._answers([one.ids for one in prompts], place.rollout)
         answered = list(map(AnsweredPrompt, prompts, samples, response_texts(tokenizer, prompts, samples)))
         scores: Any = {}
         if trainer.is_world_process_zero():
@@ -285,9 +257,21 @@ class RolloutFiles:
                 **{"behavior_logps": logps[row], "ref_logps": ref_logps[row], "values": old_values[row]},
                 **{"where": one.prompt.where, "extra": one.prompt.extra},
                 **({"gold_scores": scores["gold_scores"][row]} if "gold_scores" in scores else {}),
+                **({} if self._vllm is None else {"engine_logps": [sampled.logp for sampled in one.samples]}),
             }
             for row, one in enumerate(answered)
         ]
+
+    def _answers(self, prompts: Sequence[list[int]], rollout: int) -> list[list[Sampled]]:
+        """The answers of the current weights to every prompt, which are token ids, on every rank."""
+        trainer = self._trainer
+        chunk_size = 1024 if self._vllm is not None else 32 if trainer.args.device.type == "cpu" else 64
+        settings = trainer.args.sampling.resolved(context=None, chunk_size=chunk_size)
+        settings = replace(settings, seed=derived_seed(trainer.args.seed, rollout))
+        if self._vllm is not None:
+            return self._vllm.sample(prompts, settings)
+        self._engine = self._engine or TransformersEngine(trainer.model, trainer.processing_class)
+        return sample_answers(trainer, self._engine, prompts, settings)
 
     def _scores(
         self, name: str, annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int
@@ -415,6 +399,18 @@ def _divergence(record: Record) -> float:
     return sum(map(sum, record["behavior_logps"])) - sum(map(sum, record["ref_logps"]))
 
 
+def _engine_gap(records: Sequence[Record]) -> float:
+    """Mean difference of the log-probabilities of whole answers by policy and engine, per token; NaN without them."""
+    if "engine_logps" not in records[0]:
+        return math.nan
+    differences = (
+        abs(sum(own) - theirs)
+        for record in records
+        for own, theirs in zip(record["behavior_logps"], record["engine_logps"], strict=True)
+    )
+    return sum(differences) / sum(len(ids) for record in records for ids in record["response_ids"])
+
+
 def _scaled(record: Record, scores: Sequence[float | None], clip: float | None) -> list[float | None]:
     scale = ScoreScale(record["score_mean"], record["score_std"])
     return [None if score is None else scale.apply(score, clip) for score in scores]
@@ -440,6 +436,7 @@ def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig)
         clipped,
         coefficient,
         sum(gold) / len(gold) if gold else math.nan,
+        _engine_gap([record]),
     ]
 
 

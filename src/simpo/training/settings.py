@@ -55,6 +55,7 @@ _NO_INFLUENCE = {
     "log_level", "log_level_replica", "log_on_each_node", "output_dir",
     "per_device_eval_batch_size", "per_device_train_batch_size",  # the rows per step count
     "project", "reference_cache", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id",
+    "gpu_memory_utilization", "max_model_len", "tensor_parallel_size",  # of vLLM
 }  # fmt: skip
 _NO_INFLUENCE_PREFIXES = ("hub_", "logging_", "push_to_hub", "save_")
 # Arguments of torch.utils.checkpoint that a recipe can set.

@@ -23,10 +23,10 @@ from simpo.data.sources import load_rows
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answerer
 from simpo.evaluation.compare import CompareSettings, compare, make_judges
-from simpo.generation.engine import load_vllm
 from simpo.generation.sample import FILE_NAME as RESPONSES
 from simpo.generation.sample import Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings, derived_seed
+from simpo.generation.vllm import load_vllm
 from simpo.judging.annotate import annotate
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import check_judges_anew, make_annotator
