@@ -57,6 +57,8 @@ class FolderEngine:
         self._dtype, self._arguments = getattr(torch, model.dtype), engine_args
         self._tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
         self._stop_ids = stop_ids
+        with Path("started.txt").open("a") as file:
+            file.write("started\n")
         self.read(Path(model.model_name_or_path))
 
     def read(self, folder):
@@ -193,11 +195,28 @@ def test_a_run_that_was_killed_continues_with_a_new_engine(recipe, tmp_path):
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
 
 
-def test_an_engine_with_other_weights_than_the_policys_is_noticed(recipe, monkeypatch, capsys):
+def test_an_engine_that_keeps_old_weights_is_started_anew(recipe, monkeypatch, caplog):
+    """Its answers are not used: rollouts and weights are those of the model in memory."""
+    assert main(recipe(engine="transformers", output_dir="memory")) == 0
     monkeypatch.setattr(sampling, "VllmEngine", StaleEngine)
-    assert main(recipe(learning_rate=0.1)) == 2
+    assert main(recipe()) == 0
+    assert rollouts("out")[0] == rollouts("memory")[0] and differs(weights("memory"), weights("out")) == 0
+    started = Path("started.txt").read_text().splitlines()
+    assert len(started) == 3 and len(Path("asked.txt").read_text().splitlines()) == 4  # one of them in vain
+    assert sum("is started anew for every rollout" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_an_engine_with_other_weights_than_the_policys_is_an_error(recipe, monkeypatch, capsys):
+    class Other(FolderEngine):
+        def read(self, folder):
+            super().read(folder)
+            with torch.no_grad():
+                self._engine.model.get_output_embeddings().weight.mul_(30)
+
+    monkeypatch.setattr(sampling, "VllmEngine", Other)
+    assert main(recipe()) == 2
     error = capsys.readouterr().err
-    assert error.startswith("simpo: error: engine: rollout 1: ") and error.count("\n") == 1, error
+    assert error.startswith("simpo: error: engine: vLLM's log-probabilities") and error.count("\n") == 1, error
 
 
 def test_the_engine_has_room_for_the_longest_answer_and_the_recipes_arguments(recipe):

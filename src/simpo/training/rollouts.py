@@ -49,14 +49,13 @@ from simpo.training.batches import (
 )
 from simpo.training.configs import OnlineConfig
 from simpo.training.reference import ReferenceModel
-from simpo.training.sampling import VllmSampler, preserve_rng_state, sample_answers
+from simpo.training.sampling import VllmSampler, engine_gap, preserve_rng_state, sample_answers
 from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "rollouts"
 _IDENTITY = "training.json"
-_LARGEST_GAP = 0.1  # nats a token; of the roundings of bf16 in two libraries it is about a hundredth
 Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
 Scores = list[float | None]  # of the answers to a prompt; None where there is none
 # Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
@@ -209,11 +208,6 @@ class RolloutFiles:
                 )
         with preserve_rng_state(args.device):
             records = self._sampled(place, annotator)
-        if (gap := _engine_gap(records)) > _LARGEST_GAP:
-            raise SimpoError(
-                f"engine: rollout {place.rollout}: vLLM's log-probabilities differ from the policy's by {gap:.2g} nats "
-                "a token, so that it does not sample from the policy; use engine: transformers"
-            )
         if args.gradient is not None:
             columns = adapted_columns(records, previous, args)
             records = [{**record, **columns} for record in records]
@@ -232,7 +226,8 @@ class RolloutFiles:
         """Answer, score, and compute log-probabilities under the policy and the reference, and values, if needed."""
         trainer = self._trainer
         tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
-        samples = self._answers([one.ids for one in prompts], place.rollout)
+        samples, logps, old_values = self._answers([one.ids for one in prompts], place.rollout)
+        ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         answered = list(map(AnsweredPrompt, prompts, samples, response_texts(tokenizer, prompts, samples)))
         scores: Any = {}
         if trainer.is_world_process_zero():
@@ -240,15 +235,11 @@ class RolloutFiles:
             if trainer.gold_annotator is not None:
                 scores["gold_scores"] = self._scores("gold_annotator", trainer.gold_annotator, answered, place.rollout)
         scores = from_main(scores)
-        ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
-        rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
-        behavior, values = self._logps_and_values(rows)
-        reference = None
+        ref_logps: list[Any] = [None] * len(ids)
         if self._reference.has_copy:
             with self._reference.in_place():
-                reference = self._logps(rows)
-        numbers = (behavior, reference, values)
-        logps, ref_logps, old_values = ([None] * len(ids) if one is None else _by_response(one, ids) for one in numbers)
+                rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
+                ref_logps = _by_response(self._logps(rows), ids)
         return [
             {
                 **{"id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns},
@@ -262,8 +253,17 @@ class RolloutFiles:
             for row, one in enumerate(answered)
         ]
 
-    def _answers(self, prompts: Sequence[list[int]], rollout: int) -> list[list[Sampled]]:
-        """The answers of the current weights to every prompt, which are token ids, on every rank."""
+    def _answers(self, prompts: Sequence[list[int]], rollout: int) -> tuple[list[list[Sampled]], list[Any], list[Any]]:
+        """The current weights' answers to prompts, which are token ids, their tokens' log-probabilities, and values."""
+        samples = self._samples(prompts, rollout)
+        ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
+        behavior, values = self._logps_and_values(Dataset.from_dict({"prompt_ids": prompts, "response_ids": ids}))
+        logps = _by_response(behavior, ids)
+        if self._vllm is not None and not self._vllm.accepts(samples, logps):
+            return self._answers(prompts, rollout)  # by an engine that is started anew
+        return samples, logps, [None] * len(ids) if values is None else _by_response(values, ids)
+
+    def _samples(self, prompts: Sequence[list[int]], rollout: int) -> list[list[Sampled]]:
         trainer = self._trainer
         chunk_size = 1024 if self._vllm is not None else 32 if trainer.args.device.type == "cpu" else 64
         settings = trainer.args.sampling.resolved(context=None, chunk_size=chunk_size)
@@ -399,18 +399,6 @@ def _divergence(record: Record) -> float:
     return sum(map(sum, record["behavior_logps"])) - sum(map(sum, record["ref_logps"]))
 
 
-def _engine_gap(records: Sequence[Record]) -> float:
-    """Mean difference of the log-probabilities of whole answers by policy and engine, per token; NaN without them."""
-    if "engine_logps" not in records[0]:
-        return math.nan
-    differences = (
-        abs(sum(own) - theirs)
-        for record in records
-        for own, theirs in zip(record["behavior_logps"], record["engine_logps"], strict=True)
-    )
-    return sum(differences) / sum(len(ids) for record in records for ids in record["response_ids"])
-
-
 def _scaled(record: Record, scores: Sequence[float | None], clip: float | None) -> list[float | None]:
     scale = ScoreScale(record["score_mean"], record["score_std"])
     return [None if score is None else scale.apply(score, clip) for score in scores]
@@ -436,7 +424,7 @@ def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig)
         clipped,
         coefficient,
         sum(gold) / len(gold) if gold else math.nan,
-        _engine_gap([record]),
+        engine_gap([record["behavior_logps"]], [record["engine_logps"]]) if "engine_logps" in record else math.nan,
     ]
 
 

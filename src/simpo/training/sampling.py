@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from simpo.runs.files import provisional, remove_folder, staged_folder
 from simpo.training.checkpoints import shared_staging
 from simpo.training.packed import PackedTrainer
 from simpo.training.sharding import whole_weights
+
+logger = logging.getLogger(__name__)
 
 # Variables by which a launcher (torchrun, accelerate launch) tells a process its place among those that train.
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
@@ -63,7 +66,11 @@ def preserve_rng_state(device: torch.device) -> Iterator[None]:
     np.random.set_state(numpy_state)
 
 
-# ---- vLLM, which the main process starts once and which takes over the current weights before every sampling.
+# ---- vLLM, which the main process starts, and to which it hands over the current weights before every sampling.
+
+# Nats a token by which log-probabilities may differ: right after a start (in bf16, rounding is about a hundredth), and
+# when other weights have been loaded since, as a multiple of that and a sum.
+_LARGEST_GAP, _TIMES, _PLUS = 0.1, 10, 1e-5
 
 
 class VllmSampler:
@@ -71,7 +78,7 @@ class VllmSampler:
 
     ``trainer`` has an :class:`~simpo.training.configs.OnlineConfig`, and ``loading`` is how its model was loaded. The
     files are the policy's whole weights, also where they are sharded, with an adapter merged into them; they are
-    removed when vLLM has read them.
+    removed when vLLM has read them. vLLM is started once and loads later weights in place, unless that proves wrong.
 
     Raises:
         SimpoError: vLLM is not installed, has no such arguments or cannot start, or the model is one in 4 bits.
@@ -80,6 +87,7 @@ class VllmSampler:
     def __init__(self, trainer: PackedTrainer, loading: ModelArguments | None, folder: Path) -> None:
         self._trainer, self._loading, self._folder = trainer, loading or ModelArguments(""), folder
         self._engine: VllmEngine | None = None
+        self._fresh, self._reloads, self._rounding = True, True, 0.0  # the same on all ranks
         self._arguments: dict[str, Any] = {"max_model_len": trainer.args.max_length, **trainer.args.vllm_arguments()}
         if "enable_sleep_mode" in self._arguments:
             raise SimpoError("engine_args: enable_sleep_mode: vLLM is awake all the time; lower gpu_memory_utilization")
@@ -98,6 +106,31 @@ class VllmSampler:
             found = list(sample_chunks(self._engine, prompts, settings, missing_chunks(prompts, settings)))
         return gather(from_main(found), len(prompts))
 
+    def accepts(self, samples: Sequence[Sequence[Sampled]], logps: Sequence[Sequence[Sequence[float]]]) -> bool:
+        """Whether the last answers are of the current weights; if not, those that are sampled next are by a new vLLM.
+
+        ``logps`` are log-probabilities of the tokens by the policy. Raises :class:`SimpoError` if it was a new one.
+        """
+        gap = engine_gap(logps, [[one.logp for one in answers] for answers in samples])
+        if self._fresh:
+            if gap > _LARGEST_GAP:
+                raise SimpoError(
+                    f"engine: vLLM's log-probabilities differ from the policy's by {gap:.2g} nats a token, so that it "
+                    "samples from something else; use engine: transformers"
+                )
+            self._rounding, self._fresh = gap, not self._reloads
+            return True
+        if gap <= _TIMES * self._rounding + _PLUS:
+            return True
+        logger.warning(
+            "engine: vLLM has not taken over all weights (its log-probabilities differ by %.2g nats a token, after a "
+            "start by %.2g): it is started anew for every rollout",
+            gap,
+            self._rounding,
+        )
+        self._fresh, self._reloads = True, False
+        return False
+
     def _write_weights(self) -> None:
         trainer, main = self._trainer, self._trainer.is_world_process_zero()
         adapter = self._folder.with_name("adapter") if isinstance(trainer.model, PeftModel) else None
@@ -115,14 +148,15 @@ class VllmSampler:
 
     def _load_weights(self) -> None:
         """Start vLLM with the weights in the files, or let it read them."""
-        if self._engine is not None:
+        if self._engine is not None and not self._fresh:
             self._engine.reload(self._folder)
         else:
+            self._engine = None
             model: Any = self._trainer.model
             with self._trainer.accelerator.autocast():
                 kind = str(computes_in(model)).removeprefix("torch.")
             stops = stop_ids(self._trainer.processing_class, model.generation_config)
-            free_memory()  # vLLM measures what is left
+            free_memory()  # which ends the one before; vLLM measures what is left
             with _outside_the_launch():
                 self._engine = VllmEngine(self._named(self._folder, kind), stops, self._arguments)
         remove_folder(self._folder)
@@ -132,6 +166,17 @@ class VllmSampler:
         return ModelArguments(
             str(folder), dtype=dtype, trust_remote_code=own.trust_remote_code, allow_pickle=own.allow_pickle
         )
+
+
+def engine_gap(policy: Sequence[Sequence[Sequence[float]]], engine: Sequence[Sequence[float | None]]) -> float:
+    """Mean difference of an answer's log-probability by policy and engine, in nats a token.
+
+    Args:
+        policy: for every prompt and answer, those of the tokens.
+        engine: for every prompt, those of whole answers.
+    """
+    pairs = [pair for own, theirs in zip(policy, engine, strict=True) for pair in zip(own, theirs, strict=True)]
+    return sum(abs(sum(own) - (theirs or 0.0)) for own, theirs in pairs) / sum(len(own) for own, _ in pairs)
 
 
 @contextmanager
