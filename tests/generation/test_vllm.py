@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig
+from tests.forked import run_ranks
 
 from simpo.cli import main
 from simpo.errors import SimpoError
@@ -99,6 +105,32 @@ def test_other_weights_are_read_and_nothing_computed_remains(engine, tmp_path, m
     monkeypatch.setattr(LLM, "collective_rpc", lambda self, name: None)  # of an older vLLM
     with pytest.raises(SimpoError, match=r"engine: vLLM 0\.0 cannot load other weights: .*kwargs"):
         engine.reload(tmp_path)
+
+
+def test_its_processes_end_with_one_that_is_killed(vllm, monkeypatch, tmp_path):
+    class Starting(LLM):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+            self.process.start()
+            (tmp_path / "pid").write_text(str(self.process.pid))
+
+    def killed():
+        engine = VllmEngine(ModelArguments("some/model"), [STOP])
+        os.kill(os.getpid(), signal.SIGKILL)
+        return engine
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", Starting)
+    assert run_ranks(1, killed, folder=tmp_path).codes == [-signal.SIGKILL]
+    pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 20
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)
+
+
+def is_running(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_the_checkpoints_sampling_settings_are_not_used(engine):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -62,6 +64,7 @@ class VllmEngine:
         self._vllm = load_vllm(model, engine_args)
         self._stop_ids = stop_ids
         given: dict[str, Any] = {"tensor_parallel_size": max(1, torch.cuda.device_count()), **engine_args}
+        others = multiprocessing.active_children()
         with third_party(f"engine: vLLM cannot start with {given}"):
             self._llm = self._vllm.LLM(
                 model=model.model_name_or_path,
@@ -72,6 +75,8 @@ class VllmEngine:
                 logprobs_mode="raw_logprobs",
                 **given,
             )
+
+        self._watcher = _end_with_this_process([one for one in multiprocessing.active_children() if one not in others])
 
     def reload(self, folder: Path) -> None:
         """Sample from other weights of the same model from now on, those in ``folder``; nothing computed remains."""
@@ -107,3 +112,14 @@ class VllmEngine:
             logp = sum(step[token_id].logprob for step, token_id in zip(output.logprobs, ids, strict=True))
             found.append(Sampled(ids, output.finish_reason == "stop", float(logp)))
         return found
+
+
+def _end_with_this_process(processes: Sequence[Any]) -> subprocess.Popen[bytes]:
+    """A watcher that kills ``processes`` when this one has ended or the watcher is garbage.
+
+    vLLM's own would outlive a process that was killed, and keep the memory of the GPUs.
+    """
+    command = ["sh", "-c", 'read -r line; kill -9 "$@"', "sh", *(str(process.pid) for process in processes)]
+    return subprocess.Popen(  # noqa: S603 - numbers of processes
+        command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
