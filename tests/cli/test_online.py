@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 from tests.forked import run_ranks
+from tests.servers.chat_server import ChatServer, completion
 from torch.distributed.tensor import DTensor
 
 from simpo.cli import main
@@ -123,6 +124,24 @@ def test_several_annotators_score_a_killed_run(recipe, tmp_path, capsys):
     assert main(arguments) == 0
     for path in [*Path("whole/rollouts").glob("0*"), Path("whole/model.safetensors")]:
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
+
+
+def test_a_judge_behind_a_server_scores_the_answers(recipe, tmp_path, monkeypatch):
+    """Every answer is compared with the others; the shorter one wins here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def answer(body):
+        a, b = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_", body["messages"][0]["content"], re.DOTALL)
+        return completion(f"[[{'A' if len(a) < len(b) else 'B'}]]")
+
+    with ChatServer(answer) as server:
+        judge = {"annotator": "api", "judge_url": server.url, "judge_model": "m", "annotator_yes": True}
+        assert main(recipe(**judge, max_steps=2)) == 0
+    assert server.bodies
+    for row in read_lines(Path("out/rollouts/000000.jsonl")):
+        sizes = [len(text) for text in row["responses"]]
+        best, worst = np.argmax(row["scores"]), np.argmin(row["scores"])
+        assert sizes[best] <= sizes[worst] and (len(set(sizes)) == 1 or row["scores"][best] > row["scores"][worst])
 
 
 def test_a_gold_annotator_is_not_trained_on(recipe):
