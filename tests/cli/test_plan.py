@@ -103,7 +103,9 @@ def test_the_command_decides_which_keys_there_are(folder, tmp_path, capsys) -> N
 def test_a_recipe_may_have_the_keys_of_its_command(folder, capsys) -> None:
     """Those that only matter while training runs, too."""
     given = [folder, "--dataset_name", "none", *LENGTHS, "--gpu", "h100", "--json", "true", "--eval_generations", "8"]
-    code, text = planned(capsys, *given, "--command", "online", "--annotator", "exact", "--max_new_tokens", "20")
+    code, text = planned(
+        capsys, *given, "--command", "online", "--annotator", "exact", "--max_new_tokens", "20", "--engine", "vllm"
+    )
     assert code == 0
     assert json.loads(text)["recipe"]["fits"]
 
