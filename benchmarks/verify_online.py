@@ -36,7 +36,7 @@ def greedy(model: Any, prompt: list[int], length: int) -> tuple[list[int], float
 def main(name: str, folder: str) -> int:
     """Print how many answers are those of the current, and of the old weights; 1 if a current one is not."""
     steps = [name, *map(str, sorted(Path(folder).glob("checkpoint-*"), key=step_of))]
-    models = [load_model(step, ModelArguments(step, dtype="float32")).eval() for step in steps]
+    models = [load_model(ModelArguments(step, dtype="float32")).eval() for step in steps]
     wrong, old, worst, total = 0, 0, 0.0, 0
     for path, (before, now) in zip(
         sorted(Path(folder, "rollouts").glob("0*.jsonl")), pairwise([None, *models]), strict=False

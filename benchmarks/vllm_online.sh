@@ -55,12 +55,12 @@ for model in model tied; do
   echo "== all weights, greedy answers: $model"
   run simpo.cli online "$out/$model" "${common[@]}" "${greedy[@]}" "${vllm[@]}" --learning_rate 1e-3 --output_dir "$out/$model-greedy"
   grep "anew" "$out/log" || true
-  "$python" -m benchmarks.verify_online "$out/$model" "$out/$model-greedy" 2>"$out/log"
+  "$python" -m benchmarks.verify_online "$out/$model" "$out/$model-greedy"
 done
 echo "== an adapter on two processes, greedy answers"
 run torch.distributed.run --nproc_per_node 2 -m simpo.cli online "$out/model" "${common[@]}" "${greedy[@]}" "${vllm[@]}" \
   --per_device_train_batch_size 8 --learning_rate 1e-2 --use_peft --lora_r 8 --output_dir "$out/adapter"
-"$python" -m benchmarks.verify_online "$out/model" "$out/adapter" 2>"$out/log"
+"$python" -m benchmarks.verify_online "$out/model" "$out/adapter"
 
 echo "== killed after its second rollout, and continued"
 run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/whole"
