@@ -30,11 +30,11 @@ from simpo.training import sampling
 from simpo.training.online import OnlineTrainer
 
 RECIPE = {
-    **{"objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2},
-    **{"learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "report_to": "none", "use_cpu": True},
-    **{"save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "trust_remote_code": True, "dtype": "float64"},
-    **{"annotator": "function:scorers:short", "generation_batch_size": 32},
-}
+    "objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2,
+    "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "report_to": "none", "use_cpu": True,
+    "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "trust_remote_code": True, "dtype": "float64",
+    "annotator": "function:scorers:short", "generation_batch_size": 32,
+}  # fmt: skip
 SCORERS = """
 import os, signal
 from pathlib import Path

@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 # Keys of a checkpoint's generation configuration that the settings replace or that do not change what is sampled.
 _HARMLESS_KEYS = {
-    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("cache_implementation", "trust_remote_code"),
-}
+    "do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens",
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "cache_implementation", "trust_remote_code",
+}  # fmt: skip
 
 Images = tuple[ImageTensors, ...]
 

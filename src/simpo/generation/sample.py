@@ -368,7 +368,9 @@ def sample_from_server(
         for line in [f"model: {endpoint.model} at {endpoint.base_url}", *report.lines()]:
             run.log(line)
         identity = {
-            **{"model": endpoint.model, "engine": "server", "prompts": fingerprint([prompt.id for prompt in prompts])},
+            "model": endpoint.model,
+            "engine": "server",
+            "prompts": fingerprint([prompt.id for prompt in prompts]),
             **columns_identity(prompts),
             **dataclasses.asdict(settings),
         }

@@ -21,9 +21,9 @@ from simpo.models.settings import ModelArguments
 
 # Engine arguments that the command's own options set, or that sampling depends on.
 _FIXED = (
-    *("model", "tokenizer", "revision", "trust_remote_code", "dtype"),
-    *("generation_config", "logprobs_mode", "runner"),
-)
+    "model", "tokenizer", "revision", "trust_remote_code", "dtype",
+    "generation_config", "logprobs_mode", "runner",
+)  # fmt: skip
 
 
 def import_vllm(engine_args: Mapping[str, Any]) -> Any:

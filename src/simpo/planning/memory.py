@@ -63,14 +63,14 @@ def measure_kept(blueprint: Blueprint) -> Kept:
 # States by transformers' names of optimizers: how many of each weight, and the bits of a number (None: as many as the
 # weight's). Those of paged ones are in the host's memory where the GPU has no room.
 _STATES: dict[str, tuple[int, int | None]] = {
-    **{"adamw_torch": (2, None), "adamw_torch_fused": (2, None), "stable_adamw": (2, None)},
-    **{"sgd": (0, None), "adagrad": (1, None), "rmsprop": (1, None), "lomo": (0, None)},
-    **{"adamw_torch_8bit": (2, 8), "adamw_torch_4bit": (2, 4), "adamw_bnb_8bit": (2, 8), "adamw_8bit": (2, 8)},
-    **{"ademamix": (3, 32), "ademamix_8bit": (3, 8), "lion_32bit": (1, 32), "lion_8bit": (1, 8)},
-    **{"rmsprop_bnb": (1, 8), "rmsprop_bnb_8bit": (1, 8), "rmsprop_bnb_32bit": (1, 32), "grokadamw": (3, 32)},
-    **{"schedule_free_adamw": (2, 32), "schedule_free_radam": (2, 32), "schedule_free_sgd": (1, 32)},
+    "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "stable_adamw": (2, None),
+    "sgd": (0, None), "adagrad": (1, None), "rmsprop": (1, None), "lomo": (0, None),
+    "adamw_torch_8bit": (2, 8), "adamw_torch_4bit": (2, 4), "adamw_bnb_8bit": (2, 8), "adamw_8bit": (2, 8),
+    "ademamix": (3, 32), "ademamix_8bit": (3, 8), "lion_32bit": (1, 32), "lion_8bit": (1, 8),
+    "rmsprop_bnb": (1, 8), "rmsprop_bnb_8bit": (1, 8), "rmsprop_bnb_32bit": (1, 32), "grokadamw": (3, 32),
+    "schedule_free_adamw": (2, 32), "schedule_free_radam": (2, 32), "schedule_free_sgd": (1, 32),
     **{f"paged_{name}_{bits}bit": (0, bits) for name in ("adamw", "ademamix", "lion") for bits in (8, 32)},
-}
+}  # fmt: skip
 # Temporary tensors of PyTorch's own: on a GPU each as large as all weights together, elsewhere as the largest weight.
 _TEMPORARY = {"adamw_torch": (1, 2), "adagrad": (2, 1), "rmsprop": (1, 1)}
 _SCALED = 256  # 8-bit numbers that share an fp32 scale; of 4-bit ones half as many

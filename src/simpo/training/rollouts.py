@@ -64,9 +64,9 @@ Scores = list[float | None]  # of the answers to a prompt; None where there is n
 # score_clip changes, the KL coefficient of the rollout, the mean score by the gold annotator, and the difference from
 # the log-probabilities by vLLM, in nats a token.
 _PARTS = (
-    *("reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef"),
-    *("gold", "engine_gap"),
-)
+    "reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef",
+    "gold", "engine_gap",
+)  # fmt: skip
 ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in _PARTS)
 
 
@@ -242,16 +242,16 @@ class RolloutFiles:
                 ref_logps = _by_response(self._logps(rows), ids)
         return [
             {
-                **{"id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns},
-                **{"responses": one.texts, "finished": [sampled.finished for sampled in one.samples]},
-                **{"scores": scores["scores"][row], "prompt_ids": one.prompt.ids, "response_ids": ids[row]},
-                **{"behavior_logps": logps[row], "ref_logps": ref_logps[row], "values": old_values[row]},
-                **{"where": one.prompt.where, "extra": one.prompt.extra},
+                "id": one.prompt.id, "prompt": one.prompt.content, **one.prompt.context.columns,
+                "responses": one.texts, "finished": [sampled.finished for sampled in one.samples],
+                "scores": scores["scores"][row], "prompt_ids": one.prompt.ids, "response_ids": ids[row],
+                "behavior_logps": logps[row], "ref_logps": ref_logps[row], "values": old_values[row],
+                "where": one.prompt.where, "extra": one.prompt.extra,
                 **({"gold_scores": scores["gold_scores"][row]} if "gold_scores" in scores else {}),
                 **({} if self._vllm is None else {"engine_logps": [sampled.logp for sampled in one.samples]}),
             }
             for row, one in enumerate(answered)
-        ]
+        ]  # fmt: skip
 
     def _answers(self, prompts: Sequence[list[int]], rollout: int) -> tuple[list[list[Sampled]], list[Any], list[Any]]:
         """The current weights' answers to prompts, which are token ids, their tokens' log-probabilities, and values."""

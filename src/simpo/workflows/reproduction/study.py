@@ -49,9 +49,9 @@ HELD_OUT_PAIRS = "held-out-pairs.jsonl"
 SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=48, chunk_size=128)
 _KL_ROWS = 64  # held-out pairs on which the divergence is measured
 _TRAINING: dict[str, Any] = {
-    **{"per_device_train_batch_size": 16, "num_train_epochs": 1, "max_length": 128},
-    **{"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True},
-}
+    "per_device_train_batch_size": 16, "num_train_epochs": 1, "max_length": 128,
+    "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def _pair(folder: Path, name: str, prompts: str) -> None:
 
 REGISTERED = Path(__file__).parent / "studies.yaml"
 METRICS = (
-    *("win_rate", "score", "correct", "tokens", "ended"),  # of answers
-    *("accuracy", "ranking_agreement", "reward_length_rho", "kl", "seconds"),
-)
+    "win_rate", "score", "correct", "tokens", "ended",  # of answers
+    "accuracy", "ranking_agreement", "reward_length_rho", "kl", "seconds",
+)  # fmt: skip
 _TUNING_SEED = 0
 OWN_KEYS = ("grid", "pairs", "learning_rate_times")  # of arms; the others are keys of recipes
 
