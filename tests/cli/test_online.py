@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -17,6 +18,7 @@ from scipy.stats import rankdata
 from tests.forked import run_ranks
 from tests.servers.chat_server import ChatServer, completion
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.cli import main
 from simpo.runs.files import read_lines
@@ -207,9 +209,9 @@ def sharded(arguments):
 
 @pytest.mark.parametrize("objective", ["grpo", "dpo"])
 def test_sharded_weights_train_as_whole_ones(recipe, objective, chat_world, tmp_path):
-    """Also where a rank generates more often than the other: 4 answers are a batch, and there are 3 of them."""
+    """Also where a rank generates more often than the other (3 batches of 4 answers), or alone (a single batch)."""
     shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
-    shared |= {"save_strategy": "no", "num_generations": 3, "generation_batch_size": 4}
+    shared |= {"save_strategy": "no", "num_generations": 3, "generation_batch_size": 4 if objective == "grpo" else 12}
     if objective == "grpo":
         shared |= {"kl_estimator": "exact", "ptx_weight": 0.5, "ptx_dataset_name": chat_world / "sft.jsonl"}
     assert main(recipe(**shared, output_dir="one")) == 0
@@ -224,9 +226,26 @@ def test_sharded_weights_train_as_whole_ones(recipe, objective, chat_world, tmp_
         assert [row["response_ids"] for row in first] == [row["response_ids"] for row in second]
 
 
-def test_a_value_function_next_to_sharded_weights_is_refused(recipe, tmp_path):
-    found = run_ranks(2, sharded, recipe(objective="ppo", fsdp=True, ddp_backend="gloo"), folder=tmp_path)
-    assert found.codes == [2, 2] and "fsdp: " in found.stderr and not Path("out").exists(), found.stderr
+@pytest.mark.parametrize("network", [False, True])
+def test_a_value_function_next_to_sharded_weights(recipe, network, chat_world, tmp_path):
+    """The head or the network is whole on every rank; checkpoints continue on one process without sharding."""
+    shared = {"objective": "ppo", "dtype": "float64", "optim": "adamw_torch", "sync_every": 1, "save_steps": 3}
+    if network:
+        torch.manual_seed(1)
+        AutoModelForSequenceClassification.from_pretrained(chat_world / "model", num_labels=1).save_pretrained("judge")
+        AutoTokenizer.from_pretrained(chat_world / "model").save_pretrained("judge")
+        shared |= {"value_model": "judge", "value_learning_rate": 0.01}
+    assert main(recipe(**shared, output_dir="one")) == 0
+    layers = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "GPT2Block"}, "ddp_backend": "gloo"}
+    arguments = recipe(**shared | layers, output_dir="two", per_device_train_batch_size=2)
+    found = run_ranks(2, sharded, arguments, folder=tmp_path)
+    assert found.codes == [0, 0], found.stderr
+    assert main(recipe(**shared, output_dir="three", resume_from_checkpoint="two/checkpoint-3")) == 0
+    for name in ("model.safetensors", "checkpoint-6/model.safetensors", "checkpoint-6/value.safetensors"):
+        one, *others = (load_file(Path(folder, name)) for folder in ("one", "two", "three"))
+        assert all((one[key] - other[key]).abs().max() < 1e-9 for other in others for key in one), name
+    start = load_file(Path("one/checkpoint-3/value.safetensors"))
+    assert any((start[key] - one[key]).abs().max() > 1e-4 for key in one)  # it learns
 
 
 @pytest.mark.parametrize(

@@ -104,18 +104,15 @@ class OnlineTrainer(PreferenceTrainer):
     ) -> None:
         self._value: ValueFunction | None = None
         self._ptx: Pretraining | None = None
+        self._made_optimizer = False
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
             raise SimpoError("deepspeed: its engine cannot sample answers between steps; use fsdp, or simpo loop")
-        if self.args.ppo is not None and self._shards:
-            raise SimpoError(
-                "fsdp: ppo's value function has no place in an optimizer of sharded weights; use rloo or DDP"
-            )
         self._gradient = self.args.gradient
         if self._gradient is not None:
             self._reference.keep_copy()  # for the KL divergence
             if self.args.ppo is not None:
-                if self.optimizer is not None:
+                if self.optimizer is not None and not self._made_optimizer:
                     raise SimpoError("optimizers: ppo adds the value function to the optimizer; leave it out")
                 self._value = ValueFunction(self.model, self.args, self.processing_class, loading)
             if self.args.ptx_dataset_name is not None:
@@ -377,9 +374,16 @@ class OnlineTrainer(PreferenceTrainer):
         """As in ``Trainer``, with the value function's parameters."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        self._made_optimizer = self._made_optimizer or new
         if new and self._value is not None:
             self._value.add_to_optimizer(optimizer, self)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``Trainer``, which by now has exchanged the optimizer's parameters for their shards."""
+        if self._value is not None and self._shards:
+            self._value.add_to_optimizer(self.optimizer, self)
+        return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """As in the base, with the gradients of the pretraining loss and of the value function."""

@@ -166,6 +166,8 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     This takes the memory of the whole model's weights on every device. Without FSDP2 nothing changes.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # Trainer's variant of the method, after which the root's weights are sharded again
+    generate = vars(model).pop("generate", None) if shards else None
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -173,6 +175,8 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         reshard(model)
+        if generate is not None:
+            model.generate = generate
         for module in shards:  # the root's are needed again at once, in the backward
             again = accelerator.state.fsdp_plugin.reshard_after_forward and module is not model
             module.set_reshard_after_forward(bool(again), recurse=False)

@@ -31,7 +31,7 @@ class ValueFunction:
     """Predicts the rewards that are still to come from the text before a token.
 
     The trainer's optimizer and schedule update it with the policy. It is not part of the trainer's model, so that the
-    model is saved without it; gradients are averaged over ranks, and clipped, here.
+    model is saved without it; gradients are averaged over ranks, and clipped, here. Every rank has all of it.
 
     Args:
         policy: the model that is trained.
