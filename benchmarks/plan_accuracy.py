@@ -155,7 +155,7 @@ class _Times(TrainerCallback):
 def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
     """Seconds of the run's steps."""
     kind, times = KINDS[run.command], _Times()
-    model: Any = kind.load(str(folder), ModelArguments(str(folder), **run.model))
+    model: Any = kind.load(ModelArguments(str(folder), **run.model))
     if device().type == "cpu":  # the weights are mapped from their file
         model = copy.deepcopy(model)
     kind(model, args=config_of(run, folder, steps), train_dataset=rows, callbacks=[times]).train()

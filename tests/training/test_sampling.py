@@ -33,7 +33,7 @@ RECIPE = {
     "objective": "rloo", "num_generations": 4, "max_length": 40, "max_new_tokens": 8, "sync_every": 2,
     "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_steps": 6, "report_to": "none", "use_cpu": True,
     "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "trust_remote_code": True, "dtype": "float64",
-    "annotator": "function:scorers:short", "generation_batch_size": 32,
+    "annotator": "function:deadly_scorers:short", "generation_batch_size": 32,
 }  # fmt: skip
 SCORERS = """
 import os, signal
@@ -89,7 +89,7 @@ def recipe(chat_world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=EngineArgs, __version__="0.0"))
     monkeypatch.setattr(sampling, "VllmEngine", FolderEngine)
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    (tmp_path / "scorers.py").write_text(SCORERS)
+    (tmp_path / "deadly_scorers.py").write_text(SCORERS)
 
     def write(**changes):
         here = {"model_name_or_path": str(chat_world / "model"), "dataset_name": str(chat_world / "train.jsonl")}
