@@ -37,7 +37,7 @@ class Kind:
     logged: bool = False  # whether the value that was logged last stands in where there is no other
 
     def fits(self, name: str, command: str, compared: bool) -> bool:
-        """Whether it is about the metric of this name; ``compared`` is whether that has a value before training."""
+        """Whether this kind covers the metric; ``compared`` tells whether the metric has a value before training."""
         of_run = not self.commands or command in self.commands
         return of_run and compared == ("{before}" in self.sentence) and re.fullmatch(self.metric, name) is not None
 
@@ -78,18 +78,18 @@ class Measure:
 
     @property
     def label(self) -> str:
-        """What was measured."""
+        """The name of the measurement as the report shows it."""
         return self.kind.label.format(**self.names)
 
     @property
     def verdict(self) -> str:
-        """Better, worse or unclear in words."""
+        """The wording of :attr:`direction`, which must not be ``"unknown"``."""
         words = dict(zip(("better", "worse", "unclear"), self.kind.verdicts, strict=True))
         return words[self.direction].format(**self.names)
 
     @property
     def statement(self) -> str:
-        """Its part of the headline."""
+        """The sentence about this measurement in the headline."""
         sentence = self.kind.sentence if self.before else self.kind.alone or self.kind.sentence
         values = {"before": self.text(self.before), "after": self.text(self.after), "n": f"{self.after.n:,}"}
         return sentence.format(**values, **self.names) + (f" ({self.change_text})" if self.change else "")
@@ -142,7 +142,7 @@ def deciding(measures: Sequence[Measure]) -> Measure | None:
 
 
 def _in_results(run: Run) -> Iterator[Measure]:
-    """What ``results.json`` says of it, in the order of the file; of a loop, of its last round."""
+    """The measurements in ``results.json``, in the order of the file; for a loop, those of its last round."""
     rounds = [int(one.name[6:].partition("/")[0]) for one in run.metrics if one.name.startswith("round-")]
     models = _model_names(run)
     for metric in run.metrics:

@@ -110,11 +110,11 @@ def _trainings(run: Run, several: bool) -> list[Run]:
     return parts
 
 
-# ---- What the page says of each run.
+# ---- The data of each run on the page.
 
 
 def _view(run: Run) -> Row:
-    """What the template shows of a run, apart from charts and examples."""
+    """The data that the template shows for one run, apart from charts and examples."""
     table: dict[str, dict[Stage | None, Metric]] = {}
     for metric in run.metrics or run.trained.metrics:
         if not metric.name.startswith("data/"):

@@ -91,7 +91,7 @@ class VllmSettings:
 
 @dataclass
 class EngineSettings(VllmSettings):
-    """What generates answers in training."""
+    """The engine that generates answers during training."""
 
     engine: Literal["transformers", "vllm"] = setting(
         "transformers", "What generates the answers: the model in memory, or vLLM, which reads its weights from files."

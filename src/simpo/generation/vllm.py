@@ -42,7 +42,7 @@ def import_vllm(engine_args: Mapping[str, Any]) -> Any:
 
 
 def load_vllm(model: ModelArguments, engine_args: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """As :func:`import_vllm`, for a model that it can load."""
+    """Like :func:`import_vllm`, but also refuses a model that vLLM cannot load."""
     vllm = import_vllm(engine_args)
     if find_adapter(model.model_name_or_path, model.model_revision) is not None:
         raise SimpoError("engine: vLLM takes whole models here; 'simpo merge' the adapter first")
@@ -79,7 +79,7 @@ class VllmEngine:
         self._watcher = _end_with_this_process([one for one in multiprocessing.active_children() if one not in others])
 
     def reload(self, folder: Path) -> None:
-        """Sample from other weights of the same model from now on, those in ``folder``; nothing computed remains."""
+        """Load the weights in ``folder``, which are of the same model, and clear the prefix cache."""
         with third_party(f"engine: vLLM {self._vllm.__version__} cannot load other weights"):
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         if not self._llm.reset_prefix_cache():
@@ -115,7 +115,7 @@ class VllmEngine:
 
 
 def _end_with_this_process(processes: Sequence[Any]) -> subprocess.Popen[bytes]:
-    """A watcher that kills ``processes`` when this one has ended or the watcher is garbage.
+    """Start a watcher that kills ``processes`` once this process ends or the watcher is garbage-collected.
 
     vLLM's own would outlive a process that was killed, and keep the memory of the GPUs.
     """

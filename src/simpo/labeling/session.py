@@ -198,7 +198,7 @@ _LONGEST_NAME, _LONGEST_NOTE = 60, 10_000  # characters
 
 
 class Session:
-    """The items and who judges them, while the page is open; everything that happens is in the store.
+    """The items and their labelers while the page is open; the store holds everything that happens.
 
     Some items are judged by every labeler, so that their agreement can be measured; every other item is judged by
     whoever comes first, and nobody else is shown it while somebody has had it on the screen for less than half an hour.
@@ -246,7 +246,7 @@ class Session:
             return self._page(labeler, item) | {"note": note}
 
     def _page(self, labeler: str, again: str | None = None) -> dict[str, Any]:
-        """What a labeler's page shows: the item to judge ``again``, or the first that is open."""
+        """The data for a labeler's page: the item to judge ``again``, or the first open one."""
         judgments = self._store.judgments()
         left = self._open(labeler, judgments)
         shown = again or next(iter(left), None)

@@ -140,7 +140,7 @@ class Step:
 
     @property
     def tightest(self) -> str:
-        """What computes at the peak."""
+        """The phase in which memory use peaks."""
         return max(self.peaks, key=lambda name: self.peaks[name])
 
 
@@ -191,7 +191,7 @@ def _traced(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) ->
 
 
 def _name_phases(layer: nn.Module, number: int, tracer: Tracer) -> None:
-    """Let the phase of ``tracer`` name the layer that computes, and the direction."""
+    """Make ``tracer.phase`` name the layer that is running, and whether it runs forward or backward."""
     forward, backward = f"forward of layer {number}", f"backward of layer {number}"
 
     def enters(*_: Any) -> None:
@@ -210,7 +210,7 @@ def _name_phases(layer: nn.Module, number: int, tracer: Tracer) -> None:
 
 
 def _forward_backward(model: Any, batch: PackedBatch, tracer: Tracer, blueprint: Blueprint) -> None:
-    """One micro-batch as the trainers compute it; of the loss only what is as large as a batch."""
+    """Run one micro-batch as the trainers do, keeping only the parts of the loss that scale with the batch."""
     if blueprint.cuda:
         batch = replace(batch, layout=replace(batch.layout, kernel=attention.varlen))
     chunk = ACCELERATOR_CHUNK if blueprint.cuda else CPU_CHUNK
@@ -314,7 +314,7 @@ class Tracer(TorchDispatchMode):
         return True
 
     def _attention_flops(self, name: str, args: Any) -> int:
-        """Two products of queries with keys or values in forward, and five in backward, one of them a repetition."""
+        """FLOPs of attention: two matrix products in forward and five in backward, where one is recomputed."""
         backward = "backward" in name
         query, key, value = args[1:4] if backward else args[:3]  # [T, heads, D] or [rows, heads, tokens, D]
         scores = self.pairs * query.shape[1] if "varlen" in name else query.shape[:-1].numel() * key.shape[-2]

@@ -1,4 +1,4 @@
-"""What determines a step's memory and cost; and a model with the shapes of the recipe's and no numbers."""
+"""The settings that determine the memory and cost of a step, and a model on the meta device with those shapes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from simpo.training.callbacks import checkpointed_layers
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What determines the memory and the cost of a step, apart from its micro-batch."""
+    """Everything that determines the memory and cost of a step, apart from its micro-batch."""
 
     arguments: ModelArguments  # which model, how it is loaded, and its adapter
     config: Any  # its configuration
@@ -50,7 +50,7 @@ class Blueprint:
 
     @classmethod
     def read(cls, arguments: ModelArguments, **others: Any) -> Blueprint:
-        """From a model's configuration, on disk or on the hub, and ``others`` of the fields; no weights are read."""
+        """Build it from a model configuration on disk or on the hub and further fields; no weights are read."""
         config = load_config(arguments)
         own = getattr(config.get_text_config(), "dtype", None) or torch.float32
         return cls(

@@ -199,7 +199,7 @@ class Planner:
 
     @cache  # noqa: B019
     def _step(self, choice: Choice) -> Step:
-        """What the heaviest micro-batch takes."""
+        """Memory and cost of the heaviest micro-batch."""
         batches = self._batches(choice.max_batch_tokens)
         blueprint = replace(
             self._blueprint,
@@ -229,7 +229,7 @@ class Planner:
         return replace(half, states=copy.gradients + copy.states, update=copy.update)
 
     def _shares(self, sharding: Sharding) -> list[float]:
-        """Of the weights that a process has, and of gradients and of the optimizer's work."""
+        """The fraction of the weights that one process holds, and that of the gradients and optimizer states."""
         return [1 / self.gpus if sharding in sharded else 1.0 for sharded in (_SHARDED, (*_SHARDED, "zero2"))]
 
     def _states(self, sharding: Sharding) -> dict[str, float]:
@@ -253,7 +253,7 @@ class Planner:
         }
 
     def _seconds(self, step: Step, kept: Kept, sharding: Sharding, batches: Batches, tokens: int) -> float | None:
-        """Seconds of an optimizer step of ``batches``, where ``step`` is one micro-batch of so many ``tokens``."""
+        """Seconds per optimizer step of ``batches``; ``step`` is the cost of one micro-batch of ``tokens`` tokens."""
         if self.rates is None:
             return None
         launches = self.rates.overhead * step.cost.operations

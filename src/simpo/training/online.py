@@ -380,7 +380,7 @@ class OnlineTrainer(PreferenceTrainer):
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As in ``Trainer``, which by now has exchanged the optimizer's parameters for their shards."""
+        """As in ``Trainer``; by now accelerate has replaced the optimizer's parameters with their shards."""
         if self._value is not None and self._shards:
             self._value.add_to_optimizer(self.optimizer, self)
         return super().create_scheduler(*args, **kwargs)

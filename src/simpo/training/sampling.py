@@ -1,4 +1,4 @@
-"""Answers of a model as it is trained: sampled in memory, or by vLLM, to which its weights are handed as files."""
+"""Sampling from a model during training: from the weights in memory, or with vLLM, which reads them from files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from simpo.training.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
 
-# Variables by which a launcher (torchrun, accelerate launch) tells a process its place among those that train.
+# Prefixes of the variables in which a launcher (torchrun, accelerate launch) passes a process its rank.
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
@@ -74,7 +74,7 @@ _LARGEST_GAP, _TIMES, _PLUS = 0.1, 10, 1e-5
 
 
 class VllmSampler:
-    """vLLM next to a training: the main process writes the weights into ``folder``, vLLM reads them and answers.
+    """Runs vLLM alongside training: the main process writes the weights to ``folder``, and vLLM loads them and samples.
 
     ``trainer`` has an :class:`~simpo.training.configs.OnlineConfig`, and ``loading`` is how its model was loaded. The
     files are the policy's whole weights, also where they are sharded, with an adapter merged into them; they are
@@ -107,7 +107,7 @@ class VllmSampler:
         return gather(from_main(found), len(prompts))
 
     def accepts(self, samples: Sequence[Sequence[Sampled]], logps: Sequence[Sequence[Sequence[float]]]) -> bool:
-        """Whether the last answers are of the current weights; if not, those that are sampled next are by a new vLLM.
+        """Whether the last answers come from the current weights; if not, the next sampling starts a new vLLM.
 
         ``logps`` are log-probabilities of the tokens by the policy. Raises :class:`SimpoError` if it was a new one.
         """
@@ -181,7 +181,7 @@ def engine_gap(policy: Sequence[Sequence[Sequence[float]]], engine: Sequence[Seq
 
 @contextmanager
 def _outside_the_launch() -> Iterator[None]:
-    """Inside, new processes do not take themselves for one of those that train, and share none of their threads."""
+    """Inside, new processes do not inherit the launcher's variables or a forked copy of this process's threads."""
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(_LAUNCHERS)}
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork of what has computed may hang
     try:

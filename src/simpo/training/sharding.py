@@ -166,7 +166,7 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     This takes the memory of the whole model's weights on every device. Without FSDP2 nothing changes.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # Trainer's variant of the method, after which the root's weights are sharded again
+    # Trainer wraps this method in FSDP hooks, which would reshard the root's weights after every call.
     generate = vars(model).pop("generate", None) if shards else None
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)

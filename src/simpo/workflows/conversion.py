@@ -37,7 +37,7 @@ _TOOLKITS = yaml.safe_load((Path(__file__).parent / "templates/toolkits.yaml").r
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A toolkit whose recipes are converted; ``templates/toolkits.yaml`` has more of it."""
+    """A toolkit whose recipes are converted; its other properties are in ``templates/toolkits.yaml``."""
 
     name: str  # what it is called
     # The command that trains with a recipe, from its keys and path; ValueError if there is none.
@@ -46,12 +46,12 @@ class Toolkit:
 
     @property
     def marks(self) -> Set[str]:
-        """Keys that tell its recipes from those of others."""
+        """Keys that identify a recipe of this toolkit."""
         return set(_TOOLKITS[self.name]["marks"])
 
     @property
     def defaults(self) -> Mapping[str, Mapping[str, Any]]:
-        """Keys of ours whose default differs there, by command, and for adapters."""
+        """The toolkit's defaults where they differ from ours, by command and for adapters (``lora``)."""
         return _TOOLKITS[self.name]["defaults"]
 
 
