@@ -239,12 +239,12 @@ def test_memory_defaults_are_trls(given):
         ({"cpo_alpha": 1.0}, ["an SFT term of weight 1"]),
         (
             {"cpo_alpha": 1.0, "gradient_accumulation_steps": 2},
-            ["an SFT term of weight 1", "the mean over the chosen tokens of a whole optimizer step"],
+            ["an SFT term of weight 1", "averaged over the chosen tokens of the whole optimizer step"],
         ),
         ({"learning_rate": 2e-5}, ["learning_rate 2e-05"]),
         ({"label_pad_token_id": 0}, ["label_pad_token_id "]),
         ({"padding_value": 1, "max_completion_length": 9}, ["max_completion_length ", "padding_value "]),
-        ({"max_length": None}, ["max_length is not set: 512"]),
+        ({"max_length": None}, ["max_length is not set; using 512"]),
     ],
 )
 def test_warnings(settings, messages, caplog):
@@ -281,12 +281,12 @@ def test_alpha_makes_it_alphapo(settings):
         ({"loss_type": "hinge"}, "loss_type: 'hinge'"),
         ({"loss_type": "ipo"}, "loss_type: 'ipo'"),
         ({"loss_type": "no such"}, "loss_type: 'no such'"),
-        ({"loss_type": "sigmoid", "alpha": 0.1}, "alpha: shapes the reward"),
+        ({"loss_type": "sigmoid", "alpha": 0.1}, "alpha: only applies to loss_type"),
         ({"generate_during_eval": True}, "generate_during_eval: not supported"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder: not supported"),
-        ({"gamma_beta_ratio": 0.5}, "gamma_beta_ratio: CPOConfig's key is simpo_gamma"),
-        ({"gamma": 1.0}, "gamma: CPOConfig's key is simpo_gamma"),
-        ({"sft_weight": 0.1}, "sft_weight: CPOConfig's key is cpo_alpha"),
+        ({"gamma_beta_ratio": 0.5}, "gamma_beta_ratio: not a key of CPOConfig; set simpo_gamma"),
+        ({"gamma": 1.0}, "gamma: not a key of CPOConfig; set simpo_gamma"),
+        ({"sft_weight": 0.1}, "sft_weight: not a key of CPOConfig; set cpo_alpha"),
         ({"beta": 0.0}, "beta must be > 0"),
         ({"cpo_alpha": -1.0}, "cpo_alpha: must be at least 0, not -1"),
         ({"simpo_gamma": float("nan")}, "simpo_gamma: must be finite, not nan"),
@@ -303,15 +303,15 @@ def test_keys_that_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ({"model": None}, {}, "model: pass a model"),
+        ({"model": None}, {}, "model: missing; pass a model"),
         ({"data_collator": list}, {}, "data_collator: not supported"),
         ({"model_init": list}, {}, "model_init: not supported"),
         ({"preprocess_logits_for_metrics": list}, {}, "preprocess_logits_for_metrics: not supported"),
         ({"compute_metrics": list}, {}, "compute_metrics: not supported"),
-        ({"peft_config": {"r": 2}}, {}, "peft_config: a dict instead of"),
-        ({"processing_class": None}, {}, "processing_class: the model has no name"),
+        ({"peft_config": {"r": 2}}, {}, "peft_config: got a dict; pass"),
+        ({"processing_class": None}, {}, "processing_class: .*the model has no name"),
         ({"tokenizer": "given twice"}, {}, "tokenizer: the older name"),
-        ({}, {"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs: the model is loaded already"),
+        ({}, {"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs: the model is already loaded"),
         ({"model": "x"}, {"model_init_kwargs": {"max_memory": {}}}, "model_init_kwargs: 'max_memory' is not supported"),
         ({"model": "no/such/folder"}, {}, "no folder 'no/such/folder'"),
     ],
@@ -328,13 +328,13 @@ def test_models_that_are_refused(make_trainer, opt):
     with pytest.raises(SimpoError, match="peft_config: the model already has an adapter"):
         make_trainer(arguments={"model": adapted, "peft_config": lora})
     opt.is_loaded_in_4bit = True
-    with pytest.raises(SimpoError, match="peft_config: not for quantized models"):
+    with pytest.raises(SimpoError, match="peft_config: not supported for quantized models"):
         make_trainer(arguments={"peft_config": lora})
 
 
 def test_another_configuration_is_refused(opt, tmp_path):
     with pytest.raises(
-        SimpoError, match=r"args: a transformers.*TrainingArguments; import CPOConfig from simpo.compat"
+        SimpoError, match=r"args: got a transformers.*TrainingArguments; import CPOConfig from simpo.compat"
     ):
         CPOTrainer(opt, TrainingArguments(str(tmp_path), use_cpu=True))
 

@@ -308,7 +308,7 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("DPO", {"loss_type": "hinge"}, "loss_type: 'hinge' is not supported; there are sigmoid"),
+        ("DPO", {"loss_type": "hinge"}, "loss_type: 'hinge' is not supported; choose from sigmoid"),
         ("DPO", {"loss_type": "sft"}, "loss_type: sft is"),
         ("DPO", {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights: 1 for 2 losses"),
         ("DPO", {"label_smoothing": 0.1}, "label_smoothing: not supported"),
@@ -317,7 +317,7 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
         ("DPO", {"sync_ref_model": True}, "sync_ref_model: not supported"),
         ("DPO", {"f_divergence_type": "forward_kl", "loss_type": "ipo"}, "f_divergence_type: 'forward_kl'"),
         ("DPO", {"loss_type": ["sigmoid", "sigmoid"]}, "loss_type: 'sigmoid' is given twice"),
-        ("DPO", {"sft_weight": 0.1}, "sft_weight: DPOConfig's key is loss_type"),
+        ("DPO", {"sft_weight": 0.1}, "sft_weight: not a key of DPOConfig; add 'sft' to loss_type"),
         (
             "DPO",
             {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
@@ -346,7 +346,7 @@ def test_keys_without_counterpart(kind, settings, message, quiet, tmp_path):
         ("KTO", {"compute_metrics": print}, "compute_metrics: not supported"),
         ("SFT", {"compute_loss_func": print}, "compute_loss_func: not supported"),
         ("Reward", {"optimizer_cls_and_kwargs": ()}, "optimizer_cls_and_kwargs: not supported"),
-        ("SFT", {"args": "a name"}, "args: a builtins.str; import SFTConfig from simpo.compat"),
+        ("SFT", {"args": "a name"}, "args: got a builtins.str; import SFTConfig from simpo.compat"),
     ],
 )
 def test_arguments_without_counterpart(kind, arguments, message, opt):
@@ -362,5 +362,5 @@ def test_a_reference_model_has_the_weights_that_training_starts_from(opt, tokeni
     other = copy.deepcopy(opt)
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
-    with pytest.raises(SimpoError, match="ref_model: not the weights"):
+    with pytest.raises(SimpoError, match="ref_model: has other weights"):
         compat.DPOTrainer(opt, other, **given)

@@ -1,4 +1,4 @@
-"""TRL's and the paper's trainers by their own names: a script's import changes, and nothing else."""
+"""Drop-in replacements for TRL's trainers and the paper's SimPOTrainer: change the import and keep the script."""
 
 from simpo.compat.trainers import (
     CPOConfig,

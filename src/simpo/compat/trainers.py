@@ -1,4 +1,4 @@
-"""TRL's trainers and the paper's ``SimPOTrainer`` (princeton-nlp/SimPO), with their configurations."""
+"""Drop-in versions of TRL's trainers and the paper's ``SimPOTrainer`` (princeton-nlp/SimPO), and their configs."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from simpo.training.preference import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 
-# TRL's loss_type -> our objective. What TRL adds to several of them is in DPOConfig.
+# TRL's loss_type -> our objective.
 _OBJECTIVES = {
     "sigmoid": "dpo", "ipo": "ipo", "sigmoid_norm": "dpo_norm", "nca_pair": "nca", "bco_pair": "bco",
     "sppo_hard": "sppo", "apo_zero": "apo_zero", "apo_down": "apo_down",
 }  # fmt: skip
 _SFT = "sft"
 _DIVERGENCES = {"js_divergence": "js", "forward_kl": "forward_kl", "alpha_divergence": "alpha"}
-# The objectives of CPO; TRL's reference-free "hinge" and "ipo" have none.
+# CPO's loss_type -> our objective; TRL's reference-free "hinge" and "ipo" have no counterpart.
 _CPO_OBJECTIVES = {"simpo": "simpo", "alphapo": "alphapo", "sigmoid": "cpo"}
 _CPO_LENGTH = 512
 _PAPER_LENGTHS = {"max_length": 512, "max_prompt_length": 128}
-# The arguments of the constructors, in their order.
+# Constructor arguments, in the original's order.
 _DATA = ("args", "data_collator", "train_dataset", "eval_dataset", "processing_class")
 _WITH_REFERENCE = (
     "model", "ref_model", *_DATA, "compute_metrics", "callbacks", "optimizers", "quantization_config",
@@ -50,25 +50,25 @@ _WITHOUT_REFERENCE = (
     "model", *_DATA, "model_init", "callbacks", "optimizers", "preprocess_logits_for_metrics", "peft_config",
     "compute_metrics", "tokenizer",
 )  # fmt: skip
-_UNPAIRED_AT_ONCE = 1000  # pairs; their chosen responses come before their rejected ones, as in TRL
+_UNPAIRING_BATCH = 1000  # pairs; within a batch, all chosen responses come before the rejected ones, as in TRL
 
 
 @dataclass
 class _ReferenceKeys(TRLKeys, PreferenceConfig):  # type: ignore[misc, valid-type]
-    """The keys that TRL's configurations with a reference model share."""
+    """Keys shared by TRL's configurations with a reference model."""
 
     precompute_ref_log_probs: bool = setting(
-        False, "Has no effect here: log-probabilities of the reference are computed once."
+        False, "Has no effect here: reference log-probabilities are always computed once."
     )
-    precompute_ref_batch_size: int | None = without_effect(None, "max_batch_tokens bounds a forward")
+    precompute_ref_batch_size: int | None = without_effect(None, "max_batch_tokens bounds each forward pass")
     beta: float = setting(0.1, "Scale of the reward.")  # type: ignore[assignment]
-    sync_ref_model: bool = unsupported(False, "the reference is always the model that training starts from")
+    sync_ref_model: bool = unsupported(False, "the reference is always the start model")
     ref_model_mixup_alpha: float = without_effect(0.6, "it belongs to sync_ref_model")
     ref_model_sync_steps: int = without_effect(512, "it belongs to sync_ref_model")
 
     def __post_init__(self) -> None:
         self.precompute_ref_log_probs = True
-        loss_type, self.loss_type = self.loss_type, None  # the objective is set
+        loss_type, self.loss_type = self.loss_type, None  # the objective replaces it
         super().__post_init__()
         self.loss_type = loss_type
 
@@ -77,26 +77,26 @@ class _ReferenceKeys(TRLKeys, PreferenceConfig):  # type: ignore[misc, valid-typ
 class DPOConfig(_ReferenceKeys):
     """TRL's keys with TRL's defaults (1.16).
 
-    Several losses with weights are a mixture of objectives; the loss ``sft`` is ``sft_weight``, over the tokens of a
-    step. ``bco_pair`` has a reward shift here, as in the paper.
+    Several weighted losses become a mixture of objectives. The loss ``sft`` becomes ``sft_weight``, averaged over the
+    tokens of a step. ``bco_pair`` shifts rewards as in the paper, unlike TRL.
     """
 
     loss_type: list[str] = setting(["sigmoid"], f"Any of {', '.join([*_OBJECTIVES, _SFT])}.")  # type: ignore[assignment]
-    loss_weights: list[float] | None = setting(None, "One for each loss (default: 1).")
+    loss_weights: list[float] | None = setting(None, "One weight per loss (default: 1).")
     f_divergence_type: str = setting("reverse_kl", f"reverse_kl, or, with sigmoid alone, {', '.join(_DIVERGENCES)}.")
-    f_alpha_divergence_coef: float = setting(0.5, "For alpha_divergence: one minus its order.")
+    f_alpha_divergence_coef: float = setting(0.5, "For alpha_divergence: 1 minus its order.")
     label_smoothing: float = setting(0.0, "Not supported.")  # type: ignore[assignment]
     use_weighting: bool = unsupported(
-        False, "PreferenceConfig(wpo_weights=True) has these weights, which are at most 1, unlike TRL's"
+        False, "PreferenceConfig(wpo_weights=True) has these weights, capped at 1 unlike TRL's"
     )
     discopop_tau: float = without_effect(0.05, "it belongs to loss_type discopop, which is not supported")
-    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt to keep.")
 
     def __post_init__(self) -> None:
         if self.label_smoothing:
             raise SimpoError(
-                "label_smoothing: not supported (TRL applies it to losses that simpo does not have; "
-                "PreferenceConfig(objective='dpo', label_smoothing=...) is cDPO)"
+                "label_smoothing: not supported (TRL's losses with it do not exist here; for cDPO, use "
+                "PreferenceConfig(objective='dpo', label_smoothing=...))"
             )
         losses = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         weights = [1.0] * len(losses) if self.loss_weights is None else list(self.loss_weights)
@@ -105,7 +105,7 @@ class DPOConfig(_ReferenceKeys):
         for name in losses:
             if name not in (*_OBJECTIVES, _SFT):
                 known = ", ".join((*_OBJECTIVES, _SFT))
-                raise SimpoError(f"loss_type: {name!r} is not supported; there are {known}")
+                raise SimpoError(f"loss_type: {name!r} is not supported; choose from {known}")
             if losses.count(name) > 1:
                 raise SimpoError(f"loss_type: {name!r} is given twice; give it once, with the sum of its loss_weights")
         self._set_objective(dict(zip(losses, weights, strict=True)))
@@ -113,39 +113,41 @@ class DPOConfig(_ReferenceKeys):
         self.loss_type = losses
 
     def _set_objective(self, weights: dict[str, float]) -> None:
-        """Translate TRL's losses and hyperparameters to objectives with their hyperparameters."""
+        """Translate TRL's losses and hyperparameters into objectives and their hyperparameters."""
         sft_weight = weights.pop(_SFT, 0.0)
         if self.sft_weight not in (0.0, sft_weight):
-            raise SimpoError("sft_weight: DPOConfig's key is loss_type, with 'sft' in it, and its loss_weights")
+            raise SimpoError(
+                "sft_weight: not a key of DPOConfig; add 'sft' to loss_type and its weight to loss_weights"
+            )
         self.sft_weight = sft_weight
-        found = {_OBJECTIVES[name]: weight for name, weight in weights.items()}
-        if not found:
+        mixture = {_OBJECTIVES[name]: weight for name, weight in weights.items()}
+        if not mixture:
             raise SimpoError("loss_type: sft is the only loss; use SFTTrainer")
         if self.f_divergence_type != "reverse_kl":
-            if list(found) != ["dpo"] or self.f_divergence_type not in _DIVERGENCES:
+            if list(mixture) != ["dpo"] or self.f_divergence_type not in _DIVERGENCES:
                 raise SimpoError(
-                    f"f_divergence_type: {self.f_divergence_type!r} is not supported with {', '.join(weights)}; there "
-                    f"are reverse_kl and, with sigmoid alone, {', '.join(_DIVERGENCES)}"
+                    f"f_divergence_type: {self.f_divergence_type!r} is not supported with {', '.join(weights)}; use "
+                    f"reverse_kl or, with sigmoid alone, {', '.join(_DIVERGENCES)}"
                 )
-            found = {"f_dpo": found["dpo"]}
+            mixture = {"f_dpo": mixture["dpo"]}
             self.divergence = _DIVERGENCES[self.f_divergence_type]  # type: ignore[assignment]
-            self.alpha = self._order if self.divergence == "alpha" else None
-        self.objective = found if len(found) > 1 or set(found.values()) != {1.0} else next(iter(found))
-        if "ipo" in found:
+            self.alpha = self._alpha_order if self.divergence == "alpha" else None
+        self.objective = mixture if len(mixture) > 1 or set(mixture.values()) != {1.0} else next(iter(mixture))
+        if "ipo" in mixture:
             self.tau, self.length_normalized = self.beta, True
-        if list(found) == ["ipo"]:
+        if list(mixture) == ["ipo"]:
             self.beta = None  # type: ignore[assignment]
-        if "bco" in found:
-            logger.warning("bco_pair: rewards are shifted by their running mean, as in the paper; TRL has no shift")
+        if "bco" in mixture:
+            logger.warning("bco_pair: rewards are shifted by their running mean, as in the paper; TRL does not do this")
         self.label_smoothing = None  # type: ignore[assignment]
 
     @property
-    def _order(self) -> float:
-        """The order of the alpha divergence."""
+    def _alpha_order(self) -> float:
+        """Order of the alpha divergence."""
         if not 0 < self.f_alpha_divergence_coef < 1:
             raise SimpoError(
-                f"f_alpha_divergence_coef: must be in (0, 1), not {self.f_alpha_divergence_coef}; for 0 set "
-                "f_divergence_type to forward_kl, for 1 to reverse_kl"
+                f"f_alpha_divergence_coef: must be in (0, 1), not {self.f_alpha_divergence_coef}; instead of 0, set "
+                "f_divergence_type to forward_kl; instead of 1, to reverse_kl"
             )
         return 1 - self.f_alpha_divergence_coef
 
@@ -154,25 +156,25 @@ class DPOConfig(_ReferenceKeys):
 class KTOConfig(_ReferenceKeys):
     """TRL's keys with TRL's defaults (1.16)."""
 
-    loss_type: str = setting("kto", "kto.")  # type: ignore[assignment]
+    loss_type: str = setting("kto", "Only kto.")  # type: ignore[assignment]
     train_sampling_strategy: str = setting("sequential", "random or sequential.")
     desirable_weight: float = setting(1.0, "Weight of desirable responses.")
     undesirable_weight: float = setting(1.0, "Weight of undesirable responses.")
 
     def __post_init__(self) -> None:
         if self.loss_type != "kto":
-            raise SimpoError(f"loss_type: {self.loss_type!r} is not supported by KTOConfig, which has kto")
+            raise SimpoError(f"loss_type: {self.loss_type!r} is not supported by KTOConfig; use kto")
         if self.sft_weight:
-            raise SimpoError("sft_weight: not supported by KTOConfig; PreferenceConfig(objective='kto') has it")
+            raise SimpoError("sft_weight: not supported by KTOConfig; use PreferenceConfig(objective='kto')")
         self.objective = "kto"
         super().__post_init__()
 
 
 @dataclass
 class ORPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
-    """TRL's keys with TRL's defaults (1.16). ``beta`` is the weight of the odds ratio."""
+    """TRL's keys with TRL's defaults (1.16). ``beta`` is the weight of the odds-ratio term."""
 
-    beta: float = setting(0.1, "Weight of the odds ratio.")  # type: ignore[assignment]
+    beta: float = setting(0.1, "Weight of the odds-ratio term.")  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.objective, self.lam, self.beta = "orpo", self.beta, None  # type: ignore[assignment]
@@ -180,36 +182,39 @@ class ORPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
 
 
 class DPOTrainer(PortedPreferenceTrainer):
-    """TRL's ``DPOTrainer``: its arguments, in its order, with a :class:`DPOConfig`."""
+    """TRL's ``DPOTrainer``, with the same arguments in the same order and a :class:`DPOConfig`."""
 
     config_class = DPOConfig
     arguments = _WITH_REFERENCE
 
 
 class KTOTrainer(PortedPreferenceTrainer):
-    """TRL's ``KTOTrainer``: its arguments, in its order, with a :class:`KTOConfig`. Pairs become single responses."""
+    """TRL's ``KTOTrainer``, with the same arguments in the same order and a :class:`KTOConfig`.
+
+    Pairs are split into single responses.
+    """
 
     config_class = KTOConfig
     arguments = _WITH_REFERENCE
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize single responses with labels, or pairs, each of which becomes two."""
+        """Tokenize labeled single responses, or pairs, each of which becomes two rows."""
         tokenizer = for_rows(dataset, tokenizer, "completion")
         if is_feedback(dataset):
             return super().prepare(dataset, tokenizer, args, label)
         tokenizer = for_rows(dataset, tokenizer, "chosen")
         pairs = prepare(with_prompts(dataset), tokenizer, args.tokenize_settings, label=label)
         singles = pairs.dataset.map(
-            _unpaired, batched=True, batch_size=_UNPAIRED_AT_ONCE, remove_columns=pairs.dataset.column_names
+            _split_pairs, batched=True, batch_size=_UNPAIRING_BATCH, remove_columns=pairs.dataset.column_names
         )
         return replace(super().prepare(singles, tokenizer, args, label), report=pairs.report)
 
 
 class ORPOTrainer(PortedPreferenceTrainer):
-    """TRL's ``ORPOTrainer``: its arguments, in its order, with an :class:`ORPOConfig`.
+    """TRL's ``ORPOTrainer``, with the same arguments in the same order and an :class:`ORPOConfig`.
 
-    The likelihood term covers the chosen response, as in the paper; TRL's covers the prompt as well.
+    The likelihood term covers the chosen response, as in the paper; TRL's also covers the prompt.
     """
 
     config_class = ORPOConfig
@@ -218,45 +223,45 @@ class ORPOTrainer(PortedPreferenceTrainer):
 
 @dataclass
 class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
-    """TRL's keys with TRL's defaults (1.16, and the keys that older versions had).
+    """TRL's keys with TRL's defaults (1.16), including keys from older versions.
 
-    ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` is also read as ``sft_weight``.
+    ``simpo_gamma`` is the margin itself, not its ratio to ``beta``. ``cpo_alpha`` sets ``sft_weight``.
     """
 
-    beta: float = setting(0.1, "Scale of the reward; SimPO wants 2 to 10.")
+    beta: float = setting(0.1, "Scale of the reward; use 2 to 10 for SimPO.")
     label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
-    loss_type: str | None = setting("sigmoid", "simpo, alphapo, or sigmoid, which is CPO.")
-    cpo_alpha: float = setting(1.0, "Weight of the SFT term; pure SimPO has 0.", least=0)
-    simpo_gamma: float = setting(0.5, "SimPO's target margin, absolute.", least=0)
+    loss_type: str | None = setting("sigmoid", "simpo, alphapo, or sigmoid (CPO).")
+    cpo_alpha: float = setting(1.0, "Weight of the SFT term; 0 for pure SimPO.", least=0)
+    simpo_gamma: float = setting(0.5, "SimPO's target margin (absolute).", least=0)
     alpha: float | None = setting(0.0, "AlphaPO's exponent; 0 is SimPO.")
 
     def __post_init__(self) -> None:
-        for key, is_set, trls in (
+        for key, is_set, trl_key in (
             ("gamma", self.gamma not in (None, self.simpo_gamma), "simpo_gamma, the margin itself"),
             ("gamma_beta_ratio", self.gamma_beta_ratio is not None, "simpo_gamma, the margin itself"),
             ("sft_weight", self.sft_weight not in (0.0, self.cpo_alpha), "cpo_alpha"),
         ):
             if is_set:
-                raise SimpoError(f"{key}: CPOConfig's key is {trls}")
+                raise SimpoError(f"{key}: not a key of CPOConfig; set {trl_key}")
         check_values(self)
         self._set_objective()
         if self.max_length is None:
-            logger.warning("max_length is not set: %d, as in TRL", _CPO_LENGTH)
+            logger.warning("max_length is not set; using %d, as in TRL", _CPO_LENGTH)
             self.max_length = _CPO_LENGTH
-        loss_type, self.loss_type = self.loss_type, None  # the base would read "sigmoid" as the link of SimPO
+        loss_type, self.loss_type = self.loss_type, None  # the base class would read "sigmoid" as SimPO's link
         super().__post_init__()
         self.loss_type = loss_type
 
     def _set_objective(self) -> None:
-        """Translate TRL's loss_type and hyperparameters to an objective with its hyperparameters."""
+        """Translate TRL's loss_type and hyperparameters into an objective and its hyperparameters."""
         name = _CPO_OBJECTIVES.get(str(self.loss_type))
         if name is None:
             raise SimpoError(
-                f"loss_type: {self.loss_type!r} is not supported by CPOConfig, which has {', '.join(_CPO_OBJECTIVES)}; "
-                "PreferenceConfig(objective=...) has the others"
+                f"loss_type: {self.loss_type!r} is not supported by CPOConfig; use {', '.join(_CPO_OBJECTIVES)}, or "
+                "PreferenceConfig(objective=...) for other objectives"
             )
         if self.alpha and name == "cpo":
-            raise SimpoError("alpha: shapes the reward of loss_type 'simpo' and 'alphapo' only; set it to 0")
+            raise SimpoError("alpha: only applies to loss_type 'simpo' and 'alphapo'; set it to 0")
         self.objective = "alphapo" if self.alpha else name
         if self.loss_type == "alphapo":
             self.cpo_alpha = 0.0  # as TRL does
@@ -264,12 +269,12 @@ class CPOConfig(TRLKeys, PortedConfig):  # type: ignore[misc]
         self.gamma = None if self.objective == "cpo" else self.simpo_gamma
         self.alpha = self.alpha if self.objective == "alphapo" else None
         if self.objective == "cpo":
-            self.lam = 0.0  # the SFT term is added to the objective's loss, as a mean over tokens
+            self.lam = 0.0  # the SFT term comes from sft_weight instead, as a mean over tokens
             self.label_smoothing = self.label_smoothing or None  # type: ignore[assignment]
 
 
 class CPOTrainer(PortedPreferenceTrainer):
-    """TRL's ``CPOTrainer``: its arguments, in its order, with a :class:`CPOConfig`."""
+    """TRL's ``CPOTrainer``, with the same arguments in the same order and a :class:`CPOConfig`."""
 
     config_class = CPOConfig
     arguments = _WITHOUT_REFERENCE
@@ -277,29 +282,29 @@ class CPOTrainer(PortedPreferenceTrainer):
 
 @dataclass
 class SimPOConfig(PortedConfig):
-    """The paper's keys with the defaults of its code, including the learning rate of 5e-5 of ``TrainingArguments``.
+    """The paper's keys with the defaults of its code, including ``TrainingArguments``' learning rate of 5e-5.
 
-    Truncation and scoring of assistant headers follow that code.
+    Truncation and the scoring of assistant headers follow that code.
     """
 
-    learning_rate: float = setting(5e-5, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
+    learning_rate: float = setting(5e-5, "Peak learning rate; the paper uses 3e-7 to 1e-6.")
     logging_steps: float = setting(500, "Optimizer steps between logs.")
     max_length: int | None = setting(  # type: ignore[assignment]
-        None, "Longest prompt with response, in tokens (512 if not set)."
+        None, "Maximum length of prompt plus response, in tokens (default: 512)."
     )
-    max_prompt_length: int | None = setting(None, "Length that overlong prompts are cut to (128 if not set).")
+    max_prompt_length: int | None = setting(None, "Length to which overlong prompts are cut (default: 128).")
     max_target_length: int | None = without_effect(None, "it limits encoder-decoder models only")
     truncation: Literal["prompt", "drop", "paper"] = setting("paper", "How overlong rows are handled.")
     paper_tokenization: bool = setting(True, "Score the assistant header with the response.")
     beta: float = setting(2.0, "Scale of the reward.")
-    gamma_beta_ratio: float = setting(0.25, "Target margin over beta.")
+    gamma_beta_ratio: float = setting(0.25, "Target margin divided by beta.")
     label_smoothing: float = setting(0.0, "Probability that a label is wrong.")
     loss_type: str | None = setting("sigmoid", "The link: sigmoid or hinge.")
 
     def __post_init__(self) -> None:
         for key, length in _PAPER_LENGTHS.items():
             if getattr(self, key) is None:
-                logger.warning("%s is not set: %d, as in the paper's code", key, length)
+                logger.warning("%s is not set; using %d, as in the paper's code", key, length)
                 setattr(self, key, length)
         loss_type = self.loss_type
         super().__post_init__()
@@ -307,14 +312,14 @@ class SimPOConfig(PortedConfig):
 
 
 class SimPOTrainer(PortedPreferenceTrainer):
-    """The paper's ``SimPOTrainer``: its arguments, in its order, with a :class:`SimPOConfig`."""
+    """The paper's ``SimPOTrainer``, with the same arguments in the same order and a :class:`SimPOConfig`."""
 
     config_class = SimPOConfig
     arguments = _WITHOUT_REFERENCE
 
 
-def _unpaired(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Single responses, ``response_ids`` of one, with labels: the chosen ones first."""
+def _split_pairs(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Split a batch of pairs into labeled single responses, chosen ones first."""
     for number, responses in enumerate(columns["response_ids"]):
         if len(responses) != 2:
             where = columns["where"][number] if "where" in columns else "train_dataset"
@@ -330,7 +335,7 @@ def _unpaired(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
 
 # ---- Supervised fine-tuning and reward models.
 
-# The arguments of the constructors, in their order.
+# Constructor arguments, in the original's order.
 _SUPERVISED = ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class")
 _METRICS = ("compute_metrics", "callbacks", "optimizers", "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics")
 _LOADING = ("quantization_config", "peft_config")
@@ -343,33 +348,33 @@ class SFTConfig(TRLKeys, configs.SFTConfig):  # type: ignore[misc, valid-type]
     """TRL's keys with TRL's defaults (1.16)."""
 
     learning_rate: float = setting(2e-5, "Peak learning rate.")
-    dataset_text_field: str = setting("text", "Column of texts, all of which is trained on.")
-    completion_only_loss: bool | None = setting(None, "Train on completions only (default: where there are any).")
-    assistant_only_loss: bool = setting(False, "Train on the assistant's turns of a conversation only.")
-    loss_type: str = setting("nll", "nll.")
+    dataset_text_field: str = setting("text", "Column of texts to train on in full.")
+    completion_only_loss: bool | None = setting(None, "Train on completions only (default: if there are any).")
+    assistant_only_loss: bool = setting(False, "Train only on the assistant turns of a conversation.")
+    loss_type: str = setting("nll", "Only nll.")
     packing: bool = unsupported(
-        False, "rows are never padded here, and the batch size is the number of rows in a step; leave it out"
+        False, "nothing is padded, and the batch size is the number of rows in a step; leave it out"
     )
     packing_strategy: str = without_effect("bfd", "it belongs to packing")
-    eval_packing: bool | None = unsupported(None, "rows are never padded here; leave it out")
-    shuffle_dataset: bool = unsupported(False, "rows are drawn in a new order in every epoch; leave it out")
+    eval_packing: bool | None = unsupported(None, "nothing is padded; leave it out")
+    shuffle_dataset: bool = unsupported(False, "rows are reshuffled every epoch; leave it out")
     dataset_kwargs: dict[str, Any] | str | None = unsupported(
-        None, "pass a data set that is not tokenized, or one with prompt_ids and response_ids"
+        None, "pass an untokenized data set, or one with prompt_ids and response_ids"
     )
     chat_template_path: str | None = unsupported(None, _TOKENIZER)
     eos_token: str | None = unsupported(None, _TOKENIZER)
 
     def __post_init__(self) -> None:
         if self.loss_type not in ("nll", "chunked_nll"):
-            raise SimpoError(f"loss_type: {self.loss_type!r} is not supported by SFTConfig, which has nll")
+            raise SimpoError(f"loss_type: {self.loss_type!r} is not supported by SFTConfig; use nll")
         super().__post_init__()
 
 
 class SFTTrainer(PortedTrainer, sft.SFTTrainer):
-    """TRL's ``SFTTrainer``: its arguments, in its order, with an :class:`SFTConfig`.
+    """TRL's ``SFTTrainer``, with the same arguments in the same order and an :class:`SFTConfig`.
 
-    As in TRL, all tokens of a text or conversation are trained on; of ``{prompt, completion}`` those of the completion,
-    and with ``assistant_only_loss`` those of the assistant's turns.
+    As in TRL, the loss covers every token of a text or conversation, only the completion of ``{prompt, completion}``
+    rows, and only the assistant turns with ``assistant_only_loss``.
     """
 
     config_class = SFTConfig
@@ -377,7 +382,7 @@ class SFTTrainer(PortedTrainer, sft.SFTTrainer):
     text_column = "completion"
 
     def adapt(self, config: Any, given: dict[str, Any]) -> None:
-        """Write what ``formatting_func`` returns for every row as its text."""
+        """Replace every row with the text that ``formatting_func`` returns for it."""
         if given["formatting_func"] is not None:
             for name in ("train_dataset", "eval_dataset"):
                 given[name] = _formatted(given[name], given["formatting_func"], config.dataset_text_field)
@@ -391,19 +396,19 @@ class SFTTrainer(PortedTrainer, sft.SFTTrainer):
             raise SimpoError(f"completion_only_loss: {label} has no column completion; leave it out")
         if args.dataset_text_field in dataset.column_names and "prompt" not in dataset.column_names:
             if args.assistant_only_loss:
-                raise SimpoError(f"assistant_only_loss: {label} has texts instead of conversations; leave it out")
+                raise SimpoError(f"assistant_only_loss: {label} has texts, not conversations; leave it out")
             return _prepare_texts(dataset, tokenizer, args, label)
         prepared = super().prepare(dataset, tokenizer, args, label)
-        completions = "completion" in dataset.column_names and args.completion_only_loss is not False
-        if completions or args.assistant_only_loss:
+        completion_only = "completion" in dataset.column_names and args.completion_only_loss is not False
+        if completion_only or args.assistant_only_loss:
             return prepared
         if prepared.report.split:
             raise SimpoError(
-                f"{label}: the chat template renders earlier answers differently from the last, so a conversation "
+                f"{label}: the chat template renders earlier answers differently from the last one, so a conversation "
                 "becomes several rows; set assistant_only_loss=True"
             )
         rows = prepared.dataset.remove_columns("scored")
-        return replace(prepared, dataset=rows.map(_scored_from_second_token, batched=True))
+        return replace(prepared, dataset=rows.map(_score_all_but_first_token, batched=True))
 
 
 def _formatted(rows: Any, function: Callable[[dict[str, Any]], str], name: str) -> Any:
@@ -414,20 +419,20 @@ def _formatted(rows: Any, function: Callable[[dict[str, Any]], str], name: str) 
     return rows.map(lambda row: {name: function(row)}, remove_columns=rows.column_names)
 
 
-def _scored_from_second_token(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Rows whose prompt is their first token, so that all others are scored."""
+def _score_all_but_first_token(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Shrink each row's prompt to its first token, so that all other tokens are scored."""
     whole = [[*p, *r[0]] for p, r in zip(columns["prompt_ids"], columns["response_ids"], strict=True)]
     return {"prompt_ids": [ids[:1] for ids in whole], "response_ids": [[ids[1:]] for ids in whole]}
 
 
 def _prepare_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any, label: str) -> Prepared:
-    """Tokenize whole texts, special tokens included, with EOS at the end; cut to ``max_length``."""
+    """Tokenize whole texts with special tokens, append EOS, and cut to ``max_length``."""
     name, end = args.dataset_text_field, str(tokenizer.eos_token or "")
     rows, outcomes = [], []
     for number, text in enumerate(dataset[name]):
         where = f"{label} row {number}"
         if not isinstance(text, str):
-            raise SimpoError(f"{where}: {name}: a {type(text).__name__} instead of text")
+            raise SimpoError(f"{where}: {name}: expected text, got {type(text).__name__}")
         ids = tokenizer(text if text.endswith(end) else text + end).input_ids
         status = ["cut: the end of a text"] if len(ids) > args.max_length else []
         ids = ids[: args.max_length]
@@ -443,7 +448,7 @@ def _prepare_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: A
 
 @dataclass
 class RewardConfig(TRLKeys, configs.RewardConfig):  # type: ignore[misc, valid-type]
-    """TRL's keys with TRL's defaults (1.16). The column ``margin`` is used where the training data have it."""
+    """TRL's keys with TRL's defaults (1.16). A ``margin`` column in the training data is used as the margin."""
 
     learning_rate: float = setting(1e-4, "Peak learning rate.")
     chat_template_path: str | None = unsupported(None, _TOKENIZER)
@@ -451,17 +456,17 @@ class RewardConfig(TRLKeys, configs.RewardConfig):  # type: ignore[misc, valid-t
 
 
 class RewardTrainer(PortedTrainer, reward.RewardTrainer):
-    """TRL's ``RewardTrainer``: its arguments, in its order, with a :class:`RewardConfig`."""
+    """TRL's ``RewardTrainer``, with the same arguments in the same order and a :class:`RewardConfig`."""
 
     config_class = RewardConfig
     arguments = (*_SUPERVISED, *_METRICS, *_LOADING)
 
     def adapt(self, config: Any, given: dict[str, Any]) -> None:
-        """Use the column ``margin`` where the training data have it."""
+        """Use the ``margin`` column if the training data has one."""
         if given["train_dataset"] is not None and "margin" in given["train_dataset"].column_names:
             config.margin = "column"
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """As in the base class, but texts without a prompt are divided between words: TRL tokenizes them whole."""
+        """Split prompts off between words, unlike the base class, because TRL tokenizes these texts whole."""
         return super().prepare(with_prompts(dataset, whole_words=True), tokenizer, args, label)
