@@ -1,4 +1,4 @@
-"""simpo: preference alignment of language models, exact, fast and light."""
+"""simpo: exact, fast and lightweight preference alignment for language models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it. Loaded on first use, so that `import simpo` costs nothing.
+# Public name -> the module that defines it, imported on first use so that `import simpo` is instant.
 _PUBLIC = {
     "Responses": "simpo.objectives",
     "OBJECTIVES": "simpo.objectives",

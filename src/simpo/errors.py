@@ -1,4 +1,4 @@
-"""The exceptions that the command line reports in one line instead of a traceback."""
+"""Exceptions that the command line reports in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 class SimpoError(ValueError):
-    """A mistake in what the user gave: data, recipe, model or folder.
+    """A mistake in the user's input: data, recipe, model or folder.
 
-    The message is one line that says what was wrong, where (``file:line`` or the key) and what to do.
+    The message is one line that names what is wrong, where (``file:line`` or the key) and what to do about it.
     The command line prints it without a traceback and exits with code 2.
     """
 
 
 class CombinedError(SimpoError):
-    """Mistakes that are reported together, so that they can be corrected together; a single one reads as usual."""
+    """Several mistakes reported at once, so that they can be fixed in one go; a single one reads like any other."""
 
     def __str__(self) -> str:
         if len(self.args) == 1:
@@ -26,31 +26,30 @@ class CombinedError(SimpoError):
 
 
 def check_all(*checks: Callable[[], object]) -> None:
-    """Run all checks, and raise the mistakes of all of them together as a :class:`CombinedError`."""
+    """Run all checks, then raise every mistake they found as one :class:`CombinedError`."""
     mistakes: list[str] = []
     for check in checks:
         try:
             check()
         except CombinedError as error:
             mistakes += error.args
-        except (ValueError, ImportError) as error:  # the latter: a key that needs a package
+        except (ValueError, ImportError) as error:  # ImportError: a key needs a package that is not installed
             mistakes.append(one_line(error, None))
     if mistakes:
         raise CombinedError(*dict.fromkeys(mistakes))
 
 
 def one_line(error: BaseException, longest: int | None = 300) -> str:
-    """The message of another library's exception on one line, at most ``longest`` characters of it."""
+    """Return another library's error message on one line, truncated to ``longest`` characters."""
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 @contextmanager
 def third_party(place: str) -> Iterator[None]:
-    """Report whatever another library raises in the body as a mistake at ``place``: a file, a row or a key.
+    """Re-raise whatever another library raises in the body as a :class:`SimpoError` at ``place`` (a file, row or key).
 
-    Libraries that read files or evaluate text raise anything for damaged input, and the panics of those written in
-    Rust are not even exceptions. Our own code does not belong in the body, because its bugs should keep their
-    tracebacks.
+    Libraries that read files or evaluate text raise anything on damaged input; panics of Rust libraries are not even
+    an ``Exception``. Keep our own code out of the body, so that its bugs keep their tracebacks.
     """
     try:
         yield
@@ -60,16 +59,16 @@ def third_party(place: str) -> Iterator[None]:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             reason = one_line(error)
             if isinstance(error, OSError) and error.strerror and str(error.filename) in place:
-                reason = error.strerror  # without the name of the file a second time
+                reason = error.strerror  # `place` already names the file
             raise SimpoError(f"{place}: {reason}") from error
         raise
 
 
 class InterruptedRun(Exception):  # noqa: N818 - nothing went wrong
-    """A signal stopped a run; what it had done is saved.
+    """Raised when a signal stops a run, after its progress has been saved.
 
     Attributes:
-        exit_code: 128 plus the signal's number, as in shells: 130 for SIGINT, 143 for SIGTERM.
+        exit_code: 128 plus the signal number, as in shells: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:

@@ -1,8 +1,8 @@
-"""Settings of commands: a YAML file and the command line become instances of dataclasses.
+"""Command settings: parses a YAML file and the command line into dataclass instances.
 
-Every value is kept as the text that the user wrote, from either place, until one function converts it to the
-annotation of its field. So ``1e-6`` is a number and ``no`` a strategy, in the file and on the command line alike, and
-every error can name the place of the value.
+Wherever a value comes from, it stays the text that the user wrote until one function converts it to its field's type.
+So ``1e-6`` is a number and ``no`` a strategy in the file and on the command line alike, and every error can name the
+place of the value.
 """
 
 from simpo.config.fields import Key, check_values, keys_of, required, setting, setting_of

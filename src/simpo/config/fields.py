@@ -1,17 +1,17 @@
-"""Dataclass fields as settings: how they are declared, their types and defaults, and instances made of values.
+"""Settings as dataclass fields: declares them, converts and checks their values, and builds instances from these.
 
-A setting is a field of a dataclass, next to what it configures. Its ``metadata`` can have:
+A setting is a dataclass field next to the code it configures. Its ``metadata`` may contain:
 
-- ``help``: the meaning, in a sentence.
+- ``help``: what the setting means, in one sentence.
 - ``least``, ``above``, ``most``, ``below``: bounds of a number; None is always allowed.
-- ``positional``: how help calls the value, such as ``MODEL``, if it can also be given without ``--key``.
-- ``repeat``: True for a list whose option takes one value and is repeated for several.
+- ``positional``: the placeholder shown in the help, such as ``MODEL``, if the value may be given without ``--key``.
+- ``repeat``: True for a list whose option takes one value and may be repeated.
 
-A command combines dataclasses: as fields of its own dataclass, whose keys are then keys of the command. The default of
-such a field is an instance whose values are the defaults of the keys, and its ``metadata`` can have:
+A command combines dataclasses by nesting them as fields of its own dataclass; their keys become keys of the command.
+The default of such a field is an instance that holds the default of every key. Its ``metadata`` may contain:
 
-- ``only``: the keys that the command has, if it does not have them all.
-- ``without``: keys that the command does not have.
+- ``only``: the keys to include; all of them if absent.
+- ``without``: keys to leave out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from simpo.errors import CombinedError, SimpoError
 
-# In text: what no path can hold, and half of a surrogate pair, which Python reads names that are not UTF-8 as.
+# NUL, which no path can contain, and lone surrogates, which Python substitutes for bytes that are not UTF-8.
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _DESCRIPTIONS = {
@@ -50,24 +50,24 @@ _DESCRIPTIONS = {
     list: "a list",
     dict: "a mapping",
 }
-# The strictest member of a union that accepts a value is used; text accepts almost everything, so it comes late.
+# The strictest member of a union that accepts a value wins; text accepts almost anything, so it comes late.
 _STRICTNESS = (Literal, bool, int, float, dict, tuple, str, Path, list)
 _ABSTRACT: dict[Any, Any] = {collections.abc.Mapping: dict, collections.abc.Sequence: list}
 
 
 def nearest(name: str, known: Iterable[str], meaning: Mapping[str, str] | None = None) -> str:
-    """``"; did you mean ...?"`` with the most similar ``known`` name, or its ``meaning``; empty if none is similar."""
+    """Return ``"; did you mean ...?"`` with the closest ``known`` name (or its ``meaning``), or "" if none is close."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {(meaning or {}).get(close[0], close[0])}?" if close else ""
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """Convert a plain value to the strictest member of ``annotation`` that accepts it.
+    """Convert a value from a recipe or the command line to the strictest member of ``annotation`` that accepts it.
 
-    ``value`` is text, None, True, a list of these or a mapping, as a recipe or the command line contains them.
+    ``value`` is text, None, True, a list of these, or a mapping.
 
     Raises:
-        ValueError: no member accepts the value; the message describes what would fit.
+        ValueError: no member accepts the value; the message describes what would be accepted.
     """
     members = members_of(annotation)
     if annotation is Any or (value is None and type(None) in members):
@@ -87,34 +87,34 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Describe the accepted values, to complete the sentence "'abc' is not ..."."""
+    """Describe the accepted values so that the text completes the sentence "'abc' is not ..."."""
     return " or ".join(_describe_member(member) for member in members_of(annotation) if member is not type(None))
 
 
 def choices_of(kind: Any) -> list[Any]:
-    """The values of an enumeration or a ``Literal``; empty for any other type."""
+    """Return the values of an enumeration or a ``Literal``; an empty list for any other type."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         return [member.value for member in kind]
     return list(get_args(kind)) if get_origin(kind) is Literal else []
 
 
 def accepts(annotation: Any, *kinds: type) -> bool:
-    """Whether a member of the annotation is one of these plain types or containers."""
+    """Whether any member of the annotation is one of these plain types or containers."""
     return any(_origin(member) in kinds for member in members_of(annotation))
 
 
 def members_of(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
+    """Return the members of a union, or the type itself."""
     if get_origin(annotation) not in (Union, UnionType):
         return (annotation,)
     members = get_args(annotation)
-    # transformers writes `IntervalStrategy | str`, where the text is only a spelling of the enumeration.
+    # In transformers' `IntervalStrategy | str`, the text is only another spelling of the enumeration.
     enumerated = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
     return tuple(member for member in members if not (enumerated and member is str))
 
 
 def _origin(kind: Any) -> Any:
-    """The plain type of a type: ``list`` of ``list[int]``, ``dict`` of ``Mapping``, ``Literal`` of any choices."""
+    """Return the plain type: ``list`` for ``list[int]``, ``dict`` for ``Mapping``, ``Literal`` for any choices."""
     if choices_of(kind):
         return Literal
     origin = get_origin(kind) or kind
@@ -122,9 +122,9 @@ def _origin(kind: Any) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Convert to one type that is not a union; ValueError, whose text is not shown, if the value does not fit."""
+    """Convert to one type that is not a union; raise ValueError, whose text nobody sees, if the value does not fit."""
     for choice in choices_of(kind):
-        if value is False and choice in ("no", "off"):  # as which YAML 1.1 reads these words
+        if value is False and choice in ("no", "off"):  # YAML 1.1 reads these words as False
             return kind(choice) if isinstance(kind, type) else choice
         with suppress(ValueError):
             if coerce(value, type(choice)) == choice:
@@ -158,7 +158,7 @@ def _convert_scalar(value: Any, kind: Any) -> Any:
 def _convert_number(value: str | float, kind: type) -> int | float:
     if kind is int:
         with suppress(ValueError):
-            return int(str(value))  # exact, where a float would round
+            return int(str(value))  # exact; a float would round large numbers
     number = float(value)
     overflown = math.isinf(number) and any(character.isdigit() for character in str(value))  # such as 1e400
     if math.isnan(number) or overflown or (kind is int and not number.is_integer()):
@@ -178,7 +178,7 @@ def _describe_member(kind: Any) -> str:
     return f"{description}, each {'item' if origin is list else 'value'} {describe(parts[-1])}"
 
 
-# ---- Fields of dataclasses.
+# ---- Dataclass fields.
 
 _BOUNDS = {
     "least": ("at least", operator.ge),
@@ -189,7 +189,7 @@ _BOUNDS = {
 
 
 class _Metadata(dict[str, Any]):
-    """Metadata of a field. Copies have ``help`` only: transformers' and TRL's parsers pass them to argparse."""
+    """Field metadata. Copies hold only ``help``, because transformers' and TRL's parsers pass them to argparse."""
 
     def keys(self) -> Any:
         return self.copy().keys()
@@ -199,7 +199,7 @@ class _Metadata(dict[str, Any]):
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A field that is a setting with this default and meaning."""
+    """Declare a dataclass field as a setting with this default and help text."""
     metadata = _Metadata(metadata, help=help)
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -207,15 +207,15 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def required(help: str, **metadata: Any) -> Any:
-    """A field that is a setting with this meaning and without a default."""
+    """Declare a dataclass field as a setting with this help text and no default."""
     return dataclasses.field(metadata=_Metadata(metadata, help=help))
 
 
 def check_values(settings: Any) -> None:
-    """Check an instance's values against the bounds and the choices that its fields declare.
+    """Check an instance's values against the bounds and choices that its fields declare.
 
     Raises:
-        CombinedError: names each field whose value does not fit.
+        CombinedError: names every field whose value is not allowed.
     """
     hints = get_type_hints(type(settings))
     faults = []
@@ -228,7 +228,7 @@ def check_values(settings: Any) -> None:
 
 
 def _misfit(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> str | None:
-    """Why a value does not fit, as text; None if it does, or if neither bounds nor choices are declared."""
+    """Explain why a value is not allowed; None if it is, or if the field declares neither bounds nor choices."""
     bounds = {name: metadata[name] for name in _BOUNDS if name in metadata}
     if not bounds:
         choices = [choices_of(member) for member in members_of(annotation) if member is not type(None)]
@@ -246,36 +246,36 @@ def _misfit(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> str | N
 
 
 def setting_of(cls: Any, name: str) -> Any:
-    """The setting ``name`` of another dataclass: its default, meaning and bounds."""
+    """Declare the same setting as field ``name`` of another dataclass: same default, help text and bounds."""
     known: dataclasses.Field = cls.__dataclass_fields__[name]
     return dataclasses.field(default=known.default, metadata=known.metadata)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that was given for a key."""
+    """The value given for a key."""
 
     key: str
-    value: Any  # text, None, a list of these or, from the file, a mapping; True for an option without a value
-    place: str | None  # the place in the file, `recipe.yaml:12`; None for the command line
-    label: str  # place and key as written, the start of an error: `recipe.yaml:12: beta` or `--beta`
+    value: Any  # text, None, a list of these, or (from a file) a mapping; True for an option without a value
+    place: str | None  # where it is in the file, e.g. `recipe.yaml:12`; None for the command line
+    label: str  # place and key as written, which errors start with: `recipe.yaml:12: beta` or `--beta`
 
 
 @dataclass(frozen=True)
 class Key:
-    """A setting as a dataclass field declares it."""
+    """A setting, as its dataclass field declares it."""
 
-    name: str  # the field's name, in a recipe and after `--`
-    annotation: Any  # the type that values are converted to
+    name: str  # field name, used in recipes and after `--`
+    annotation: Any  # type that values are converted to
     default: Any  # `dataclasses.MISSING` if a value is required
-    help: str  # the meaning; empty if the field declares none
-    positional: str  # empty for a key that can only be given as `--name`
-    repeat: bool  # whether the option is repeated for several values
+    help: str  # empty if the field declares no help text
+    positional: str  # placeholder in the help; empty for a key that can only be given as `--name`
+    repeat: bool  # whether the option may be repeated
     owner: type  # the dataclass that declares the field
 
 
 def keys_of(classes: Iterable[type]) -> dict[str, Key]:
-    """The keys of dataclasses and of the dataclasses that are their fields; the first declaration of a key counts."""
+    """Return the keys of dataclasses and those nested in them; the first declaration of a key wins."""
     keys: dict[str, Key] = {}
     for cls in classes:
         for key in _keys(cls, MISSING):
@@ -289,9 +289,9 @@ def _keys(cls: type, defaults: Any) -> Iterator[Key]:
         if dataclasses.is_dataclass(kind):
             yield from (key for key in _keys(kind, default) if _is_included(key.name, metadata))  # type: ignore[arg-type]
             continue
-        # transformers annotates fsdp as text and declares in argparse's terms that it may be a flag as well.
+        # transformers annotates fsdp as text and uses argparse's `const` to declare that it may also be a flag.
         annotation = kind | bool if metadata.get("const") is True else kind
-        if choices := tuple(metadata.get("choices", ())):  # as transformers declares them
+        if choices := tuple(metadata.get("choices", ())):  # transformers' way of declaring them
             annotation = Literal[choices] | None if type(None) in members_of(annotation) else Literal[choices]
         owner = next(base for base in cls.__mro__ if declared.name in inspect.get_annotations(base))
         help_text = " ".join(metadata.get("help", "").split())
@@ -300,7 +300,7 @@ def _keys(cls: type, defaults: Any) -> Iterator[Key]:
 
 
 def _parts(cls: type, defaults: Any) -> Iterator[tuple[dataclasses.Field, Any, Any]]:
-    """The fields that can be set, with their types and defaults, which an instance ``defaults`` may replace."""
+    """Yield the fields that can be set, with their types and defaults; an instance ``defaults`` overrides these."""
     hints = get_type_hints(cls)
     for declared in dataclasses.fields(cls):
         if declared.init:
@@ -315,7 +315,7 @@ def _is_included(name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def fit(setting: Setting, annotation: Any) -> Any:
-    """The setting's value converted to its field's type; raises :class:`SimpoError` if it does not fit."""
+    """Convert a setting's value to its field's type; raise :class:`SimpoError` if it does not fit."""
     try:
         return coerce(setting.value, annotation)
     except ValueError as error:
@@ -324,9 +324,9 @@ def fit(setting: Setting, annotation: Any) -> Any:
 
 
 def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting], defaults: Any = MISSING) -> Any:
-    """An instance of ``cls`` from ``values`` by key.
+    """Build an instance of ``cls`` from a mapping of keys to values.
 
-    ``defaults`` is an instance of ``cls`` that provides what ``values`` lacks; ``settings`` are for errors.
+    ``defaults``, an instance of ``cls``, provides whatever ``values`` lacks; ``settings`` locate errors.
     """
     arguments = {}
     mistakes: list[str] = []
@@ -350,12 +350,12 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
         return cls(**arguments)
     except CombinedError as error:
         raise CombinedError(*(_with_place(mistake, settings) for mistake in error.args)) from error
-    except (ValueError, ImportError) as error:  # the latter: a key that needs a package
+    except (ValueError, ImportError) as error:  # ImportError: a key needs a package that is not installed
         raise SimpoError(_with_place(str(error), settings)) from error
 
 
 def _with_place(message: str, settings: Mapping[str, Setting]) -> str:
-    """The message in one line, after the place of the first setting that it names, if that is in the file."""
+    """Put a message on one line, prefixed with the place of the first setting it names if that is in the file."""
     named = (settings[name] for name in re.findall(r"\w+", message) if name in settings)
     first = next(named, None)
     text = " ".join(message.split())
@@ -363,14 +363,14 @@ def _with_place(message: str, settings: Mapping[str, Setting]) -> str:
 
 
 def check_installed(report_to: str | list[str] | None, label: str) -> None:
-    """Raise :class:`SimpoError` if an experiment tracker was requested that is unknown or not installed."""
+    """Raise :class:`SimpoError` if a requested experiment tracker is unknown or not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
     if not names or names in (["all"], ["none"]):
         return
-    from transformers import integrations  # noqa: PLC0415  (slow: it looks for every integration)
+    from transformers import integrations  # noqa: PLC0415  (slow to import: it probes for every integration)
 
     available = set(integrations.get_available_reporting_integrations())
-    if integrations.is_flytekit_available():  # the one that get_available_reporting_integrations leaves out
+    if integrations.is_flytekit_available():  # the only one that get_available_reporting_integrations omits
         available.add("flyte")
     for name in names:
         if name not in integrations.INTEGRATION_TO_CALLBACK:

@@ -1,7 +1,7 @@
-"""Keys of other toolkits and older spellings of ours: translated, or named in the error.
+"""Translates other toolkits' keys and older spellings of ours, or explains what to write instead.
 
-A key with an exact counterpart is translated, one that cannot affect the result is dropped, both with a notice. Every
-other known key is an error that names what to write instead; if its value switches it off, it is dropped.
+A key with an exact counterpart is translated and one that cannot affect the result is dropped, each with a warning.
+Any other known key is an error that says what to write instead, unless its value turns it off: then it is dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from simpo.config.fields import Setting, coerce, nearest
 
 logger = logging.getLogger(__package__)
 
-# How a key that is not a field is read: the name of the field that it sets, or a function from its value (as written)
-# and all keys that are given, in either place, to the fields that it sets: none to drop the key.
+# What a key that is not a field stands for: the name of a field, or a function that gets its value (as written) and the
+# names of all given keys and returns the fields to set (none drops the key).
 Alias = str | Callable[[Any, Set[str]], Mapping[str, Any]]
 
 _KEYS = yaml.safe_load(Path(__file__).with_name("foreign.yaml").read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ _VALUES: dict[str, dict[str, Mapping[str, Any]]] = _KEYS["values"]
 _ADVICE: dict[str, str] = {key: entry["remedy"] for entry in _KEYS["advice"] for key in entry["keys"]}
 
 
-# Names of one setting, the newest first. The first that is a field is used, the others are translated to it.
+# Names for the same setting, newest first. The others are translated to the first one that is a field.
 _SAME = (
     ("model_name_or_path", "model"),
     ("eval_strategy", "evaluation_strategy"),
@@ -38,31 +38,31 @@ _SAME = (
     ("max_length", "max_seq_length"),
     ("hub_revision", "hub_model_revision"),
     ("use_cpu", "no_cuda"),
-    # transformers 5.23 has both pairs and lets the new name win, even over the old one on the command line.
+    # transformers 5.23 has both names and lets the new one win, even if the old one is given on the command line.
     ("activation_checkpointing", "gradient_checkpointing"),
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 
-# Removed from transformers 5 (a run never refuses its folder, weights are always safetensors, TensorBoard's folder is
-# an environment variable), or another trainer's name for what simpo always does.
+# Removed in transformers 5 (existing output folders are always accepted, weights are always safetensors, TensorBoard's
+# folder is an environment variable), or another trainer's switch for something that simpo always does.
 _MEANINGLESS = ("overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free")
 
-# Keys that determine the objective: a recipe with one of them is clear.
+# Keys that determine the objective: a recipe with any of them is unambiguous.
 _DETERMINE_THE_OBJECTIVE = {
     "objective", "loss_type", "stage", "rl", "rlhf_type", "pref_loss", "dpo_loss_type", "trainer_type", "link",
     "gamma", "gamma_beta_ratio", "simpo_gamma", "dpo_gamma_beta_ratio",
 }  # fmt: skip
-# Keys that are too common to show that a recipe belongs to another toolkit.
+# Keys too common to show that a recipe was written for another toolkit.
 _COMMON = {"model", "model_name", "lr", "epochs", "optimizer", "batch_size", "config", "env"}
 _OFF = (None, "false", "no", "off", "0", "0.0", "none", "")
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value, as written, switches its key off."""
+    """Whether a value, as written, turns its key off."""
     return value in ([], {}) or (value is not True and (value.lower() if isinstance(value, str) else value) in _OFF)
 
 
-# ---- Keys that are translated by a function; each raises ValueError where a value has no counterpart.
+# ---- Functions that translate a key; each raises ValueError for a value without a counterpart.
 
 
 def _by_value(key: str, value: Any, keys: Set[str]) -> Mapping[str, Any]:
@@ -76,20 +76,20 @@ def _by_value(key: str, value: Any, keys: Set[str]) -> Mapping[str, Any]:
 
 
 def _lora_target(value: Any, keys: Set[str]) -> dict[str, Any]:
-    """LLaMA-Factory writes the list of layers as one text; ``all`` is every linear layer."""
+    """Split LLaMA-Factory's comma-separated list of layers; ``all`` means every linear layer."""
     if isinstance(value, str):
         value = "all-linear" if value == "all" else [name.strip() for name in value.split(",")]
     return {"lora_target_modules": value}
 
 
 def _lora_rank(value: Any, keys: Set[str]) -> dict[str, Any]:
-    """LLaMA-Factory's ``lora_alpha`` is twice the rank where it is not given."""
+    """Set the rank, and the ``lora_alpha`` that LLaMA-Factory derives from it by default: twice the rank."""
     theirs = {"finetuning_type", "stage"} & keys and "lora_alpha" not in keys
     return {"lora_r": value} | ({"lora_alpha": str(2 * int(value))} if theirs else {})
 
 
 def _stage(value: Any, keys: Set[str], known: Set[str]) -> Mapping[str, Any]:
-    """LLaMA-Factory's kind of training, which is a command here; its ``dpo`` leaves the loss to ``pref_loss``."""
+    """Check LLaMA-Factory's ``stage``, which is a command here; its ``dpo`` leaves the loss to ``pref_loss``."""
     command = "train" if "objective" in known else "reward" if "margin" in known else "sft"
     wanted = {"dpo": "train", "kto": "train", "sft": "sft", "rm": "reward"}.get(str(value))
     if wanted != command:
@@ -99,14 +99,14 @@ def _stage(value: Any, keys: Set[str], known: Set[str]) -> Mapping[str, Any]:
 
 
 def reject(advice: str, value: Any, keys: Any) -> dict[str, Any]:
-    """No keys if the value switches its key off; otherwise an error with the advice."""
+    """Raise ValueError with the advice, unless the value turns the key off: then return no fields."""
     if not is_off(value):
         raise ValueError(advice)
     return {}
 
 
 def _warmup_ratio(value: Any, keys: Set[str]) -> dict[str, Any]:
-    # In transformers 5 warmup_steps below 1 is a share of the steps; from 1 on it would be a count.
+    # In transformers 5, warmup_steps is a fraction of all steps if it is below 1, and a number of steps otherwise.
     if coerce(value, float) >= 1:
         raise ValueError(f"{value} is not a share of the steps, which is below 1")
     return {"warmup_steps": value}
@@ -117,7 +117,7 @@ def _use_flash_attention_2(value: Any, keys: Set[str]) -> dict[str, Any]:
 
 
 def known_spellings(known: Set[str]) -> dict[str, Alias]:
-    """The meaning of keys that are not among the ``known`` ones; those of other toolkits apply to training only."""
+    """Return what keys that are not ``known`` stand for; other toolkits' keys are only accepted for training."""
     spellings: dict[str, Alias] = {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
     if "learning_rate" in known:
         spellings |= {key: lambda value, keys: {} for key in (*_MEANINGLESS, *_KEYS["dropped"])}
@@ -133,7 +133,7 @@ def known_spellings(known: Set[str]) -> dict[str, Alias]:
     return spellings
 
 
-# ---- Translation of settings.
+# ---- Translating settings.
 
 
 def resolve(
@@ -143,7 +143,7 @@ def resolve(
     keys: Set[str],
     mistakes: list[str],
 ) -> dict[str, Setting]:
-    """The settings of one place by field, with foreign keys translated; errors are added to ``mistakes``."""
+    """Translate the settings from one source and return them by field name; errors are appended to ``mistakes``."""
     resolved: dict[str, Setting] = {}
     for written in settings:
         for setting in _translate_key(written, known, spellings, keys, mistakes):
@@ -161,7 +161,7 @@ def _translate_key(
     if alias is None and setting.key in known:
         return [setting]
     if alias is None:
-        # If the nearest key is another spelling of one of ours, suggest ours.
+        # If the closest key is another spelling of one of ours, suggest ours.
         others = {name: alias for name, alias in spellings.items() if isinstance(alias, str)}
         mistakes.append(f"{setting.label}: unknown key{nearest(setting.key, known | others.keys(), others)}")
         return []
@@ -183,13 +183,13 @@ def _translate_key(
     return [dataclasses.replace(setting, key=key, value=value) for key, value in replacement.items()]
 
 
-# ---- What a recipe as a whole implies.
+# ---- What the recipe as a whole implies.
 
 
 def objective_mistakes(keys: Mapping[str, Any]) -> list[str]:
-    """The error of a recipe that names no objective and has keys of toolkits that train DPO and others.
+    """Return an error if a recipe names no objective but has other toolkits' keys, so that it may well mean DPO.
 
-    ``keys`` are all keys with their values.
+    ``keys`` maps all given keys to their values.
     """
     theirs = {*_RENAMED, *_VALUES, *_ADVICE, *_KEYS["dropped"], "lora_target", "lora_rank"} - _COMMON
     found = next((key for key, value in keys.items() if key in theirs and not is_off(value)), None)
@@ -199,10 +199,10 @@ def objective_mistakes(keys: Mapping[str, Any]) -> list[str]:
 
 
 def paper_settings(file: Set[str], keys: Set[str]) -> dict[str, Any]:
-    """Settings that the paper's code uses without a key, if a ``file`` has the keys of the paper's own recipes.
+    """Return settings that are hard-coded in the paper's code, if the keys of a ``file`` show one of its recipes.
 
-    Those have SimPO's ``gamma_beta_ratio`` next to the alignment-handbook's older keys for data. A recipe that is
-    written for this project names its objective.
+    Those combine SimPO's ``gamma_beta_ratio`` with the alignment-handbook's older data keys. A recipe written for this
+    project names its objective.
     """
     older = {"preprocessing_num_workers", "evaluation_strategy", "trainer_type"}
     if not {"gamma_beta_ratio", "dataset_mixer"} <= file or not older & file or "objective" in file:

@@ -1,4 +1,4 @@
-"""Reads a YAML file and a command line into dataclasses; and the text of ``--help``."""
+"""Parses a YAML file and the command line into dataclasses, and renders ``--help``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from simpo.config.fields import Key, Setting, accepts, build, check_installed, d
 from simpo.config.foreign import known_spellings, objective_mistakes, paper_settings, resolve
 from simpo.errors import CombinedError, SimpoError, third_party
 
-_DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")  # not .json, which is YAML, too
-_MODEL = ("model", "model_name_or_path")  # options that name the model of any command that takes one by position
+_DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")  # not .json, which is also valid YAML
+_MODEL = ("model", "model_name_or_path")  # options accepted by any command that takes its model by position
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | None, list[str]]:
-    """The path of the recipe, which can only be the first argument, and the other arguments.
+    """Return the path of the recipe, which can only be the first argument, and the other arguments.
 
-    Where a command takes other files by position, only a file called ``.yaml`` or ``.yml`` is a recipe.
+    If a command takes other files by position, only a ``.yaml`` or ``.yml`` file is a recipe.
     """
     if not arguments or arguments[0].startswith("-"):
         return None, arguments
@@ -42,11 +42,11 @@ def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | N
 
 
 def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Set[str]) -> list[Setting]:
-    """The settings of the command line, after the recipe, in their order.
+    """Return the settings given on the command line after the recipe, in order.
 
-    ``--key value ...`` and ``--key=value`` are the same, and so are ``-`` and ``_`` in keys. Arguments before the first
-    option, and those after an option that it cannot use, are the values of positional keys. An option for a list may be
-    repeated; of others the last one counts. ``in_file`` are the keys that the recipe contains.
+    ``--key value ...`` and ``--key=value`` are equivalent, as are ``-`` and ``_`` in keys. Positional keys get the
+    arguments before the first option, and values that an option cannot use. List options may be repeated; for other
+    options the last one wins. ``in_file`` holds the keys that the recipe contains.
     """
     plain, options = split_options(arguments)
     positionals = [key for key in keys.values() if key.positional]
@@ -65,7 +65,7 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
         raise SimpoError(f"{text}: expected {usage}")
     settings = []
-    if list_key is not None and len(plain) >= len(unfilled):  # the last positional key takes all that are left
+    if list_key is not None and len(plain) >= len(unfilled):  # the last positional key takes all remaining values
         settings.append(Setting(list_key, plain[len(unfilled) - 1 :], None, keys[list_key].positional))
         unfilled = unfilled[:-1]
     for name, text in zip(unfilled, plain, strict=False):
@@ -80,13 +80,13 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     merged: dict[str, list[str]] = {}
     for name, values in options:
         if name in keys and not accepts(keys[name].annotation, list):
-            merged.pop(name, None)  # the last occurrence of an option that takes one value counts
+            merged.pop(name, None)  # the last occurrence of an option that takes one value wins
         merged.setdefault(name, []).extend(values)
     return settings + [Setting(name, _option_value(texts), None, f"--{name}") for name, texts in merged.items()]
 
 
 def split_options(arguments: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The arguments before the first option, and every option with the arguments after it."""
+    """Return the arguments before the first option, and every option with the arguments that follow it."""
     plain: list[str] = []
     options: list[tuple[str, list[str]]] = []
     current = plain
@@ -101,7 +101,7 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[tuple[str, list
 
 
 def _rename_model_options(options: list[tuple[str, list[str]]], positionals: list[str]) -> list[tuple[str, list[str]]]:
-    """The options, with ``--model`` and ``--model_name_or_path`` renamed to the command's key for its model."""
+    """Rename ``--model`` and ``--model_name_or_path`` to the command's own key for its model."""
     models = [name for name in positionals if name in (*_MODEL, "a", "b")]
     count = sum(name in _MODEL for name, _ in options)
     if not models or not count:
@@ -113,7 +113,7 @@ def _rename_model_options(options: list[tuple[str, list[str]]], positionals: lis
 
 
 def _take_unneeded_values(options: list[tuple[str, list[str]]], keys: Mapping[str, Key], wanted: int) -> list[str]:
-    """Remove up to ``wanted`` values from options that do not need them, as ``MODEL`` in ``--n 2 MODEL``."""
+    """Take up to ``wanted`` values from options that do not need them, such as ``MODEL`` in ``--n 2 MODEL``."""
     found: list[str] = []
     for name, values in options:
         key = keys.get(name)
@@ -138,14 +138,14 @@ def _option_value(texts: list[str]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-# ---- The text of `simpo COMMAND --help`: usage, examples, and every key with its meaning, type and default.
+# ---- `simpo COMMAND --help`: usage, examples, and every key with its meaning, type and default.
 
-_WIDTH = 100  # longer lines are hard to read, whatever the terminal's width
+_WIDTH = 100  # longer lines are hard to read, however wide the terminal is
 _NAME_COLUMN = 30
 
 
 def help_text(command: str, about: str, classes: Iterable[type]) -> str:
-    """The help of a command."""
+    """Return the help text of a command."""
     keys = list(keys_of(classes).values())
     usage = ["usage: simpo", command, "[RECIPE.yaml]", *(key.positional for key in keys if key.positional)]
     lines = [" ".join(filter(None, [*usage, "[--key value ...]"])), "", *inspect.cleandoc(about).splitlines(), ""]
@@ -159,11 +159,11 @@ def help_text(command: str, about: str, classes: Iterable[type]) -> str:
 
 
 def _title(owner: type) -> str:
-    """The first sentence of a dataclass's docstring; its name if it has none or is one of transformers'."""
+    """Return the first line of a dataclass's docstring; its name if it has none or belongs to transformers."""
     text = inspect.getdoc(owner) or ""
     if _is_foreign(owner):
         return f"transformers' {owner.__name__}:"
-    if text.startswith(f"{owner.__name__}("):  # the signature, which dataclasses without a docstring get
+    if text.startswith(f"{owner.__name__}("):  # dataclasses without a docstring get their signature
         return f"{owner.__name__}:"
     return f"{text.partition(chr(10))[0].replace('``', '').rstrip('.')}:"
 
@@ -175,7 +175,7 @@ def _is_foreign(owner: type) -> bool:
 def _key_lines(key: Key, width: int) -> list[str]:
     meaning = key.help
     if _is_foreign(key.owner):
-        meaning = meaning.partition(". ")[0].rstrip(".") + "."  # further sentences explain how it is implemented
+        meaning = meaning.partition(". ")[0].rstrip(".") + "."  # the other sentences are implementation details
     kind = describe(key.annotation) + (", may be repeated" if key.repeat else "")
     default = "required" if key.default is MISSING else f"default {_shown(key.default)}"
     bracket = f"[{kind}]" if key.default is None else f"[{kind}; {default}]"
@@ -193,19 +193,19 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# ---- The file, and both together.
+# ---- Reading the file, and merging it with the command line.
 
 logger = logging.getLogger(__package__)
 
-_LARGEST = 100_000  # values of a recipe
+_LARGEST = 100_000  # values in a recipe, with aliases expanded
 _NO_OBJECTIVE = "objective: not given"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: no key twice, a key or a date is text, ``1e-6`` is a number.
+    """YAML without its traps: no duplicate keys, keys and dates are text, ``1e-6`` is a number.
 
     Attributes:
-        mistakes: the keys that are given twice.
+        mistakes: one error for each duplicate key.
     """
 
     def __init__(self, stream: str) -> None:
@@ -239,7 +239,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_file(path: str, mistakes: list[str]) -> list[Setting]:
-    """The keys of a recipe with their lines; those that are given twice are added to ``mistakes``."""
+    """Return the settings in a recipe; errors about duplicate keys are appended to ``mistakes``."""
     with _reading(path):
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
         loader.name = path
@@ -251,7 +251,7 @@ def read_file(path: str, mistakes: list[str]) -> list[Setting]:
 
 @contextmanager
 def _reading(place: str) -> Iterator[None]:
-    """Report what PyYAML raises, which is anything, with the line where it has one."""
+    """Report whatever PyYAML raises, with the line number if there is one."""
     with third_party(f"{place}: cannot be read"):
         try:
             yield
@@ -271,7 +271,7 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
             raise SimpoError(
                 f"{path}: its aliases (*) repeat more than {_LARGEST:,} values, or a value contains itself"
             )
-        loader.flatten_mapping(node)  # merge keys (<<); what they bring comes first, so that own keys win
+        loader.flatten_mapping(node)  # expands merge keys (<<) in front of the mapping's own keys, which thus win
     found = {}
     for key, value in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
@@ -282,7 +282,7 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """The number of nodes in a node when all aliases in it are expanded; infinite if it contains itself."""
+    """Count the nodes within a node with all aliases expanded; infinite if it contains itself."""
     if id(node) not in sizes:
         sizes[id(node)] = math.inf  # while its children are counted
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -293,8 +293,8 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 
 def _plain(loader: _Loader, node: yaml.Node) -> Any:
-    """A scalar as its text (None for null), a list of these, or a mapping, its values typed by YAML."""
-    value = loader.construct_object(node, deep=True)  # in any case, because it refuses what is unsafe
+    """Return a scalar as its text (None for null), a sequence as a list of these, or a mapping with YAML's types."""
+    value = loader.construct_object(node, deep=True)  # even if unused, because it rejects unsafe tags
     if isinstance(node, yaml.SequenceNode):
         return [_plain(loader, item) for item in node.value]
     return node.value if isinstance(node, yaml.ScalarNode) and value is not None else value
@@ -308,25 +308,25 @@ def parse_settings(
     about: str | None = None,
     replaces: Mapping[str, tuple[str, ...]] | None = None,
 ) -> tuple[Any, ...]:
-    """Read a command's settings from a YAML file, the command line, or both, into one instance of each of ``types``.
+    """Parse a command's settings from a YAML file, the command line, or both, into one instance of each of ``types``.
 
-    The keys are the fields of the dataclasses, and of dataclasses that are their fields (see :mod:`.fields` for what
-    a field can declare). The command line takes precedence over the file. On it ``--key value`` and ``--key=value``
-    are the same, ``--flag`` is true, a list is several values or JSON, a mapping is JSON, and ``null`` is None. Older
-    and foreign spellings are translated, and keys that mean nothing here are dropped, each with a warning of the
-    package's logger. All mistakes are reported together.
+    Keys are the fields of these dataclasses and of the dataclasses nested in them (see :mod:`.fields` for what a field
+    can declare). The command line overrides the file. It accepts ``--key value`` and ``--key=value``; ``--flag`` means
+    true, a list is several values or JSON, a mapping is JSON, and ``null`` is None. Older spellings and other toolkits'
+    keys are translated, and keys without any effect here are dropped, each with a logged warning. All mistakes are
+    reported together.
 
     Args:
-        argv: the arguments; the recipe, if any, comes first. ``--help`` anywhere prints the help.
-        types: dataclasses; the annotations of their fields determine the values that fit.
+        argv: the arguments, starting with the recipe if there is one. ``--help`` anywhere prints the help.
+        types: dataclasses; the annotations of their fields determine which values are accepted.
         command: the command's name, for the help.
         about: what the command does, with examples, for the help: usually its module's docstring.
-        replaces: keys that exclude one another: a key and the others with the same meaning. Given in one place,
-            they are an error; given in both, those of the command line replace those of the file.
+        replaces: mutually exclusive keys: each key with the others that mean the same. Given in the same place, they
+            are an error; otherwise the one on the command line replaces the one in the file.
 
     Raises:
-        SimpoError: an unreadable file, keys that are unknown, missing or given twice, values that do not fit, a tracker
-            that is not installed, or a ValueError of a ``__post_init__``; names every key with its place.
+        SimpoError: the file cannot be read; a key is unknown, missing or given twice; a value is not accepted; a
+            tracker is not installed; or a ``__post_init__`` raised ValueError. Names every key and its place.
         SystemExit: with code 0, after ``--help``.
     """
     if {"-h", "--help"} & set(argv):
@@ -363,7 +363,7 @@ def parse_settings(
 
 
 def _implied(path: str | None, in_file: Set[str], all_keys: Set[str], known: Set[str]) -> dict[str, Setting]:
-    """Settings that the paper's own recipes do not contain because the paper's code always uses them."""
+    """Return the settings that the paper's own recipes leave out because its code hard-codes them."""
     found = {key: value for key, value in paper_settings(in_file, all_keys).items() if key in known}
     if found:
         shown = ", ".join(f"{key}: {value}" for key, value in found.items())
@@ -379,9 +379,9 @@ def _implied(path: str | None, in_file: Set[str], all_keys: Set[str], known: Set
 def _build_all(
     types: tuple[type, ...], values: Mapping[str, Any], settings: Mapping[str, Setting], mistakes: list[str]
 ) -> tuple[Any, ...]:
-    """An instance of each of ``types``; raises :class:`CombinedError` if there are ``mistakes``, with those found here.
+    """Build an instance of each of ``types``; raise :class:`CombinedError` for ``mistakes`` and any found here.
 
-    A required key whose value does not fit is already among the mistakes, and not also missing.
+    A required key with an invalid value is already among the mistakes and is not reported as missing as well.
     """
     built = []
     unfit = settings.keys() - values.keys()
@@ -393,7 +393,7 @@ def _build_all(
             built.append(build(cls, values, settings))
         except SimpoError as error:
             found = error.args
-        # One error about a missing objective is enough, whatever made it unclear.
+        # One error about a missing objective is enough.
         unclear = any(_NO_OBJECTIVE in mistake for mistake in mistakes)
         mistakes += [mistake for mistake in found if not (unclear and _NO_OBJECTIVE in mistake)]
     if mistakes:
@@ -404,7 +404,7 @@ def _build_all(
 def _merge(
     file: dict[str, Setting], line: dict[str, Setting], replaces: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Setting]:
-    """The command line over the file, without those of the file that it replaces."""
+    """Merge the settings: the command line overrides the file, and drops the keys there that it replaces."""
     replaced: dict[str, str] = {}
     for one, other in ((key, other) for key, others in replaces.items() for other in others):
         for place in (file, line):

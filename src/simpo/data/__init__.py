@@ -1,1 +1,1 @@
-"""Files and hub data sets to tokenized comparisons. Knows neither torch nor training."""
+"""From files and hub datasets to tokenized comparisons. Independent of torch and of training."""

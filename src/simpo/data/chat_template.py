@@ -1,4 +1,4 @@
-"""One tokenizer's chat template: its limits, what it renders, its form of messages, and how a turn ends."""
+"""A tokenizer's chat template: rendering within limits, what it supports and expects, and how it ends a turn."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS, RenderSettings
 from simpo.errors import SimpoError, one_line, third_party
 
-# ---- Limits on the time and memory that a template, which may come from anybody, may use.
+# ---- Limits on the time and memory that a template may use, because it may come from anyone.
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_SECONDS = 2.0  # processor time for one conversation, which takes milliseconds
+_SECONDS = 2.0  # CPU time for one conversation, which normally takes milliseconds
 _MEMORY = 1 << 30  # bytes
 _LONGEST = 1 << 26  # characters
-_BITS = 64  # size of a factor or an exponent
+_BITS = 64  # largest factor, in bits, and largest exponent
 
 
 class _OverrunError(BaseException):
-    """The time is over; not an Exception, so that no library handles it."""
+    """Rendering took too long. Not an ``Exception``, so that no library swallows it."""
 
 
 def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-    """The text that a tokenizer's chat template makes of messages.
+    """Render messages with a tokenizer's chat template.
 
     Raises:
-        BadRow: the template refuses them, with whatever error of its own or of Jinja.
-        SimpoError: it needs too much time or memory, or writes too much.
+        BadRow: the template rejects the messages, with an error of its own or of Jinja.
+        SimpoError: rendering takes too much time or memory, or the text is too long.
     """
     try:
         with _limited():
@@ -64,7 +64,7 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Bound the processor time and the memory of the body, except on Windows and outside the main thread."""
+    """Limit the CPU time and memory of the body, except on Windows and outside the main thread."""
     if resource is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,7 +84,7 @@ def _limited() -> Iterator[None]:
 
 
 def _limit_memory(current: tuple[int, int]) -> None:
-    statistics = Path("/proc/self/statm")  # Linux; elsewhere the limit has no effect anyway
+    statistics = Path("/proc/self/statm")  # Linux only; elsewhere the limit has no effect anyway
     if statistics.exists():
         limit = int(statistics.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + _MEMORY
         if current[0] == resource.RLIM_INFINITY or limit < current[0]:
@@ -92,7 +92,7 @@ def _limit_memory(current: tuple[int, int]) -> None:
 
 
 def _bounded(function: Callable[[Any, Any], Any], largest: int) -> Callable[[Any, Any], Any]:
-    """The operation, except on numbers so large that nothing could interrupt it."""
+    """Return the operation with an error for numbers so large that it could not be interrupted."""
 
     def apply(left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int) and max(abs(left), abs(right)) > largest:
@@ -102,7 +102,7 @@ def _bounded(function: Callable[[Any, Any], Any], largest: int) -> Callable[[Any
     return apply
 
 
-# Jinja's sandbox, in which transformers runs templates, bounds the length of ranges but not the size of numbers.
+# transformers renders in Jinja's sandbox, which limits the length of ranges but not the size of numbers.
 SandboxedEnvironment.intercepted_binops = frozenset(("*", "**"))
 SandboxedEnvironment.default_binop_table |= {
     "*": _bounded(operator.mul, 1 << _BITS),
@@ -110,7 +110,7 @@ SandboxedEnvironment.default_binop_table |= {
 }
 
 
-# Content that no template trims, splits or refuses, used to see what a template writes around it.
+# Content that no template trims, splits or rejects; it shows what a template writes around content.
 SENTINEL = "\uf8ffresponse\uf8ff"
 _SENTINELS = tuple(f"\uf8ff{name}\uf8ff" for name in ("first", "second", "third"))
 NO_SYSTEM_ROLE = (
@@ -118,18 +118,18 @@ NO_SYSTEM_ROLE = (
     "user message"
 )
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-# Text of a template that names a role: all of it, as in a comparison, or next to the mark that starts a turn.
+# A role named in a template: a whole string, as in a comparison, or the word after the markup that starts a turn.
 _NAMED_ROLE = re.compile(r"\A\s*(\w+)\s*\Z|[>|\]](\w+)")
 _WHETHER_GIVEN = ("defined", "undefined", "default", "d")
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
 class ChatTemplate:
-    """Renders messages, after converting them to the form that the template expects.
+    """Converts messages to the format that the template expects, and renders them.
 
-    The form is detected by rendering messages of known content: templates differ in whether they take content as text
-    or as parts, tool arguments as objects or as JSON text, absent content as ``""``, null or no key at all, and in the
-    key that holds reasoning.
+    The format is detected by rendering probe messages: templates differ in whether they take content as text or as
+    parts, tool arguments as objects or as JSON text, absent content as ``""``, null or a missing key, and in the key
+    that holds reasoning.
 
     Raises:
         SimpoError: ``chat_template_kwargs`` has a variable that the template never reads.
@@ -143,7 +143,7 @@ class ChatTemplate:
             raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
 
     def render(self, messages: Sequence[Message], context: Context, *, generation_prompt: bool = False) -> str:
-        """The text of messages."""
+        """Render messages as text."""
         try:
             return render_messages(
                 self._tokenizer,
@@ -158,7 +158,7 @@ class ChatTemplate:
             raise
 
     def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
-        """Names of variables that the template never reads."""
+        """Return the names of variables that the template never reads."""
         return [name for name in kwargs if name not in self.variables] if kwargs else []
 
     @cached_property
@@ -169,15 +169,15 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> set[str]:
-        """Names of the variables that it reads, without those that transformers always gives it."""
+        """Names of the variables that it reads, except those that transformers always provides."""
         return meta.find_undeclared_variables(self._syntax_tree) - {*RESERVED_KWARGS, "raise_exception", "strftime_now"}
 
     @cached_property
     def options(self) -> set[str]:
-        """Names of the variables that it expects to be given, such as ``enable_thinking``.
+        """Names of the variables that users may set, such as ``enable_thinking``.
 
-        A name that it assigns in a branch is one of :attr:`variables`, but is usually its own, such as ``content``;
-        it is an option if the template tests whether it is defined.
+        A name assigned in a branch counts as one of :attr:`variables` but is usually internal, such as ``content``; it
+        is an option only if the template tests whether it is defined.
         """
         names = list(self._syntax_tree.find_all(nodes.Name))
         parameters = {one.name for one in names if one.ctx == "param"}
@@ -188,17 +188,17 @@ class ChatTemplate:
 
     @cached_property
     def named_roles(self) -> frozenset[str]:
-        """Words that the template compares roles with or writes where a turn starts, such as Granite's ``document``.
+        """Words that the template compares roles with or writes at the start of a turn, such as Granite's ``document``.
 
-        Many templates write whatever role a message has; the model has probably never read one that they do not name.
-        Not all of these words are roles: a message whose content the template leaves out is a bad row in any case.
+        Many templates render any role, but the model has probably never seen one that its template does not name. Not
+        all of these words are roles, which is harmless: a message that is not rendered is a bad row in any case.
         """
         texts = [node.value for node in self._syntax_tree.find_all(nodes.Const) if isinstance(node.value, str)]
         texts += [node.data for node in self._syntax_tree.find_all(nodes.TemplateData)]
         return frozenset("".join(found) for text in texts for found in _NAMED_ROLE.findall(text))
 
     def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
-        """Whether the template renders messages, and its output contains the texts."""
+        """Whether the template accepts the messages and its output contains all of the texts."""
         try:
             rendered = self.render(messages, context or Context())
         except BadRow:
@@ -206,9 +206,9 @@ class ChatTemplate:
         return all(text in rendered for text in texts)
 
     def notices(self, end: EndOfTurn) -> list[str]:
-        """Properties of the template that its users may not expect, one sentence each; ``end`` is its end of a turn."""
+        """Return surprising properties of the template, one sentence each; ``end`` is how it ends a turn."""
         found, asked = [], _user_turn(SENTINEL)
-        with suppress(BadRow):  # the template's faults are reported where it is used
+        with suppress(BadRow):  # a faulty template is reported when it is used
             prompt = self.render(asked, Context(), generation_prompt=True)
             answered = self.render([*asked, {"role": "assistant", "content": _SENTINELS[0]}], Context())
             header = answered.removeprefix(prompt).partition(_SENTINELS[0])[0]
@@ -229,10 +229,8 @@ class ChatTemplate:
         return found
 
     def _writes_date(self, prompt: str) -> bool:
-        """Whether ``prompt``, a rendered user message, depends on the date, for which transformers gives templates a
-        function.
-        """
-        without = Context(kwargs={"strftime_now": ""})  # which takes precedence over the function of this name
+        """Whether ``prompt``, a rendered user message, depends on the date (through transformers' strftime_now)."""
+        without = Context(kwargs={"strftime_now": ""})  # overrides the function
         try:
             return self.render(_user_turn(SENTINEL), without, generation_prompt=True) != prompt
         except BadRow:
@@ -260,7 +258,7 @@ class ChatTemplate:
 
     @cached_property
     def reasoning_key(self) -> str | None:
-        """The key under which it reads reasoning; None if there is none."""
+        """The key that it reads reasoning from; None if it reads none."""
         first, second, third = _SENTINELS
         for key in REASONING:
             text = self._try_render([*_user_turn(first), {"role": "assistant", "content": second, key: third}])
@@ -270,14 +268,14 @@ class ChatTemplate:
 
     @cached_property
     def _in_parts(self) -> bool:
-        """Whether it takes content only as a list of parts, as some templates of vision models do."""
+        """Whether it accepts content only as a list of parts, as the templates of some vision models do."""
         first, second, _ = _SENTINELS
         messages = [*_user_turn(first), {"role": "assistant", "content": second}]
         texts = [self._try_render(messages, parts=parts) for parts in (False, True)]
         return second not in texts[0] and second in texts[1]
 
     def _try_render(self, messages: list[Message], *, parts: bool = False) -> str:
-        """The text of messages, with content as it is or as parts; empty if the template refuses them."""
+        """Render messages, with content unchanged or as parts; return "" if the template rejects them."""
         messages = list(map(_as_parts, messages)) if parts else messages
         try:
             return render_messages(self._tokenizer, messages, **self._settings.chat_template_kwargs)
@@ -286,7 +284,7 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> tuple[bool, dict[str, Any]] | None:
-        """Whether arguments are JSON text, and what replaces absent content; None if calls are not rendered."""
+        """Whether tool arguments are JSON text, and what stands for absent content; None if calls are not rendered."""
         first, second, third = _SENTINELS
         for as_text in (False, True):
             for absent in _NO_CONTENT:
@@ -300,7 +298,7 @@ class ChatTemplate:
         return None
 
     def _adapt_message(self, message: Message, *, images: bool) -> Message:
-        """A message in the form that the template expects; with ``images``, its content may include :data:`IMAGE`."""
+        """Convert a message to the format that the template expects; with ``images`` it may contain :data:`IMAGE`."""
         reasoning = reasoning_of(message)
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
             rest = {key: value for key, value in message.items() if key not in REASONING}
@@ -312,7 +310,7 @@ class ChatTemplate:
         return _as_parts(message) if self._in_parts or (images and IMAGE in message["content"]) else message
 
     def with_arguments(self, message: Message) -> Message:
-        """A message whose tool arguments are objects or JSON text, as the template expects them."""
+        """Convert a message's tool arguments to objects or JSON text, whichever the template expects."""
         if "tool_calls" not in message or self._call_form is None:
             return message
         as_text, _ = self._call_form
@@ -320,7 +318,7 @@ class ChatTemplate:
         for call in message["tool_calls"]:
             arguments = call["function"]["arguments"]
             if not as_text:
-                found = as_object(arguments)  # None of text that is not a JSON object, which stays text
+                found = as_object(arguments)  # text that is not a JSON object is left alone
                 arguments = arguments if found is None else found
             elif not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
@@ -329,8 +327,8 @@ class ChatTemplate:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template, or the default one of several; empty if there is none."""
-    with third_party("chat_template"):  # several templates, none of which is the default
+    """Return the tokenizer's chat template, or the default one of several; "" if there is none."""
+    with third_party("chat_template"):  # raises if there are several templates without a default
         return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
 
 
@@ -339,7 +337,7 @@ def _user_turn(text: str) -> list[Message]:
 
 
 def _as_parts(message: Message) -> Message:
-    """A message with content as a list of parts: texts, and images in their places."""
+    """Convert a message's content to a list of parts: text, and images where they belong."""
     first, *texts = (message.get("content") or "").split(IMAGE)
     parts = [{"type": "text", "text": first}] if first or not texts else []
     for text in texts:
@@ -348,7 +346,7 @@ def _as_parts(message: Message) -> Message:
 
 
 def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a tool call as an object; None for text that is not a JSON object."""
+    """Return the arguments of a tool call as an object; None if they are text that is not a JSON object."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -359,7 +357,7 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
 
 
 def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """The text that a tokenizer's template writes before and after a user's message that is to be answered."""
+    """Return what a tokenizer's template writes before and after a user message in a generation prompt."""
     try:
         text = render_messages(tokenizer, _user_turn(SENTINEL), add_generation_prompt=True)
     except BadRow:
@@ -371,28 +369,28 @@ def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | Non
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """The end of the assistant's turn in a template."""
+    """How a template ends the assistant's turn."""
 
-    token_id: int  # the token that ends a response
-    text: str  # its text
-    tail: str = ""  # all text that the template writes after the content of a final assistant message
+    token_id: int  # token that ends a response
+    text: str  # text of this token
+    tail: str = ""  # everything that the template writes after the content of a final assistant message
 
     @property
     def kept(self) -> str:
-        """The part of ``tail`` before the end-of-turn token, which belongs to the response."""
+        """The part of ``tail`` before the end-of-turn token; it belongs to the response."""
         return self.tail.partition(self.text)[0] if self.text in self.tail else ""
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
-    """The end of a response: the first special token after a rendered response, else the tokenizer's EOS.
+    """Find what ends a response: the first special token after a rendered response, otherwise the tokenizer's EOS.
 
-    If the EOS directly follows that token in every turn, as in Command R7B's template, the EOS ends the response.
+    If EOS directly follows that token in every turn, as in Command R7B's template, EOS ends the response.
     """
     tail = _text_after_answer(tokenizer) if tokenizer.chat_template else ""
     found = [
         (position, -len(token.content), token.content, token_id)
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        # Some tokenizers have added tokens of nothing but white space, for code.
+        # Some tokenizers have added tokens that are pure whitespace, for code.
         if (token.special or token.content.strip()) and (position := tail.find(token.content)) >= 0
     ]
     if found:
@@ -411,7 +409,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
 
 
 def _text_after_answer(tokenizer: PreTrainedTokenizerBase, *following: Message) -> str:
-    """The text that a template writes after the content of an assistant's message that others may follow."""
+    """Return what a template writes after the content of an assistant message, given the ``following`` messages."""
     template = ChatTemplate(tokenizer, RenderSettings())
     messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": SENTINEL}]
     try:
@@ -423,44 +421,43 @@ def _text_after_answer(tokenizer: PreTrainedTokenizerBase, *following: Message) 
     return text.rpartition(SENTINEL)[2]
 
 
-# ---- The text of an answer as a row gives it, which may include special tokens of a template or of another model.
+# ---- Answers as they appear in the data, possibly with special tokens of a template or of another model.
 
-# Tokens that end a turn or a text in common model families.
+# Tokens that end a turn or a document in common model families.
 _ENDS = (
     "</s>", "<eos>", "<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<|end|>",
     "<|endoftext|>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
-# A letter next to a punctuation mark, as in "<eos>" and "[PAD]".
+# A letter next to punctuation, as in "<eos>" and "[PAD]".
 _MARKUP = re.compile(r"\w\W|\W\w")
 
 
 class GivenAnswers:
-    """Normalizes the answers of rows for one tokenizer, whose template ends a turn with ``end``."""
+    """Normalizes answers from the data for one tokenizer, whose template ends a turn with ``end``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> None:
         self._bos, self._has_template = tokenizer.bos_token, bool(tokenizer.chat_template)
-        # All that the template writes after an answer, such as Phi-3's "<|end|>\n<|endoftext|>", or the token alone.
+        # Everything that the template writes after an answer, e.g. Phi-3's "<|end|>\n<|endoftext|>", or just the token.
         whole = r"\s*".join(map(re.escape, end.tail.split()))
         self._ends = re.compile(rf"(?:{'|'.join(filter(None, (whole, re.escape(end.text))))})\s*\Z")
         own = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token}
-        # Some tokenizers pad with a token of plain text, such as "!".
+        # Some tokenizers pad with a plain-text token, such as "!".
         texts = {*_ENDS, *(text for text in own if text and _MARKUP.search(text))} - {end.text}
         self._unexpected = re.compile(rf"({'|'.join(map(re.escape, sorted(texts)))})\s*\Z")
 
     def text(self, content: str) -> str:
-        """An answer without the end of turn that it may already include, because the token is added once.
+        """Strip an end of turn that the answer already includes, because one is added later.
 
         Raises:
-            BadRow: the answer starts with BOS, or ends with the text of a token that does not end turns in the chat
-                template.
+            BadRow: the answer starts with BOS, or ends with an end token that does not end turns in this chat template.
         """
         while found := self._ends.search(content):
             content = content[: found.start()]
-        # "<s>...</s>" inside a text is HTML for struck-through text, not BOS and EOS.
+        # "<s>...</s>" within a text is HTML for strikethrough, not BOS and EOS.
         struck = self._bos == "<s>" and "</s>" in content.rstrip().removesuffix("</s>")
         if self._bos and content.lstrip().startswith(self._bos) and not struck:
             raise BadRow(f"an answer starts with {self._bos!r}, the BOS token: remove it from the row")
-        # Without a chat template, text is used as it is.
+        # Without a chat template, text is used unchanged.
         found = self._unexpected.search(content) if self._has_template else None
         if found and not (found[1] == "</s>" and "<s>" in content):
             raise BadRow(

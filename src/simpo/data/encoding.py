@@ -1,4 +1,4 @@
-"""Converts text to ids and back for one tokenizer: boundaries, BOS, and special-token text that is meant literally."""
+"""Encodes and decodes text with one tokenizer: boundaries, BOS, and special-token text that is meant literally."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from simpo.data.chat_template import render_messages, template_of
 from simpo.data.rows import BadRow
 from simpo.errors import SimpoError
 
-# Texts to encode in front of another one, so that a tokenizer does not put a space of its own there. The first with
-# which the text decodes to itself is taken, so the order only affects speed.
+# Prefixes to encode a text with, so that the tokenizer does not insert a space of its own. The first one with which the
+# text decodes to itself is used, so the order only affects speed.
 _ANCHORS = ("", "\n", ".", "a")
-# Ids of context that decoding needs to treat what follows them as a continuation.
+# Number of preceding ids that decoding needs to treat the next ones as a continuation.
 _CONTEXT = 8
 _REASONING_TAGS = ("<think>", "</think>")
 
 
 class Encoder:
-    """Encodes rendered text as generation would read it, special tokens as the template wrote them.
+    """Encodes rendered text exactly as generation would read it, with the special tokens that the template wrote.
 
     Raises:
-        SimpoError: the tokenizer is not a fast one (of the ``tokenizers`` library).
+        SimpoError: the tokenizer is not a fast one (from the ``tokenizers`` library).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,7 +38,7 @@ class Encoder:
                 "give a model with a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        # Special ones first: the first one shows whether a space is put after special tokens.
+        # Special tokens first: the first one is used to test whether a space is inserted after special tokens.
         added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: not item[1].special)
         structural = _structural_tokens(tokenizer)
         self._added = {token.content: (token_id, token) for token_id, token in added if token.content in structural}
@@ -47,7 +47,7 @@ class Encoder:
         self.literal = LiteralText(structural, exempt=_texts_tested_by_template(tokenizer))
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-        # Legacy sentencepiece starts afresh after a special token, and puts a space in front of the text.
+        # Legacy sentencepiece starts over after a special token and puts a space in front of the text.
         self._spaces_after_special = False
         if self._added:
             special, (special_id, _) = next(iter(self._added.items()))
@@ -55,15 +55,15 @@ class Encoder:
             self._spaces_after_special = after == [special_id, *alone]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of rendered texts; special tokens in them are parsed and none is added."""
+        """Encode rendered texts; special tokens in them are parsed and none are added."""
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
 
     def encode_marked(self, text: str, marker: str, before: Sequence[int] = ()) -> list[int]:
-        """Ids of a rendered text in which the special-token text of messages was marked as literal.
+        """Encode a rendered text in which special-token text from messages was marked as literal.
 
-        ``marker`` is the one of :meth:`LiteralText.mark`; ``before`` are ids that the text follows.
+        ``marker`` is the one given to :meth:`LiteralText.mark`; ``before`` holds the ids that precede the text.
         """
         pieces = self.literal.pattern.split(text)
         ids = list(before)
@@ -71,7 +71,7 @@ class Encoder:
             if index % 2:
                 ids.append(self._added[piece][0])
                 continue
-            # Some special tokens swallow the white space next to them (Phi-3's do).
+            # Some special tokens, such as Phi-3's, swallow adjacent whitespace.
             kept = piece
             if index > 0 and self._added[pieces[index - 1]][1].rstrip:
                 kept = kept.lstrip()
@@ -88,9 +88,9 @@ class Encoder:
         return ids[len(before) :]
 
     def encode_groups(self, groups: Sequence[tuple[Sequence[str], str | None]]) -> list[list[list[int]]]:
-        """Ids of the texts of each group; all texts without marks are encoded in one call.
+        """Encode the texts of each group; all texts without marks are encoded in one call.
 
-        A group has the marker of special-token text in its texts, or None if nothing is marked.
+        Each group comes with the marker of special-token text in its texts, or None if nothing is marked.
         """
         plain = iter(self.encode([text for texts, marker in groups if marker is None for text in texts]))
         return [
@@ -99,10 +99,10 @@ class Encoder:
         ]
 
     def encode_following(self, prompt: Sequence[int], text: str, whole: Sequence[int], marker: str | None) -> list[int]:
-        """Ids of a text that follows a prompt: the rest of ``whole``, or encoded alone if a token merged across.
+        """Encode a text that follows a prompt: the rest of ``whole``, or on its own if a token spans the boundary.
 
-        ``whole`` are the ids of the prompt's text and this one, encoded together; a ``marker`` marks special-token text
-        in it.
+        ``whole`` holds the ids of the prompt and this text encoded together; ``marker``, if any, marks special-token
+        text in it.
         """
         swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._swallowing
         if whole[: len(prompt)] == prompt and not swallowed:
@@ -112,7 +112,7 @@ class Encoder:
         return self.encode_marked(text, marker, before=prompt)
 
     def with_one_bos(self, prompt: list[int]) -> list[int]:
-        """The prompt with exactly one BOS in front if template or tokenizer put one there, else none."""
+        """Return the prompt with exactly one BOS in front if the template or the tokenizer adds one, else with none."""
         bos = self._tokenizer.bos_token_id
         count = next((i for i, token_id in enumerate(prompt) if token_id != bos), len(prompt))
         if bos is None or (not count and not self.adds_bos):
@@ -120,11 +120,11 @@ class Encoder:
         return [bos, *prompt[count:]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included, white space as it is."""
+        """Decode ids, keeping special tokens and whitespace."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _continue(self, text: str, before: Sequence[int], *, split_special: bool) -> list[int]:
-        """Ids of a text that decode to it after ``before``, encoded behind the first anchor that achieves this."""
+        """Encode a text such that it decodes to itself after ``before``, using the first anchor that achieves this."""
         context = list(before[-_CONTEXT:])
         expected = self.decode(context) + text
         for anchor in _ANCHORS:
@@ -144,7 +144,7 @@ class Encoder:
 
     @cached_property
     def _literal_backend(self) -> Tokenizer:
-        """The tokenizer without structural tokens: split_special_tokens splits only those that are special."""
+        """The tokenizer without structural tokens, because split_special_tokens only splits those that are special."""
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in self._added]
         state["padding"] = state["truncation"] = None
@@ -152,15 +152,15 @@ class Encoder:
 
 
 class LiteralText:
-    """Marks token text inside messages, so that it stays text once they are rendered.
+    """Marks token text inside messages, so that it is still plain text after rendering.
 
     Args:
-        structural: text of all structural tokens, and whether the assistant may write the token in an answer.
-        exempt: tokens that the template looks for at the beginning or end of a user's message.
+        structural: text of each structural token -> whether the assistant may write the token in an answer.
+        exempt: tokens that the template looks for at the beginning or end of a user message.
     """
 
     def __init__(self, structural: Mapping[str, bool], exempt: Container[str] = ()) -> None:
-        # Longest first: a token may be the beginning of another one.
+        # Longest first, because a token may be a prefix of another one.
         self._tokens = sorted(structural, key=len, reverse=True)
         self._numbers = {text: number for number, text in enumerate(self._tokens)}
         self.pattern = _any_of(self._tokens)
@@ -168,9 +168,9 @@ class LiteralText:
         self._not_in_answers = _any_of([token for token in self._tokens if not structural[token]])
 
     def marker_for(self, value: object, *, answers: Sequence[str] = ()) -> str | None:
-        """A private-use character that none of the texts contain; ``None`` if nothing has to be marked.
+        """Return a private-use character that none of the texts contain; ``None`` if nothing needs marking.
 
-        ``value`` is any JSON value, and ``answers`` are texts that the assistant wrote.
+        ``value`` is any JSON value, and ``answers`` are texts written by the assistant.
         """
         texts = list(_strings(value))
         if not any(map(self.pattern.search, texts)) and not any(map(self._not_in_answers.search, answers)):
@@ -182,10 +182,10 @@ class LiteralText:
         return marker
 
     def mark(self, value: Any, marker: str, role: str | None = None) -> Any:
-        """Replace token text in all strings of a JSON value by the token's number between two markers.
+        """Replace token text in all strings of a JSON value with the token's number between two markers.
 
-        ``value`` is any JSON value; with a ``role`` it is the content of such a message: an assistant's may hold tokens
-        such as ``<think>``.
+        With a ``role``, ``value`` is the content of a message with this role: an assistant's may contain tokens such
+        as ``<think>``.
         """
         if isinstance(value, str):
             pattern = self._not_in_answers if role == "assistant" else self.pattern
@@ -223,17 +223,17 @@ def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
 
 
 def _structural_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """Text of the added tokens that structure a conversation, and whether the assistant may write them in an answer.
+    """Return the text of each token that structures conversations, and whether an answer may contain it.
 
-    Structural are special tokens, and others that the chat template itself writes (Qwen's ``<tool_call>``), but not
-    words that somebody added to a vocabulary. An answer may hold those that are not special and neither open nor end a
-    turn, and the tags around its reasoning.
+    These are the special tokens and any that the chat template itself writes (Qwen's ``<tool_call>``), but not words
+    that were added to the vocabulary. An answer may contain reasoning tags, and tokens that are not special and neither
+    open nor end a turn.
     """
     template = template_of(tokenizer)
     around_turns = ""
     if template:
         messages = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue000"}]
-        with suppress(BadRow):  # the template's faults are reported where it is used
+        with suppress(BadRow):  # a faulty template is reported when it is used
             around_turns = render_messages(tokenizer, messages)
     return {
         token.content: token.content in _REASONING_TAGS or not (token.special or token.content in around_turns)
@@ -244,6 +244,6 @@ def _structural_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 
 
 def _texts_tested_by_template(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Texts by which a template recognizes kinds of messages, as Qwen's does for tool results."""
+    """Return texts by which a template recognizes certain messages, as Qwen's does for tool results."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return set(re.findall(r"""\b(?:starts|ends)with\(['"]([^'"]+)['"]\)""", template_of(tokenizer))) - special

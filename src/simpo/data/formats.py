@@ -1,7 +1,7 @@
-"""Comparisons, conversations, judged responses and prompts, read from rows of known columns, and suspect rows.
+"""Reads comparisons, conversations, judged responses and prompts from rows, and flags suspect rows.
 
-Rows of other tools get these columns in :mod:`simpo.data.shapes`. Columns that are not read are carried through.
-Columns of no known shape raise :class:`simpo.data.rows.UnknownShape`, wrong values :class:`simpo.data.rows.BadRow`.
+:mod:`simpo.data.shapes` converts other tools' rows to these columns first. Unused columns are carried through. Columns
+that match no known shape raise :class:`simpo.data.rows.UnknownShape`, bad values :class:`simpo.data.rows.BadRow`.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ PROMPT_SHAPES = f"{COMPARISON_SHAPES}, {{messages}}, {{prompt}} (a string or mes
 class Comparison:
     """One prompt and its responses, best first."""
 
-    prompt: str | list[Message]  # text, or the messages up to the one that is answered
-    # One text each if the prompt is text, else one assistant message each; at least two, one if it is judged alone, or
-    # none if only the prompt is needed.
+    prompt: str | list[Message]  # text, or the messages up to and including the one to answer
+    # Texts if the prompt is text, otherwise assistant messages: at least two, one if it is judged on its own, or none
+    # if only the prompt is needed.
     responses: tuple[Response, ...]
     where: str  # where the row comes from, e.g. `"train.jsonl:12"`
     extra: dict[str, Any] = field(default_factory=dict)  # the row's other columns
-    scores: tuple[float, ...] | None = None  # of a K-wise row, in the order of `responses`; None of a pair
-    label: bool | None = None  # of a response that is judged alone: whether it is desirable
-    context: Context = field(default_factory=Context)  # tools and variables for the chat template
+    scores: tuple[float, ...] | None = None  # K-wise rows: one per response, in the same order; None for pairs
+    label: bool | None = None  # whether a response that is judged on its own is desirable
+    context: Context = field(default_factory=Context)  # tools, variables for the chat template, and images
 
 
 @dataclass(frozen=True)
 class Conversation(Comparison):
-    """A prompt and the turns that follow it, of which the assistant's are learned.
+    """A prompt and the turns that follow it; the assistant's turns are trained on.
 
-    ``prompt`` has the messages before the first turn that is learned. ``responses`` are the text that follows it or, if
-    it has messages, those that follow, the first and the last of them the assistant's.
+    ``prompt`` holds the messages before the first turn that is trained on. ``responses`` holds the one text after a
+    text prompt, otherwise the messages that follow, the first and last of which are the assistant's.
     """
 
-    unanswered: int = 0  # how many messages followed the last one that is learned
-    scored: tuple[int, ...] = ()  # which of `responses` are learned; none if they are text
+    unanswered: int = 0  # number of messages dropped after the last one that is trained on
+    scored: tuple[int, ...] = ()  # indices of the `responses` that are trained on; empty for text
 
 
 def is_comparison(row: Mapping[str, Any]) -> bool:
@@ -76,9 +76,9 @@ def is_comparison(row: Mapping[str, Any]) -> bool:
 
 
 def read_comparison(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Comparison:
-    """A comparison from a row; the responses of a K-wise row are sorted by score, the highest first.
+    """Read a comparison from a row; the responses of a K-wise row are sorted by descending score.
 
-    ``roles`` are those that its messages may have.
+    ``roles`` lists the roles that messages may have.
     """
     if not is_comparison(row):
         columns, hint = set(row), ""
@@ -102,7 +102,7 @@ def read_comparison(row: Mapping[str, Any], where: str, roles: Collection[str] =
 
 
 def _ranked(responses: object, scores: object) -> tuple[list[Any], tuple[float, ...]]:
-    """Responses and scores sorted by score, the highest first; ties keep their order."""
+    """Sort responses and their scores by descending score; ties keep their order."""
     if not isinstance(responses, list) or not isinstance(scores, list):
         raise BadRow("responses and scores are not lists")
     if len(responses) != len(scores):
@@ -118,12 +118,12 @@ def _ranked(responses: object, scores: object) -> tuple[list[Any], tuple[float, 
 
 
 def is_number(score: object) -> bool:
-    """Whether a cell is a finite number that a float can hold."""
+    """Whether a cell is a finite number within the range of a float."""
     return isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= sys.float_info.max
 
 
 def read_feedback(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Comparison:
-    """A prompt with its one response and the label of that response; ``roles`` are those that messages may have."""
+    """Read a prompt, its one response and the response's label; ``roles`` lists the roles that messages may have."""
     used = ("prompt", "completion", "label")
     if not set(used) <= set(row):
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}")
@@ -139,10 +139,10 @@ def read_feedback(row: Mapping[str, Any], where: str, roles: Collection[str] = R
 def _read_responses(
     prompt: object, responses: Sequence[Any], names: Sequence[str], roles: Collection[str]
 ) -> tuple[str | list[Message], tuple[Response, ...]]:
-    """A prompt and its responses.
+    """Read a prompt and its responses.
 
-    ``prompt`` is None if the responses hold it. A response is text, messages that follow the prompt, or a whole
-    conversation; error messages call it by its name in ``names``.
+    ``prompt`` is None if the responses contain it. A response is text, messages that follow the prompt, or a whole
+    conversation; ``names`` holds what error messages call each response.
     """
     for response, name in zip(responses, names, strict=True):
         _check_text_or_messages(response, name)
@@ -151,7 +151,7 @@ def _read_responses(
     texts = tuple(response for response in responses if isinstance(response, str))
     if len(texts) < len(responses) or isinstance(prompt, list):
         return _split_conversations(prompt, responses, names, roles)
-    # If the responses are whole transcripts, the prompt only repeats what they share.
+    # If the responses are whole transcripts, the prompt only repeats what they have in common.
     if prompt is not None and not all(map(is_transcript, texts)):
         if is_transcript(prompt) and any(text.lstrip().startswith(prompt.strip()) for text in texts):
             raise BadRow("one response repeats the prompt's transcript, and another one does not")
@@ -171,7 +171,7 @@ def _check_text_or_messages(value: object, name: str) -> None:
 
 
 def _read_opening(prompt: str | list[Message] | None, roles: Collection[str]) -> list[Message]:
-    """Messages of a prompt, which is the user's message if it is text."""
+    """Return a prompt as messages; text becomes a user message."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     return [] if prompt is None else read_messages(prompt, "prompt", images=True, roles=roles)
@@ -180,7 +180,7 @@ def _read_opening(prompt: str | list[Message] | None, roles: Collection[str]) ->
 def _split_conversations(
     prompt: str | list[Message] | None, responses: Sequence[object], names: Sequence[str], roles: Collection[str]
 ) -> tuple[list[Message], tuple[Message, ...]]:
-    """The messages that all conversations share, and the one assistant message that ends each."""
+    """Split conversations into the messages that they share and the one assistant message that ends each of them."""
     opening = _read_opening(prompt, roles)
     endings = [
         read_messages(response, name, images=True, roles=roles) for response, name in zip(responses, names, strict=True)
@@ -204,21 +204,21 @@ def _split_conversations(
 
 
 def _whole_conversation(prompt: object, opening: list[Message], messages: list[Message]) -> list[Message]:
-    """The whole conversation, of which ``messages`` are the end or all."""
+    """Return the whole conversation; ``messages`` may be all of it, or only what follows ``opening``."""
     if messages[: len(opening)] == opening:
         return messages
     if messages[0]["role"] == "assistant" or opening[-1]["role"] == "system":
         return opening + messages
     if isinstance(prompt, str):
-        # UltraFeedback-binarized: the prompt only repeats what the conversations share.
+        # UltraFeedback-binarized: the prompt only repeats what the conversations have in common.
         return messages
     raise BadRow("the conversations do not start with the prompt")
 
 
 def read_conversation(row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES) -> Conversation:
-    """A conversation from a row; ``messages`` takes precedence over other columns.
+    """Read a conversation from a row; ``messages`` takes precedence over other columns.
 
-    ``roles`` are those that its messages may have.
+    ``roles`` lists the roles that messages may have.
     """
     columns = set(row)
     if "messages" in columns:
@@ -242,7 +242,7 @@ def read_conversation(row: Mapping[str, Any], where: str, roles: Collection[str]
 
 
 def _read_dialogue(value: object, roles: Collection[str]) -> list[Message]:
-    """The messages of a cell that holds a whole conversation."""
+    """Read the messages of a cell that holds a whole conversation."""
     if not isinstance(value, list):
         raise BadRow(f"messages is {kind_of(value)}, not a list of messages")
     return read_messages(value, "messages", images=True, roles=roles)
@@ -251,7 +251,7 @@ def _read_dialogue(value: object, roles: Collection[str]) -> list[Message]:
 def _split_turns(
     row: Mapping[str, Any], prompt: list[Message], rest: list[Message], where: str, extra: dict[str, Any]
 ) -> Conversation:
-    """Split messages before the first answer that is learned and after the last one."""
+    """Split messages before the first and after the last answer that is trained on."""
     if prompt and rest[0]["role"] != "assistant":
         raise BadRow("completion does not start with the assistant's message")
     messages = [*prompt, *rest]
@@ -284,10 +284,10 @@ def _split_turns(
 def read_prompt(
     row: Mapping[str, Any], where: str, roles: Collection[str] = ROLES, *, images: bool = False
 ) -> Comparison:
-    """The prompt of a row, as a comparison without responses; one with images is a bad row unless ``images`` is set.
+    """Read the prompt of a row, as a comparison without responses; images make a bad row unless ``images`` is set.
 
-    Columns of a comparison take precedence, then ``messages`` and ``prompt``. ``roles`` are those that its messages may
-    have.
+    The columns of a comparison take precedence, then ``messages``, then ``prompt``. ``roles`` lists the roles that
+    messages may have.
     """
     if is_comparison(row):
         comparison = read_comparison(row, where, roles)
@@ -319,21 +319,21 @@ def _check_images(context: Context, accepted: bool) -> None:
         raise BadRow("images, and answers are sampled for text only; leave the row out")
 
 
-# ---- Rows that are used although they probably contain a mistake, and columns of questions that are not used.
+# ---- Rows that are used even though they are probably faulty, and question columns that are not used.
 
-# Columns of a pair's scores, of which reward models can take the margin.
+# Score columns of a pair, whose difference reward models can use as a margin.
 SCORE_COLUMNS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
-# Columns in which public data sets rate the chosen response; those of the rejected one are named alike.
+# Columns in which public datasets rate the chosen response; the columns for the rejected one are named alike.
 _RATING = re.compile(r"(?=.*(?:score|rating|reward)).*chosen")
 _LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
-# Characters. Many good answers begin with a shorter prompt, such as a greeting.
+# In characters. Many good answers begin by repeating a shorter prompt, such as a greeting.
 _LONG = 20
 
 
 def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[str] = ()) -> Iterator[str]:
-    """Status entries (:meth:`simpo.data.rows.DataReport.of`) for what is suspect in a row, read as ``content``.
+    """Yield status entries (:meth:`simpo.data.rows.DataReport.of`) for anything suspect in a row, read as ``content``.
 
-    ``options`` are variables of the chat template, which a row has in ``chat_template_kwargs``.
+    ``options`` are the chat template's variables, which belong in a row's ``chat_template_kwargs``.
     """
     for name, value in content.extra.items():
         if name in options and value is not None:
@@ -342,7 +342,7 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
     following = _texts(content.responses)
     openings = [text.lstrip() for text in (following[:1] if has_turns else following)]
     for name in ASKED_COLUMNS:
-        # Messages that are not read as the prompt may also hold the answer, if one is wanted.
+        # Messages may include an answer, which is only missed if answers are read.
         unread = name == "prompt" or (name in content.extra and (openings or isinstance(row[name], str)))
         given = list(texts_of(row.get(name))) if unread else []
         if given and _any_lost(given, [*_texts(content.prompt), *following]):
@@ -363,9 +363,9 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
 
 
 def _any_lost(given: list[str], texts: list[str]) -> bool:
-    """Whether one of the ``given`` texts does not occur in the ``texts`` that were read from its row.
+    """Whether any of the ``given`` texts is missing from the ``texts`` that were read from its row.
 
-    A prompt that is a transcript occurs in none of them, but contains some.
+    A transcript prompt occurs in none of them, but contains some.
     """
     read = [words for text in texts if (words := _words(text))]
     joined = " ".join(read)
@@ -382,7 +382,7 @@ def _words(text: str) -> str:
 
 
 def _texts(items: str | Sequence[Response], *roles: str) -> list[str]:
-    """A text, or the texts of several answers or messages, of messages those of the given roles if there are any."""
+    """Return a single text, or the texts of answers or messages, the latter only for ``roles`` if any are given."""
     several = [items] if isinstance(items, str) else items
     messages = [{"content": item} if isinstance(item, str) else item for item in several]
     return [one["content"] for one in messages if not roles or one.get("role") in (None, *roles)]

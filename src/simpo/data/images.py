@@ -1,4 +1,4 @@
-"""Images of rows: they are read, written into rendered texts as image tokens, and converted to tensors."""
+"""Reads the images in rows, writes them into rendered texts as image tokens, and converts them to tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from simpo.data.rows import ROW, BadRow, undecoded
 from simpo.errors import SimpoError, one_line
 
 IMAGES, DIGESTS = "images", "image_digests"
-# Columns of tokenized rows: the encoded bytes of each image or the path of its file, and the SHA-256 of the bytes.
+# Columns of tokenized rows: the encoded bytes or file path of each image, and the SHA-256 of the bytes.
 COLUMNS = {IMAGES: List({"path": Value("string"), "bytes": Value("binary")}), DIGESTS: List(Value("string"))}
-# Keys of a processor's output that describe the text and not an image.
+# Keys of a processor's output that describe the text rather than an image.
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 _BATCH = 1000
 
@@ -36,10 +36,10 @@ class ImageReader:
 
     Args:
         processor: the processor of a vision-language model.
-        folder: the folder that relative paths start from; the working directory if None.
+        folder: base folder of relative paths; the working directory if None.
 
     Raises:
-        SimpoError: the processor has no token that stands for an image.
+        SimpoError: the processor has no image token.
     """
 
     def __init__(self, processor: ProcessorMixin, folder: str | None = None) -> None:
@@ -49,21 +49,21 @@ class ImageReader:
         if not self.token or not hasattr(processor, "image_processor"):
             raise SimpoError(f"processing_class: a {type(processor).__name__} names no token that stands for an image")
 
-    # ---- From a row's cells to text.
+    # ---- From the cells of a row to text.
 
     def illustrated(self, found: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
         """Write a row's images into its rendered texts.
 
         Args:
-            found: the texts, in which the chat template wrote one image token for each image; of several texts, each
-                starts like the following one and includes as many of the first images as it has tokens.
-            values: the images as the row gives them, in order: paths, bytes or ``{"bytes", "path"}``.
+            found: the texts, with one image token from the chat template per image. If there are several, each is a
+                prefix of the next one and contains as many of the first images as it has tokens.
+            values: the images as given in the row, in order: paths, bytes or ``{"bytes", "path"}``.
 
         Returns:
-            Each text with as many tokens as the model reads for each image, and its values of :data:`COLUMNS`.
+            Each text with as many image tokens as the model expects, and its values for :data:`COLUMNS`.
 
         Raises:
-            BadRow: an image cannot be read, or the template does not render as many as there are.
+            BadRow: an image cannot be read, or the template does not render all of them.
         """
         if not values:
             return [(rendered, {IMAGES: [], DIGESTS: []}) for rendered in found]
@@ -94,12 +94,12 @@ class ImageReader:
         return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
 
     def _expansion(self, reference: Reference) -> str:
-        """The text that the processor writes in place of the image token of one image."""
+        """Return what the processor replaces the token of an image with."""
         (offsets,) = self._process([reference], return_text_replacement_offsets=True)["text_replacement_offsets"]
         return offsets[0]["replacement"]
 
     def _expanded(self, rendered: Rendered, expansions: Sequence[str]) -> Rendered:
-        """``rendered`` with the texts of the images in place of their tokens."""
+        """Replace the image tokens in ``rendered`` with their expansions."""
 
         def expand(text: str) -> str:
             first, *rest = text.split(self.token)
@@ -111,30 +111,30 @@ class ImageReader:
         return replace(rendered, prompt=expand(rendered.prompt), answers=answers)
 
     def fingerprint(self, dataset: Dataset) -> list[str]:
-        """What the texts of images depend on in addition to the rows: the processor, and the files that the rows name.
+        """Return what the text of images depends on besides the rows: the processor, and the files that rows refer to.
 
-        A file is identified by its path, its size in bytes and its time of modification.
+        A file is identified by its path, size in bytes and modification time.
         """
         digest = hashlib.sha256()
         for value in _cells(dataset):
             try:
                 path = self._reference(value)["path"]
                 stat = path and Path(path).stat()
-            except (BadRow, OSError):  # reported when its row is tokenized
+            except (BadRow, OSError):  # reported when the row is tokenized
                 continue
             if stat:
                 digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return [self.processor.to_json_string(), digest.hexdigest()]
 
-    # ---- From tokenized rows to the inputs of a model.
+    # ---- From tokenized rows to model inputs.
 
     def tensors(self, references: Sequence[Reference], digests: Sequence[str]) -> tuple[dict[str, Any], ...]:
-        """The tensors that the processor makes of each image, by the names of the model's arguments.
+        """Return the processor's tensors for each image, keyed by the names of the model's arguments.
 
-        Their shapes are the processor's own; dimension 0 counts images, crops or patches.
+        Shapes depend on the processor; dimension 0 counts images, crops or patches.
 
         Args:
-            references: the images, as the column :data:`IMAGES` has them.
+            references: the images, as stored in the column :data:`IMAGES`.
             digests: the SHA-256 of each.
         """
         found = []
@@ -149,7 +149,7 @@ class ImageReader:
         return tuple(found)
 
     def example(self, reference: Reference) -> dict[str, Any]:
-        """Everything that the processor returns for a text that consists of one image twice."""
+        """Return the processor's complete output for a text that consists of one image twice."""
         return dict(self._process([reference, reference], return_tensors="pt"))
 
     def _process(self, references: Sequence[Reference], **options: Any) -> Any:
@@ -159,17 +159,17 @@ class ImageReader:
 
             images = [load_image(Pillow.open(io.BytesIO(content))) for content in contents]
             return self.processor(text=[self.token * len(images)], images=images, **options)
-        except Exception as error:  # damaged files raise anything
+        except Exception as error:  # damaged files can raise anything
             raise BadRow(f"an image that cannot be read ({_kind(error)})") from error
 
 
 def as_text(reference: Reference) -> str:
-    """An image as a text that can be read again: the path of its file, or its bytes as a ``data:`` URL."""
+    """Return an image as text that can be read again: the path of its file, or its bytes as a ``data:`` URL."""
     return reference["path"] or f"data:;base64,{base64.b64encode(_content(reference)).decode()}"
 
 
 def _content(reference: Reference) -> bytes:
-    """The bytes of the encoded image; raises BadRow if its file cannot be read."""
+    """Return the bytes of the encoded image; raise BadRow if its file cannot be read."""
     if reference["bytes"] is not None:
         return reference["bytes"]
     try:
@@ -179,7 +179,7 @@ def _content(reference: Reference) -> bytes:
 
 
 def _kind(error: Exception) -> str:
-    """The text of an error without the file's name, so that rows with the same fault are counted together."""
+    """Return an error's text without the file name, so that rows with the same fault are counted together."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else one_line(error)
 
 
@@ -194,30 +194,30 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# ---- Data sets and processors.
+# ---- Datasets and processors.
 
 
 def split_processor(
     processing_class: Any, folder: str | None = None
 ) -> tuple[PreTrainedTokenizerBase, ImageReader | None]:
-    """The tokenizer, and a reader of images from ``folder`` if ``processing_class`` is a processor."""
+    """Return the tokenizer, and a reader of images from ``folder`` if ``processing_class`` is a processor."""
     tokenizer = text_tokenizer(processing_class)
     assert tokenizer is not None
     return tokenizer, None if tokenizer is processing_class else ImageReader(processing_class, folder)
 
 
 def has_images(dataset: Dataset) -> bool:
-    """Whether some row has images, tokenized or not."""
+    """Whether any row has images; the dataset may be tokenized."""
     if IMAGES in dataset.column_names and DIGESTS in dataset.column_names:
         return True
     return any(True for _ in _cells(undecoded(dataset)))
 
 
 def _cells(dataset: Dataset) -> Iterator[Any]:
-    """The images of all rows, as the rows give them; rows that cannot be read are reported when they are tokenized."""
+    """Yield the images of all rows, as given; rows that cannot be read are skipped, and reported when tokenized."""
     names = [name for name in (ROW, *IMAGE_COLUMNS) if name in dataset.column_names]
     for batch in dataset.select_columns(names).with_format(None).iter(_BATCH) if names else ():
-        if ROW in names:  # JSON, which is parsed only if it may have images
+        if ROW in names:  # JSON, parsed only if it may contain images
             rows = (json.loads(text) for text in batch[ROW] if '"image' in text)
         else:
             rows = (
@@ -229,7 +229,7 @@ def _cells(dataset: Dataset) -> Iterator[Any]:
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """A processor's tokenizer, which gets the processor's chat template; a tokenizer or None is returned unchanged."""
+    """Return a processor's tokenizer with the processor's chat template; return a tokenizer or None unchanged."""
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class
     tokenizer = processing_class.tokenizer

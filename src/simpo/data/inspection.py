@@ -1,4 +1,4 @@
-"""Statistics of a prepared data set, and of several answers to one prompt."""
+"""Statistics for a tokenized dataset, and for sets of answers to the same prompt."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "max": 100}
 
 @dataclass(frozen=True)
 class Inspection:
-    """Statistics of one data set, over the rows that are used. Of a ranking, ``chosen`` is the best response and
-    ``rejected`` the last; single responses (conversations, feedback) have one part ``response``.
+    """Statistics for one dataset, over the rows that are used. In a ranking, ``chosen`` is the best response and
+    ``rejected`` the worst; single responses (conversations, feedback) have just the part ``response``.
     """
 
     report: DataReport  # what happened to every row
     lengths: dict[str, dict[str, int]]  # `prompt`, `chosen` and `rejected`, or `response` -> percentile -> tokens
-    longer: float | None  # share of comparisons whose chosen response has more tokens; `None` of single responses
-    ties: float | None  # share of comparisons whose responses have the same number; `None` of single responses
-    repeated: int  # comparisons that occurred before, prompt and responses
+    longer: float | None  # fraction of comparisons whose chosen response has more tokens; None for single responses
+    ties: float | None  # fraction of comparisons whose responses are equally long; None for single responses
+    repeated: int  # comparisons that duplicate an earlier one, prompt and responses
     repeated_prompts: int  # comparisons whose prompt occurred before
-    contradicted: int  # pairs whose reverse, with the responses exchanged, is also in the data
-    identical: int  # pairs with equal responses, including those that were bad rows because of it
-    one_bos: float | None  # share of prompts with exactly one BOS, at the front; `None` if the model has no BOS
-    ended: float  # share of responses that end with an end-of-turn token and contain it only once
+    contradicted: int  # pairs that also occur in reverse, with the responses swapped
+    identical: int  # pairs with equal responses, including those rejected as bad rows for it
+    one_bos: float | None  # fraction of prompts with exactly one BOS, at the front; None if the model has no BOS
+    ended: float  # fraction of responses that end with an end-of-turn token and contain it only once
 
     def metrics(self) -> list[Metric]:
-        """All statistics for the results, including those of the report."""
+        """Return all statistics as metrics, including those of the report."""
         count = self.report.used
         prefix = f"data/{self.report.label}"
         shares = {"chosen_longer": self.longer, "ties": self.ties, "one_bos": self.one_bos, "ended": self.ended}
@@ -56,9 +56,9 @@ class Inspection:
 
 
 def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> Inspection:
-    """Measure a data set that was prepared with this tokenizer and these settings."""
+    """Compute the statistics of a dataset that was prepared with this tokenizer and these settings."""
     bos = tokenizer.bos_token_id
-    # Tool calls may end with another token than text does.
+    # Tool calls may end with a different token than text does.
     ends = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends.add(end_token_id(tokenizer, settings))
     tokens: dict[str, list[int]] = defaultdict(list)
@@ -92,34 +92,34 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
-    """Percentiles that are lengths of actual texts, not means of two."""
+    """Return percentiles that are lengths of actual texts rather than interpolated ones."""
     found = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
     return {name: int(value) for name, value in zip(PERCENTILES, found, strict=True)}
 
 
 def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
-    """Number of tokenized held-out rows that are training rows, and of those whose prompt is a training prompt."""
+    """Count the tokenized held-out rows that are also training rows, and those whose prompt is a training prompt."""
     known_rows, known_prompts = map(set, zip(*_digests(train), strict=True))
     found = list(_digests(held_out))
     return sum(row in known_rows for row, _ in found), sum(prompt in known_prompts for _, prompt in found)
 
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
-    """Digests of each row (prompt with responses) and of its prompt, images included."""
+    """Yield the digests of each row (prompt and responses) and of its prompt alone, both including images."""
     for texts in _parts_of_rows(rows):
         yield _digest(texts), _digest(texts[:1])
 
 
 def _contradicted(rows: Dataset, known: set[bytes]) -> int:
-    """Number of pairs whose reverse is among ``known`` digests of rows."""
+    """Count the pairs whose reverse is among the ``known`` row digests."""
     pairs = (texts for texts in _parts_of_rows(rows) if len(texts) == 3 and texts[1] != texts[2])
     return sum(_digest([prompt, rejected, chosen]) in known for prompt, chosen, rejected in pairs)
 
 
 def _parts_of_rows(rows: Dataset) -> Iterator[list[bytes]]:
-    """The ids of each row's prompt and responses as bytes; the digests of its images precede the prompt's.
+    """Yield each row's prompt and responses as the bytes of their ids; image digests precede the prompt's.
 
-    Rows are read through Arrow, because data sets may be large.
+    Reads through Arrow, because datasets may be large.
     """
     columns = [name for name in ("prompt_ids", "response_ids", DIGESTS) if name in rows.column_names]
     for batch in rows.with_format("arrow").select_columns(columns).iter(batch_size=1000):
@@ -139,11 +139,11 @@ class Example:
 
     where: str  # where its row comes from
     prompt: str  # text of the prompt, special tokens included
-    responses: list[list[tuple[str, bool]]]  # the pieces of each response's text, and whether they are scored
+    responses: list[list[tuple[str, bool]]]  # for each response, pieces of its text and whether they are scored
 
 
 def examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The first, the middle and the last comparison, decoded."""
+    """Decode the first, the middle and the last comparison."""
     indices = sorted({0, (len(dataset) - 1) // 2, len(dataset) - 1})
     return [_example(dataset[index], f"row {index}", tokenizer) for index in indices]
 
@@ -153,7 +153,7 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def pieces(response: list[int], marks: list[bool]) -> Iterator[tuple[str, bool]]:
-        before = row["prompt_ids"]  # decoded with it, because a decoder may strip the space that a text starts with
+        before = row["prompt_ids"]  # decoded along, because a decoder may strip the space at the start of a text
         for scored, run in groupby(zip(response, marks, strict=True), key=itemgetter(1)):
             after = before + [token_id for token_id, _ in run]
             yield text(after)[len(text(before)) :], scored
@@ -161,11 +161,11 @@ def _example(row: dict, position: str, tokenizer: PreTrainedTokenizerBase) -> Ex
 
     all_marks = row.get("scored") or [[True] * len(ids) for ids in row["response_ids"]]
     responses = [list(pieces(*both)) for both in zip(row["response_ids"], all_marks, strict=True)]
-    # Data that the user tokenized may not name the source of its rows.
+    # Data tokenized by the user may not name the source of its rows.
     return Example(row.get("where", position), text(row["prompt_ids"]), responses)
 
 
-# ---- Several answers to one prompt: how different they are, how their scores spread, and how both relate to length.
+# ---- Several answers to one prompt: how diverse they are, how their scores are distributed, and whether length wins.
 
 SCORE_PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 _SHARES = ("distinct_answers", "distinct_2", "overlap", "longer_wins")
@@ -176,17 +176,17 @@ class AnswerSet:
     """The answers to one prompt."""
 
     responses: Sequence[str]  # their texts
-    # One number each, the higher the better; None for an answer without one, and for all if there are none.
+    # One score per answer, higher is better, None for an answer without one; None if no answer has one.
     scores: Sequence[float | None] | None = None
 
     def scored(self) -> list[tuple[str, float]]:
-        """The answers that have a score, with it."""
+        """Return the answers that have a score, together with it."""
         pairs = zip(self.responses, self.scores or (), strict=False)
         return [(text, score) for text, score in pairs if score is not None]
 
 
 def distinct_ngrams(responses: Sequence[str]) -> float | None:
-    """Share of distinct word bigrams among all of some answers; None if no answer has two words.
+    """Return the fraction of word bigrams in a set of answers that are distinct; None if no answer has two words.
 
     Source: Li, Galley, Brockett, Gao and Dolan 2016 (arXiv 1510.03055), distinct-2, over the answers to one prompt.
     """
@@ -195,9 +195,9 @@ def distinct_ngrams(responses: Sequence[str]) -> float | None:
 
 
 def mean_overlap(responses: Sequence[str]) -> float | None:
-    """Mean over all pairs of answers of the share of word bigrams that both have (Jaccard); None for one answer.
+    """Return the mean Jaccard similarity of word bigrams over all pairs of answers; None for a single answer.
 
-    Two answers without bigrams overlap completely if they are the same, else not at all.
+    Two answers without bigrams count as 1 if they are equal, otherwise as 0.
     """
     shares = []
     for a, b in combinations(responses, 2):
@@ -208,9 +208,9 @@ def mean_overlap(responses: Sequence[str]) -> float | None:
 
 
 def longer_wins(answers: AnswerSet) -> float | None:
-    """Share of the pairs that differ in score and in characters whose longer answer has the higher score.
+    """Return how often the answer with more characters has the higher score, as a fraction of pairs.
 
-    None where no pair differs in both.
+    Only pairs that differ in both length and score count; None if there are none.
     """
     found = [
         (len(a) > len(b)) == (x > y)
@@ -221,7 +221,7 @@ def longer_wins(answers: AnswerSet) -> float | None:
 
 
 def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
-    """The diversity of the answers to a prompt: means over the prompts for which a measure is defined."""
+    """Return metrics of answer diversity: means over the prompts for which each measure is defined."""
     measures: dict[str, list[float] | list[float | None]] = {
         "characters": [float(np.mean([len(text) for text in found.responses])) for found in sets],
         "distinct_answers": [len(set(found.responses)) / len(found.responses) for found in sets],
@@ -242,7 +242,7 @@ def _intervals(prefix: str, measures: Mapping[str, Sequence[float | None]]) -> l
 
 
 def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
-    """The distribution of scores over answers and prompts, and how often the longer answer has the higher score."""
+    """Return metrics of the scores' distribution over answers and prompts, and of how often the longer answer wins."""
     scored = [[score for _, score in found.scored()] for found in sets]
     every = [score for scores in scored for score in scores]
     metrics = [Metric(f"{prefix}/unscored", sum(len(found.responses) for found in sets) - len(every))]

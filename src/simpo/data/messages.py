@@ -1,6 +1,6 @@
-"""Messages of conversations and transcripts, read from a cell of any data set, and what applies to all of them.
+"""Reads messages from conversations and transcripts of any dataset, and the context that applies to all of them.
 
-Whatever cannot be read raises :class:`simpo.data.rows.BadRow`.
+Anything that cannot be read raises :class:`simpo.data.rows.BadRow`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from simpo.data.rows import BadRow
 from simpo.data.settings import RESERVED_KWARGS
 
 Message = dict[str, Any]
-# A response is the text that follows a string prompt, or the assistant's message that ends a conversation.
+# The text that follows a string prompt, or the assistant message that ends a conversation.
 Response = str | Message
 
-# The roles that an assistant's message answers.
+# Roles whose messages the assistant answers.
 ASKING = ("user", "tool")
-# Keys under which a message's reasoning is stored; chat templates read one or another of them.
+# Keys that may hold a message's reasoning; chat templates differ in which one they read.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# Roles that messages of any data set may have; chat templates may know others.
+# Roles that are always accepted; a chat template may name others.
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Whether an assistant's message is trained on; chat templates never see this key.
+# Whether an assistant message is trained on; chat templates never see this key.
 TRAIN = "train"
 _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training", "loss")
-# Stands for an image in a message's content; Unicode reserves the character for such internal uses.
+# Placeholder for an image in a message's content: a noncharacter that Unicode reserves for internal use.
 IMAGE = "\ufdd0"
-# What other tools write for an image where content is text.
+# Placeholder that other tools write for an image in text content.
 IMAGE_IN_TEXT = "<image>"
 _UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios", "train_detail", "training_detail")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -39,16 +39,16 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 def read_messages(
     value: object, name: str, *, images: bool = False, roles: Collection[str] | None = None
 ) -> list[Message]:
-    """Check messages (a lone text is the assistant's) and bring them into one form.
+    """Validate messages and normalize them.
 
-    Null fields, which Arrow adds, and system messages without content are left out. Content is text: parts of text are
-    joined, and a message with tool calls or reasoning and no content has ``""``. Tool calls are ``{"type", "function":
-    {"name", "arguments"}, ...}``. The key ``train`` is present if the message has one of its names. ``value``
-    is text, one message or a list of messages, which error messages call ``name``. With ``images``, content may include
-    parts of type ``image``, each of which becomes the character :data:`IMAGE`.
+    Null fields, which Arrow adds, and system messages without content are left out. Content becomes text: text parts
+    are joined, and a message with only tool calls or reasoning gets ``""``. Tool calls become ``{"type", "function":
+    {"name", "arguments"}, ...}``. The key ``train`` is present if the message has it under any of its names. ``value``
+    is a list of messages, one message or text (the assistant's); error messages call it ``name``. With ``images``,
+    content may include parts of type ``image``, each of which becomes the character :data:`IMAGE`.
 
     Raises:
-        BadRow: the value cannot be read as messages, or a role is not among ``roles``.
+        BadRow: the value cannot be read as messages, or a role is not in ``roles``.
     """
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -92,9 +92,9 @@ def _read_message(item: object, name: str, images: bool) -> Message | None:
 
 
 def _text(content: object, name: str, key: str = "content", *, images: bool = False) -> str | None:
-    """The text of a message's content (or of another key), its parts joined; None if there is none.
+    """Return the text of a message's content (or of another key) with its parts joined; None if there is none.
 
-    With ``images``, parts may be images, each of which becomes :data:`IMAGE`.
+    With ``images``, parts may be images; each becomes :data:`IMAGE`.
     """
     if content is None or isinstance(content, str):
         return content
@@ -122,7 +122,7 @@ def _text(content: object, name: str, key: str = "content", *, images: bool = Fa
 
 
 def _read_calls(value: object, older: object, name: str) -> list[Message]:
-    """Tool calls in one form; ``older`` is OpenAI's earlier ``function_call``."""
+    """Normalize tool calls; ``older`` is OpenAI's legacy ``function_call``."""
     value = _from_json(value, f"tool_calls of {name}") or ([{"function": older}] if older else [])
     if not isinstance(value, list):
         raise BadRow(f"{name} has tool_calls that are {kind_of(value)}, not a list")
@@ -142,7 +142,7 @@ def _read_calls(value: object, older: object, name: str) -> list[Message]:
 
 
 def _normalize_train_key(message: Message, name: str) -> Message:
-    """The message with the one key ``train`` instead of those that other tools use."""
+    """Replace the keys that other tools use with the key ``train``."""
     given = {key: message[key] for key in _TRAIN_KEYS if key in message}
     rest = {key: value for key, value in message.items() if key not in given}
     for key, value in given.items():
@@ -158,17 +158,17 @@ def _normalize_train_key(message: Message, name: str) -> Message:
 
 
 def drop_train_key(messages: Sequence[Message]) -> list[Message]:
-    """Messages without the key ``train``."""
+    """Return the messages without the key ``train``."""
     return [{key: value for key, value in message.items() if key != TRAIN} for message in messages]
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
-    """The reasoning that a message has under a key of its own; empty if there is none."""
+    """Return the reasoning that a message has under a separate key; "" if there is none."""
     return next((text for key in REASONING if isinstance(text := message.get(key), str) and text.strip()), "")
 
 
 def split_reasoning(message: Message) -> tuple[str, str]:
-    """Reasoning and content of an assistant's message, whether the reasoning has its own key or stands within tags."""
+    """Return the reasoning and content of an assistant message; the reasoning may have its own key or be in tags."""
     content = message["content"]
     if thought := reasoning_of(message).strip():
         return thought, content
@@ -179,11 +179,11 @@ def split_reasoning(message: Message) -> tuple[str, str]:
 
 
 def kind_of(value: object) -> str:
-    """The type of a cell, for error messages."""
+    """Return the type of a cell, for error messages."""
     return "null" if value is None else type(value).__name__
 
 
-# ---- Transcripts as in Anthropic's HH-RLHF: ``\n\nHuman: ... \n\nAssistant: ...`` (arXiv 2204.05862).
+# ---- Transcripts in the style of Anthropic's HH-RLHF: ``\n\nHuman: ... \n\nAssistant: ...`` (arXiv 2204.05862).
 
 _CUE = re.compile(r"\n\n(Human|Assistant):")
 _LOOSE_CUE = re.compile(r"(?:\A|\n)\s*(Human|Assistant):")
@@ -191,11 +191,11 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
-    """Split transcripts at their last shared assistant cue.
+    """Split transcripts at the last assistant cue that they share.
 
     Returns:
-        The prompt, up to and including the cue, and what follows it in each transcript, unchanged;
-        ``None`` if they share no cue.
+        The prompt up to and including the cue, and the rest of each transcript, unchanged; ``None`` if they share no
+        cue.
     """
     shared = os.path.commonprefix(list(transcripts))  # noqa: RUF071 - texts, not paths
     ends = [cue.end() for cue in _cue_pattern(transcripts[0]).finditer(shared) if cue[1] == "Assistant"]
@@ -208,24 +208,24 @@ def split_transcripts(transcripts: tuple[str, ...]) -> tuple[str, tuple[str, ...
 
 
 def is_transcript_prompt(prompt: str) -> bool:
-    """Whether a prompt is a transcript that waits for the assistant."""
+    """Whether a prompt is a transcript that ends where the assistant should answer."""
     return is_transcript(prompt) and re.search(r"\n\s*Assistant:\s*\Z", prompt) is not None
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text starts with a turn of the human and has one of the assistant."""
+    """Whether a text starts with a human turn and contains an assistant turn."""
     return re.match(r"\s*Human:", text) is not None and re.search(r"\n\s*Assistant:", text) is not None
 
 
 def transcript_turns(prompt: str) -> list[Message]:
-    """Messages of a transcript prompt (see :func:`is_transcript_prompt`), without the empty last turn."""
+    """Return the messages of a transcript prompt (see :func:`is_transcript_prompt`) without the empty last turn."""
     pieces = _cue_pattern(prompt).split(prompt)
     messages = zip(pieces[1::2], pieces[2::2], strict=True)
     return [{"role": _ROLES[name], "content": text.strip()} for name, text in messages][:-1]
 
 
 def _cue_pattern(transcript: str) -> re.Pattern[str]:
-    """The pattern that starts a turn: after an empty line as in HH-RLHF, or after other white space if that is used."""
+    """Return the pattern that starts a turn: after an empty line as in HH-RLHF, or after other whitespace."""
     for cue in (_CUE, _LOOSE_CUE):
         start, *rest = cue.split(transcript)
         names = rest[::2]
@@ -235,13 +235,13 @@ def _cue_pattern(transcript: str) -> re.Pattern[str]:
     return _CUE
 
 
-# ---- What applies to the whole conversation: the system message, tools and variables of the chat template.
+# ---- What applies to a whole conversation: system message, tools, images, and variables of the chat template.
 
-# Columns that are applied, and so are not among a row's other columns.
+# Columns that are applied, and thus are not among a row's other columns.
 IMAGE_COLUMNS = ("images", "image")
 CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 _MEDIA = ("video", "videos", "audio", "audios")
-# Columns that mean something to other toolkits' training and have no effect here.
+# Columns that affect training in other toolkits but have no effect here.
 _WITHOUT_EFFECT = (
     "weight", "sample_weight", "label_probability", "functions", "documents", "context", "history",
     "custom_system_prompt", *REASONING,
@@ -250,16 +250,16 @@ _WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class Context:
-    """The input of a chat template in addition to the messages."""
+    """What a chat template gets in addition to the messages."""
 
     tools: list[Any] | None = None  # JSON schemas of the tools that may be called; None if there are none
-    kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's own variables for the template
-    without_effect: tuple[str, ...] = ()  # names of the row's columns that have a usual meaning and no effect
-    images: tuple[Any, ...] = ()  # the images as the row gives them, in the order of their places in the messages
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's variables for the template
+    without_effect: tuple[str, ...] = ()  # the row's columns that have a meaning elsewhere but no effect here
+    images: tuple[Any, ...] = ()  # the images as given in the row, in the order in which messages refer to them
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns that hold this, so that written rows can be read again."""
+        """The columns to store this in, so that rows that are written can be read again."""
         found = {"tools": self.tools, "chat_template_kwargs": dict(self.kwargs)}
         return {name: value for name, value in found.items() if value}
 
@@ -269,8 +269,8 @@ def apply_context(
 ) -> tuple[str | list[Message], Any, Context]:
     """Apply a row's columns to its prompt.
 
-    ``following`` are texts if the prompt is text, else messages. Returns the prompt, with the system message; what
-    follows it, as messages if the prompt has become a list of them; and the context.
+    ``following`` holds texts if the prompt is text, otherwise messages. Returns the prompt, with the system message;
+    what follows it, as messages if the prompt has become messages; and the context.
     """
     if media := next((name for name in _MEDIA if row.get(name)), None):
         raise BadRow(f"column {media!r}: only text and images are supported")
@@ -300,7 +300,7 @@ def apply_context(
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """A row's images as it gives them; raises BadRow if several columns have some."""
+    """Return a row's images as given; raise BadRow if several columns have some."""
     found = [value for name in IMAGE_COLUMNS if (value := row.get(name)) not in (None, [], "")]
     if len(found) > 1:
         raise BadRow(f"columns {' and '.join(IMAGE_COLUMNS)}: give one of them")
@@ -310,13 +310,13 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
 def _place_images(
     prompt: list[Message], rest: Sequence[Message], count: int
 ) -> tuple[list[Message], Sequence[Message]]:
-    """The prompt's messages, and those that follow, in which :data:`IMAGE` marks the places of ``count`` images.
+    """Return the prompt's messages and those that follow, with an :data:`IMAGE` for each of ``count`` images.
 
-    Content parts of type ``image`` are places already. If there are none, the texts ``<image>`` in user messages become
-    places; without these, all images are placed at the beginning of the first user message.
+    Content parts of type ``image`` already have it. If there are none, it replaces every ``<image>`` in user messages;
+    without those, all images go to the beginning of the first user message.
 
     Raises:
-        BadRow: an image in an answer, or another number of places than of images.
+        BadRow: an answer contains an image, or the number of placeholders is not the number of images.
     """
     messages = [*prompt, *rest]
     if any(message["role"] == "assistant" and IMAGE in message["content"] for message in messages):
@@ -338,7 +338,7 @@ def _place_images(
 
 
 def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> tuple[list[Message], list[Message]]:
-    """Messages of a prompt and of what follows it; a transcript becomes its turns."""
+    """Return a prompt and what follows it as messages; a transcript is split into its turns."""
     if not isinstance(prompt, str):
         return prompt, [message for message in following if isinstance(message, dict)]
     texts = [str(text) for text in following]
@@ -351,14 +351,14 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
 
 
 def context_of(row: Mapping[str, Any]) -> Context:
-    """The context that the columns of an answered prompt give it; images are a bad row, because no judge sees them."""
+    """Read an answered prompt's context from its row; images make a bad row, because judges do not see them."""
     if images_of(row):
         raise BadRow("images, and answers are judged by text only; leave the row out")
     return _context(row)
 
 
 def _context(row: Mapping[str, Any]) -> Context:
-    """The context that a row's columns give a prompt that has its system message."""
+    """Read the context of a prompt, apart from system message and images, from the columns of its row."""
     tools = _read_tools(row.get("tools"))
     kwargs = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
@@ -369,7 +369,7 @@ def _context(row: Mapping[str, Any]) -> Context:
 
 
 def _read_tools(value: object) -> list[Any] | None:
-    """Tools from a cell: a list of JSON schemas, each an object or its JSON text, or the JSON text of the list."""
+    """Read tools from a cell: a list of JSON schemas, each an object or JSON text, or the whole list as JSON text."""
     found = _from_json(value, "tools")
     if not found:
         return None
@@ -391,7 +391,7 @@ def _from_json(value: object, name: str) -> object:
 
 
 def _take_tools(messages: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
-    """Messages without the tools that some data sets store in the system message, and all tools."""
+    """Take out the tools that some datasets store in the system message; return the messages and all tools."""
     for message in messages:
         message_tools = _read_tools(message.get("tools"))
         if message_tools is not None and tools not in (None, message_tools):

@@ -1,4 +1,4 @@
-"""Prompts for sampling: read from any data set, as text or as the ids that generation is fed."""
+"""Reads prompts for sampling from any dataset, as text or as token ids to generate from."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OVERLONG_PROMPT = "longer than max_prompt_length"
 
 @dataclass(frozen=True)
 class PlainPrompt:
-    """A prompt to be answered by a model whose tokenizer is not available here."""
+    """A prompt for a model whose tokenizer is not available here."""
 
-    # The first 16 hexadecimal digits of the SHA-256 of the content's JSON (keys sorted, no white space, UTF-8); if the
-    # prompt has tools, variables for the chat template or images, of the JSON of an object with all of them, in which
-    # the SHA-256 stands for an image.
+    # First 16 hex digits of the SHA-256 of the content's JSON (sorted keys, no whitespace, UTF-8). If the prompt has
+    # tools, variables for the chat template or images, the JSON is an object with all of these, where each image is
+    # represented by its SHA-256.
     id: str
-    content: str | list[Message]  # text, or messages, in which the text `<image>` stands for an image
+    content: str | list[Message]  # text, or messages, with the text `<image>` for an image
     where: str  # where the row comes from, e.g. `"train.jsonl:12"`
     extra: dict[str, Any]  # the row's other columns
     context: Context = field(default_factory=Context, kw_only=True)  # tools and variables for the chat template
@@ -44,15 +44,15 @@ class PlainPrompt:
 class Prompt(PlainPrompt):
     """A prompt as token ids."""
 
-    ids: list[int]  # what generation is fed; never empty, with one BOS if the model has one
-    # The images whose tokens are among the ids, as the column IMAGES has them.
+    ids: list[int]  # input to generation; never empty, with one BOS if the model has one
+    # The images whose tokens are among the ids, as stored in the column IMAGES.
     images: Sequence[Reference] = field(default=(), kw_only=True)
     digests: Sequence[str] = field(default=(), kw_only=True)  # the SHA-256 of each
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Different prompts in the order of the data, and what happened to every row."""
+    """The distinct prompts in the order of the data, and what happened to every row."""
 
     prompts: tuple[Prompt, ...]
     report: DataReport
@@ -73,20 +73,20 @@ def prepare_prompts(
     rendering: RenderSettings | None = None,
     image_folder: str | None = None,
 ) -> Prompts:
-    """Tokenize the prompts of a data set; a repeated one is kept where it occurs first.
+    """Tokenize the prompts of a dataset; only the first occurrence of a repeated prompt is kept.
 
     Args:
-        dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same columns:
-            comparisons, conversations (up to the last message that asks for an answer), or prompts.
+        dataset: rows from :func:`simpo.data.sources.load_rows`, or any dataset with the same columns: comparisons,
+            conversations (up to the last message that asks for an answer), or prompts.
         tokenizer: a fast tokenizer, or for rows with images a processor with one. If it has a chat template, everything
             is rendered with it.
-        label: names the data set in the report and in messages.
-        max_prompt_length: tokens; a longer prompt is dropped, never cut.
+        label: name of the dataset in the report and in messages.
+        max_prompt_length: in tokens; longer prompts are dropped, never truncated.
         rendering: how conversations are rendered.
-        image_folder: the folder that relative paths of images start from; the working directory if None.
+        image_folder: base folder of relative image paths; the working directory if None.
 
     Raises:
-        SimpoError: as :func:`simpo.data.tokenizing.prepare`, or a length that leaves no room for a prompt.
+        SimpoError: as for :func:`simpo.data.tokenizing.prepare`, or ``max_prompt_length`` leaves no room for a prompt.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise SimpoError(f"max_prompt_length: {max_prompt_length} leaves no room for a prompt")
@@ -112,7 +112,7 @@ def prompt_id(
     context: Context = Context(),  # noqa: B008 - frozen
     digests: Sequence[str] = (),
 ) -> str:
-    """The id of a prompt; see :class:`PlainPrompt`. ``digests`` are those of its images."""
+    """Return the id of a prompt (see :class:`PlainPrompt`); ``digests`` are those of its images."""
     return hashlib.sha256(_canonical_json(content, context, digests).encode()).hexdigest()[:16]
 
 
@@ -123,9 +123,9 @@ def _canonical_json(content: str | list[Message], context: Context, digests: Seq
 
 
 def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
-    """As :func:`prepare_prompts`, without a tokenizer.
+    """Read prompts like :func:`prepare_prompts`, but without a tokenizer.
 
-    Returns the distinct prompts, and the report on every row.
+    Returns the distinct prompts and the report on all rows.
     """
     check_dataset(dataset, "prompts")
     found: dict[str, PlainPrompt] = {}
@@ -154,13 +154,13 @@ def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
 
 
 def columns_identity(prompts: Iterable[PlainPrompt]) -> dict[str, str]:
-    """The part of a run's identity that depends on the prompts' other columns: their digest, or nothing without any."""
+    """Return what the prompts' other columns add to a run's identity: their digest, or nothing if there are none."""
     columns = [prompt.extra for prompt in prompts]
     return {"columns": fingerprint(columns)} if any(columns) else {}
 
 
 class _Prompts(Comparisons):
-    """A row becomes a prompt."""
+    """Turns a row into a prompt."""
 
     columns: ClassVar = {"ids": TOKENS, "content": Value("string"), "context": Value("string")}
     noun = "prompts"

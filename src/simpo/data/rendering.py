@@ -1,6 +1,6 @@
-"""Renders comparisons and conversations as text: the input of generation and the answers it should produce.
+"""Renders comparisons and conversations as text: prompts to generate from, and the answers to produce.
 
-Nothing in a row is lost silently: what the chat template leaves out is counted, or makes the row a bad one.
+Nothing in a row is lost silently: whatever the chat template leaves out is counted or makes the row a bad row.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NO_PREFIX = (
 )
 _SPLIT = "split: one row per scored answer, because earlier answers are rendered differently"
 _USUAL_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
-# How generation prompts open the reasoning, and what then closes it: after some reasoning, and after none.
+# How generation prompts open the reasoning -> how the answer closes it: after some reasoning, and after none.
 _OPENINGS = {
     "<think>": ("\n</think>\n\n", "\n</think>\n\n"),
     "<|channel>thought": ("\n<channel|>", "<channel|>"),
@@ -59,44 +59,44 @@ _ENDED_REASONING = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """The text that generation has to produce after a prompt."""
+    """The text that generation should produce after a prompt."""
 
-    prompt: str  # what generation would be fed
+    prompt: str  # the input to generation
     text: str  # what follows it, without the end-of-turn token
-    end: EndOfTurn  # the token that ends the answer
-    whole: str = ""  # the rendered conversation, from which the answer was cut out
+    end: EndOfTurn  # what ends the answer
+    whole: str = ""  # the rendered conversation that the answer was taken from
     status: tuple[str, ...] = ()  # entries for the report (DataReport.of)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of one prompt and its answers."""
+    """The text of a prompt and of its answers."""
 
-    prompt: str  # what generation would be fed
-    answers: tuple[Answer, ...]  # to this prompt
-    # Set if the messages hold special-token text, which is then marked in the texts (see LiteralText).
+    prompt: str  # the input to generation
+    answers: tuple[Answer, ...]
+    # Set if the messages contain special-token text; it is marked with this in the texts (see LiteralText).
     marker: str | None = None
     status: tuple[str, ...] = ()  # entries for the report (DataReport.of)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts to encode: the prompt, and each answer after it."""
+        """The texts to encode: the prompt alone, and the prompt followed by each answer."""
         return (self.prompt, *(self.prompt + answer.text for answer in self.answers))
 
 
 @dataclass(frozen=True)
 class RenderedTurns(Rendered):
-    """Text of one sequence: the prompt of each answer begins with the one before and its answer."""
+    """The text of one sequence: each prompt begins with the previous prompt and its answer."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The prompt of each answer, and everything up to the end of the last answer."""
+        """The prompt of each answer, and the whole text up to the end of the last answer."""
         last = self.answers[-1]
         return (*(answer.prompt for answer in self.answers), last.prompt + last.text)
 
     @property
     def between(self) -> list[str]:
-        """The texts from the end-of-turn token of each answer to the next answer."""
+        """The text between each answer's end-of-turn token and the next answer."""
         pairs = pairwise(self.answers)
         return [after.prompt[len(found.prompt + found.text + found.end.text) :] for found, after in pairs]
 
@@ -108,17 +108,17 @@ class Renderer:
         tokenizer: with a chat template, all rows are conversations; without one, all are text.
         literal: finds special-token text inside messages.
         settings: variables of the template, and how system messages are rendered.
-        paper: render as the paper's code did: the prompt without a generation prompt, and as response all
-            the rest, assistant header and text after the end-of-turn token included.
-        insert_system: put an empty system message first if there is none and the template knows one.
-        whole_answers: refuse answers whose reasoning does not end, because they are trained on; answers that are only
-            scored may have been cut off.
+        paper: render like the paper's code: the prompt without a generation prompt, and everything else as the
+            response, including the assistant header and the text after the end-of-turn token.
+        insert_system: start with an empty system message if there is none and the template supports one.
+        whole_answers: reject answers whose reasoning does not end. Right for training; turn off for answers that are
+            only scored, because they may have been truncated.
 
     Attributes:
-        end: the end of a turn.
-        notices: properties of the chat template that a user may not expect, as sentences for the report.
-        roles: the roles that messages may have: the usual ones, and those that the chat template names.
-        options: the variables that the chat template expects to be given.
+        end: how the template ends a turn.
+        notices: surprising properties of the chat template, as sentences for the report.
+        roles: the roles that messages may have: the standard ones and any that the chat template names.
+        options: the variables of the chat template that users may set.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Renderer:
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
             self._cutter = _AnswerCutter(template, self.end, tokens)
-            # The condition of the paper's code.
+            # Same condition as in the paper's code.
             self._insert_system = insert_system and ("system" in template.source or "<|im_start|>" in template.source)
 
     def render(self, comparison: Comparison) -> Rendered:
@@ -168,8 +168,8 @@ class Renderer:
         return Rendered(prompt, answers, marker, _status(template, prompt, opening, conversations, context, answers))
 
     def render_turns(self, conversation: Conversation) -> list[RenderedTurns]:
-        """Render one conversation: as one sequence, or as one for each answer if the template renders an earlier answer
-        differently from what generation has to produce.
+        """Render one conversation as one sequence, or as one per answer if the template renders earlier answers
+        differently from what generation should produce.
         """
         if self._cutter is None:
             text = self._as_text(conversation)
@@ -212,7 +212,7 @@ class Renderer:
     def _chat(
         self, comparison: Comparison, template: ChatTemplate
     ) -> tuple[list[Message], list[Message], Context, str | None]:
-        """The row's messages before and after the prompt's end, its context, and the marker of special-token text."""
+        """Return the messages of the prompt and those after it, the context, and the marker of special-token text."""
         opening, following = as_messages(comparison.prompt, comparison.responses)
         if self._settings.system_message == "fold":
             opening = _fold_system_messages(opening)
@@ -228,7 +228,7 @@ class Renderer:
             said = content.strip() or message.get("tool_calls") or reasoning_of(message)
             if message["role"] == "assistant" and not said:
                 raise BadRow(_EMPTY)
-        # An assistant may write some structural tokens, but only in the content of its messages.
+        # The assistant may write some structural tokens, but only in the content of its messages.
         contents = [message["content"] for message in messages if message["role"] == "assistant"]
         others = [
             {key: value for key, value in message.items() if key != "content" or message["role"] != "assistant"}
@@ -245,14 +245,14 @@ class Renderer:
         return messages[:size], messages[size:], context, marker
 
     def _as_given(self, message: Message) -> Message:
-        """A message whose content, if it is the assistant's, ends without the end of a turn."""
+        """Return a message, without the end of turn that an assistant's content may include."""
         if message["role"] != "assistant":
             return message
         return {**message, "content": self._given.text(message["content"])}
 
 
 def _fold_system_messages(messages: list[Message]) -> list[Message]:
-    """Messages with the first system messages written into the user's first one."""
+    """Merge the leading system messages into the first user message."""
     system = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
     if not system:
         return messages
@@ -263,17 +263,17 @@ def _fold_system_messages(messages: list[Message]) -> list[Message]:
     return [{**asked[0], "content": content}, *asked[1:]]
 
 
-# ---- Cutting the assistant's turn out of a rendered conversation.
+# ---- Extracting the assistant's turn from a rendered conversation.
 
 
 class _AnswerCutter:
-    """Cuts answers out of rendered conversations; ``tokens`` are structural tokens with ids, the longest first."""
+    """Extracts answers from rendered conversations; ``tokens`` maps structural tokens to ids, longest first."""
 
     def __init__(self, template: ChatTemplate, end: EndOfTurn, tokens: Mapping[str, int]) -> None:
         self.template, self._end, self._tokens = template, end, tokens
 
     def answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
-        """The answer to ``prompt``: the first variant of the message that is rendered in full."""
+        """Return the answer to ``prompt``, from the first variant of the message that is rendered completely."""
         reasons: list[BadRow] = []
         for form in self._variants(message):
             try:
@@ -289,7 +289,7 @@ class _AnswerCutter:
         raise reasons[0]
 
     def as_paper(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
-        """Everything that follows ``prompt``, as in the paper's code."""
+        """Return everything after ``prompt``, as in the paper's code."""
         whole = self.template.render([*before, message], context)
         if not whole.startswith(prompt):
             raise BadRow(_NO_PREFIX)
@@ -297,7 +297,7 @@ class _AnswerCutter:
         return Answer(prompt, text, self._end, whole, self._check_complete(text, before, message, context))
 
     def _variants(self, message: Message) -> Iterator[Message]:
-        """The message, and the same with its reasoning in the places where the template may look for it."""
+        """Yield the message as it is, then with its reasoning wherever else the template may look for it."""
         yield message
         thought, content = split_reasoning(message)
         rest = {key: value for key, value in message.items() if key not in REASONING}
@@ -310,10 +310,10 @@ class _AnswerCutter:
     def _answer_after_prompt(
         self, prompt: str, whole: str, before: list[Message], message: Message, context: Context
     ) -> str:
-        """The part of a whole conversation that follows its prompt.
+        """Return the part of a rendered conversation that follows its prompt.
 
-        The prompt is not always a prefix of the conversation: it may open or close the reasoning while the last turn is
-        written without it, or an earlier turn may be written differently once it is answered.
+        The prompt is not always a prefix of the conversation: it may open or close the reasoning even though the last
+        turn is rendered without any, and an earlier turn may be rendered differently once it has been answered.
         """
         thought, _ = split_reasoning(message)
         closed = _ENDED_REASONING.search(prompt)
@@ -339,7 +339,7 @@ class _AnswerCutter:
     def _after_header(self, header: str, whole: str, before: list[Message], message: Message, context: Context) -> str:
         if whole.startswith(header):
             return whole[len(header) :]
-        # An earlier turn is rendered differently: what is shared with another answer to it ends in this turn.
+        # An earlier turn is rendered differently. Two answers to the same messages first differ within this turn.
         other = {key: value for key, value in message.items() if key not in (*REASONING, "tool_calls")}
         other |= {key: SENTINEL for key in REASONING if key in message}
         shared = os.path.commonprefix(  # noqa: RUF071 - texts
@@ -348,7 +348,7 @@ class _AnswerCutter:
         opening = header.removeprefix(self.template.render(before, context))
         place = whole.rfind(opening, 0, len(shared))
         body = whole[place + len(opening) :]
-        # The header that was found may be an earlier turn's: what follows this turn's is the same after any question.
+        # The header may have been found in an earlier turn. What follows this turn's is the same for any question.
         asking = [*before[:-1], {**before[-1], "content": SENTINEL}]
         if (
             opening == header
@@ -360,8 +360,8 @@ class _AnswerCutter:
         return body
 
     def _split_end(self, rest: str, before: list[Message], message: Message, context: Context) -> tuple[str, EndOfTurn]:
-        """An answer without what ends it, and what does: tool calls may end with another token than text does."""
-        tokens: list[tuple[int, str]] = []  # the structural tokens at the end, white space aside
+        """Split an answer from what ends it; tool calls may end with a different token than text does."""
+        tokens: list[tuple[int, str]] = []  # structural tokens at the end, ignoring whitespace
         remaining = rest
         while token := next((token for token in self._tokens if remaining.rstrip().endswith(token)), None):
             remaining = remaining.rstrip().removesuffix(token)
@@ -371,7 +371,7 @@ class _AnswerCutter:
             return rest[:place], self._end
         if self._end.text in self._end.tail and tokens and message.get("tool_calls"):
             place, token = tokens[-1]
-            # A token that is also written between two calls ends a call and not the turn.
+            # A token that is also written between two calls ends a call, not the turn.
             twice = {**message, "tool_calls": [*message["tool_calls"], *message["tool_calls"]]}
             try:
                 more = self.template.render([*before, twice], context).count(token)
@@ -382,7 +382,7 @@ class _AnswerCutter:
         return rest.removesuffix(self._end.tail), self._end
 
     def _check_complete(self, text: str, before: list[Message], message: Message, context: Context) -> tuple[str, ...]:
-        """Status entries of an answer; raises BadRow if a part of it is not rendered."""
+        """Return status entries for an answer; raise BadRow if part of it is not rendered."""
         thought, content = split_reasoning(message)
         if thought not in text:
             raise BadRow("reasoning that the chat template does not render; write it into the content, or leave it out")
@@ -397,10 +397,10 @@ class _AnswerCutter:
     def _check_calls(
         self, calls: list[Message], text: str, before: list[Message], message: Message, context: Context
     ) -> None:
-        """Raise BadRow if a name or an argument of a tool call is not rendered.
+        """Raise BadRow if the name or an argument of a tool call is not rendered.
 
-        Templates write arguments in different ways, so the calls are rendered again with arguments that look the same
-        in all of them.
+        Templates format arguments differently, so the calls are rendered again with arguments that every template
+        writes the same way.
         """
         if not self.template.renders_calls:
             raise BadRow("the chat template does not render tool calls")
@@ -421,7 +421,7 @@ class _AnswerCutter:
             raise BadRow("the chat template does not render all tool calls of an answer")
 
 
-# ---- Content of a row that a chat template leaves out.
+# ---- Detecting content that a chat template leaves out.
 
 
 def _status(
@@ -432,10 +432,10 @@ def _status(
     context: Context,
     answers: Sequence[Answer],
 ) -> tuple[str, ...]:
-    """Status entries of the answers, and those for what the template never reads or leaves out of the prompt.
+    """Return status entries of the answers, and for anything that the template never reads or omits from the prompt.
 
-    Raises BadRow if a message of a user, a tool or the system is not in the prompt, whose messages are
-    ``asked``. ``conversations`` holds all messages of the row, in each of its conversations.
+    ``asked`` holds the messages of the prompt; raises BadRow if a user, tool or system message among them is not
+    rendered. ``conversations`` holds all messages of each of the row's conversations.
     """
     found = [f"column {name!r}, which has no effect" for name in context.without_effect]
     found += [f"variable {name!r}, which the chat template never reads" for name in template.unread(context.kwargs)]
@@ -463,7 +463,7 @@ def _status(
 def _is_rendered(
     template: ChatTemplate, prompt: str, messages: Sequence[Message], place: int, context: Context
 ) -> bool:
-    """Whether the content of a message is in the prompt, unchanged or in a form of the template's own."""
+    """Whether the content of a message is in the prompt, unchanged or reformatted by the template."""
     texts = [text.strip() for text in messages[place]["content"].split(IMAGE)]
     # Other messages may have the same text.
     counts = [sum(message["content"].count(text) for message in messages) for text in texts]
@@ -474,7 +474,7 @@ def _is_rendered(
 
 
 def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: Context) -> Iterator[str]:
-    """Keys of messages that have no usual meaning and do not change the rendered text."""
+    """Yield unusual message keys that do not affect the rendered text."""
     for place, message in enumerate(messages):
         for key, value in message.items():
             if key in _USUAL_KEYS or value in ("", [], {}):

@@ -1,8 +1,8 @@
-"""The rows of a data set as they are stored, and the report of what happened to each of them.
+"""How the rows of a dataset are stored, and the report on what happened to each of them.
 
-JSON sources are kept as two string columns, the row's JSON text and its source, because rows of one file may have
-different columns and types, which Arrow columns cannot hold. Columnar sources (parquet, csv, arrow, hub) keep their
-columns and gain the one that names the source. :func:`rows_of` turns a batch of either into dictionaries.
+JSON sources are stored as two string columns, the row's JSON text and its source, because rows of one file may differ
+in columns and types, which Arrow does not allow. Columnar sources (parquet, csv, arrow, hub) keep their columns and
+gain one that names the source. :func:`rows_of` turns a batch of either into dictionaries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from datasets import (
 
 from simpo.errors import SimpoError
 
-# Underscored so that they do not clash with the columns of anybody's data.
+# Underscored to avoid clashes with column names in the data.
 ROW = "_row"
 WHERE = "_where"
 JSON_FEATURES = Features({ROW: Value("string"), WHERE: Value("string")})
@@ -44,12 +44,12 @@ Row = dict[str, Any]
 
 
 class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
-    """A row that cannot be used. ``reason`` is the same for all rows with the same fault, because it is counted."""
+    """A row that cannot be used. Rows with the same fault have the same ``reason``, so that they can be counted."""
 
     kind = "bad"
 
     def __init__(self, reason: str) -> None:
-        # It may quote the row, and Arrow, which stores it, refuses half of a surrogate pair.
+        # The reason may quote the row, and Arrow, which stores it, rejects lone surrogates.
         self.reason = reason.encode(errors="backslashreplace").decode()
         super().__init__(self.reason)
 
@@ -60,7 +60,7 @@ class BadRow(Exception):  # noqa: N818 - it is counted, not shown as an error
 
 
 class Tie(BadRow):
-    """A row that prefers neither of two responses; it is valid but teaches nothing, so it is dropped."""
+    """A row without a preference between its two responses: valid but useless for training, so it is dropped."""
 
     kind = "dropped"
 
@@ -70,10 +70,9 @@ class UnknownShape(BadRow):
 
 
 def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: str) -> list[tuple[Row, str]]:
-    """Turn a batch of a data set into ``(row, where)`` pairs.
+    """Turn a batch of a dataset into ``(row, where)`` pairs.
 
-    ``indices`` are the positions of the rows in the data set, and ``label`` names it if the rows do not name their
-    source.
+    ``indices`` holds the positions of the rows in the dataset; ``label`` names it if the rows do not name their source.
     """
     wheres = batch.get(WHERE) or [f"{label} row {index}" for index in indices]
     if ROW in batch and WHERE in batch:
@@ -86,7 +85,7 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
 
 
 def _plain(value: Any) -> Any:
-    """A cell with the types of JSON, or bytes; without the nulls that Arrow adds where other objects have more keys."""
+    """Convert a cell to JSON types (or bytes), without the nulls that Arrow adds for keys of other rows' objects."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -97,9 +96,9 @@ def _plain(value: Any) -> Any:
 
 
 def as_dataset(rows: object, name: str) -> Dataset:
-    """Rows that were given in Python as one data set.
+    """Convert rows passed from Python to one dataset.
 
-    Anything but a data set or a list of rows is an error that explains what to pass.
+    Anything but a dataset or a list of rows raises an error that explains what to pass.
     """
     if isinstance(rows, Dataset):
         return _with_class_names(rows)
@@ -114,13 +113,13 @@ def as_dataset(rows: object, name: str) -> Dataset:
         raise SimpoError(f"{name}: a {type(rows).__name__}; pass a datasets.Dataset or a list of dictionaries")
     if rows and all("prompt_ids" in row for row in rows):
         return Dataset.from_list(list(rows))
-    # JSON rows, because Dataset.from_list drops every column that the first row does not have.
+    # JSON rows, because Dataset.from_list drops every column that the first row lacks.
     wheres = [f"{name}[{index}]" for index in range(len(rows))]
     return Dataset.from_dict({ROW: [as_json(row) for row in rows], WHERE: wheres}, features=JSON_FEATURES)
 
 
 def check_dataset(dataset: object, label: str) -> None:
-    """Refuse anything but one data set with at least one row."""
+    """Raise an error for anything but a single dataset with at least one row."""
     if not isinstance(dataset, Dataset):
         raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; give one split")
     if not len(dataset):
@@ -128,7 +127,7 @@ def check_dataset(dataset: object, label: str) -> None:
 
 
 def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
-    """Add the column that names the source of each row of a columnar data set: ``label row index``."""
+    """Add the column that names the source of each row of a columnar dataset: ``label row index``."""
     if taken := {ROW, WHERE} & set(dataset.column_names):
         raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
@@ -136,22 +135,22 @@ def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
 
 
 def _with_class_names(dataset: Dataset) -> Dataset:
-    """``dataset`` with the names of classes instead of their numbers: class 0 may be called "good".
+    """Replace class numbers with class names: class 0 may be called "good".
 
-    A negative number means that the class is unknown. Only these columns are written anew: data sets may be large.
+    Negative numbers mean an unknown class. Only these columns are rewritten, because datasets may be large.
     """
     for name, feature in list(dataset.features.items()):
         if isinstance(feature, ClassLabel):
             numbers = dataset.with_format("arrow")[name]
             known = pc.if_else(pc.less(numbers, 0), pa.scalar(None, numbers.type), numbers)
             texts = pc.take(pa.array(feature.names, pa.string()), known)
-            numbered = f"{name} (number)"  # removed last, because a data set without columns has no rows
+            numbered = f"{name} (number)"  # removed last, because a dataset without columns has no rows
             dataset = dataset.rename_column(name, numbered).add_column(name, texts).remove_columns(numbered)
     return dataset
 
 
 def check_unicode(text: str) -> None:
-    """Refuse text that no file and no tokenizer can hold."""
+    """Raise BadRow for text that neither files nor tokenizers can represent."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -159,25 +158,25 @@ def check_unicode(text: str) -> None:
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:
-    """The columns that are not used, to be carried through."""
+    """Return the columns that are not used; they are carried through."""
     return {column: value for column, value in row.items() if column not in used}
 
 
 def columns_of(row: Mapping[str, Any]) -> str:
-    """Names of a row's columns, for messages."""
+    """Return the names of a row's columns, for messages."""
     return ", ".join(sorted(row)) or "none"
 
 
 def as_json(value: object) -> str:
-    """JSON text of any cell; values that JSON has no type for (dates, decimals) become text, bytes a ``data:`` URL.
+    """Return any cell as JSON; values without a JSON type (dates, decimals) become text, bytes a ``data:`` URL.
 
-    ASCII only, because Arrow refuses the lone surrogates that JSON may hold.
+    ASCII only, because Arrow rejects the lone surrogates that JSON may contain.
     """
 
     def convert(value: Any) -> Any:
         if isinstance(value, np.ndarray | np.generic):
             return value.tolist()
-        if hasattr(value, "_repr_png_"):  # a Pillow image; the result is None for colors that PNG lacks, such as CMYK
+        if hasattr(value, "_repr_png_"):  # a Pillow image; returns None for color modes that PNG lacks, such as CMYK
             value = value._repr_png_() or value.convert("RGB")._repr_png_()
         return f"data:;base64,{base64.b64encode(value).decode('ascii')}" if isinstance(value, bytes) else str(value)
 
@@ -185,7 +184,7 @@ def as_json(value: object) -> str:
 
 
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:
-    """Concatenate data sets of either representation; if their columns differ, all become JSON rows."""
+    """Concatenate datasets of either representation; if their columns differ, all become JSON rows."""
     if len(datasets) == 1:
         return datasets[0]
     if any(dataset.features != datasets[0].features for dataset in datasets):
@@ -194,7 +193,7 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """``dataset`` with columns of images as encoded bytes or paths instead of decoded images."""
+    """Return ``dataset`` with image columns as encoded bytes or paths instead of decoded images."""
     for name, feature in dataset.features.items():
         if isinstance(feature, Image) and feature.decode:
             dataset = dataset.cast_column(name, Image(decode=False))
@@ -222,7 +221,7 @@ def _as_json_rows(dataset: Dataset) -> Dataset:
 
 
 def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Dataset:
-    """Keep the named columns (``columns`` of a ``dataset_mixture``)."""
+    """Keep only these columns (``columns`` in a ``dataset_mixture``)."""
     if ROW in dataset.column_names:
         return dataset.map(_select_keys, fn_kwargs={"columns": list(columns)}, desc=f"Columns of {label}")
     missing = [column for column in columns if column not in dataset.column_names]
@@ -240,7 +239,7 @@ def _select_keys(row: Row, columns: list[str]) -> Row:
 
 
 def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
-    """Rename columns (``column_mapping``: old name -> new name), all at once, so that names can be swapped."""
+    """Rename columns (``column_mapping``: old name -> new name) all at once, so that names can be swapped."""
     if not isinstance(mapping, Mapping) or not all(isinstance(item, str) for pair in mapping.items() for item in pair):
         raise SimpoError(f"column_mapping: {mapping!r} is not {{column of the data: column of this toolkit}}")
     if ROW in dataset.column_names:
@@ -263,43 +262,43 @@ def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
 
 # ---- The report.
 
-# How many rows are named for each reason.
+# How many rows are named per reason.
 _EXAMPLES = 3
 _NAMED_FAULTS = 5
-# Marks all sequences but the first of a row that became several, so that the row is counted once.
+# Marks all but the first sequence of a row that became several, so that the row is counted once.
 PART = "part: "
 
 
 @dataclass
 class DataReport:
-    """Counts of what happened to the rows of one data set."""
+    """Counts of what happened to the rows of one dataset."""
 
-    label: str  # what the data set is for, e.g. `"train"`
-    rows: int  # rows found
-    used: int  # rows (or sequences, of rows that became several) that are kept
+    label: str  # what the dataset is for, e.g. `"train"`
+    rows: int  # rows read
+    used: int  # rows that are used (or sequences, if rows became several)
     bad: dict[str, int] = field(default_factory=dict)  # reason -> rows that could not be used
-    # Reason -> rows that could be used and are not, e.g. because they are too long.
+    # Reason -> valid rows that are not used, e.g. because they are too long.
     dropped: dict[str, int] = field(default_factory=dict)
-    cut: dict[str, int] = field(default_factory=dict)  # what -> rows that were cut and are used
-    split: dict[str, int] = field(default_factory=dict)  # why -> rows that became several
-    ignored: dict[str, int] = field(default_factory=dict)  # what -> rows that are used without it
-    suspect: dict[str, int] = field(default_factory=dict)  # why -> rows that are used, but probably contain a mistake
-    read: dict[str, int] = field(default_factory=dict)  # columns of another shape -> rows that were read from them
+    cut: dict[str, int] = field(default_factory=dict)  # what was cut -> rows that are used in shortened form
+    split: dict[str, int] = field(default_factory=dict)  # reason -> rows that became several sequences
+    ignored: dict[str, int] = field(default_factory=dict)  # what was ignored -> rows that are used without it
+    suspect: dict[str, int] = field(default_factory=dict)  # reason -> rows that are used but are probably faulty
+    read: dict[str, int] = field(default_factory=dict)  # columns of a foreign shape -> rows that were converted
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> where its first few rows come from
-    notices: list[str] = field(default_factory=list)  # remarks that are not counts
-    noun: str = "comparisons"  # what the rows become, in the plural
+    notices: list[str] = field(default_factory=list)  # remarks about the whole dataset
+    noun: str = "comparisons"  # what rows become, in the plural
 
     @classmethod
     def of(cls, label: str, statuses: Iterable[tuple[str, list[str]]], noun: str = "comparisons") -> Self:
-        """Count statuses.
+        """Build a report from the statuses of all rows.
 
         Args:
-            label: of the data set.
-            statuses: for each row its source and what happened to it, as ``"bad: reason"``, ``"dropped: reason"``,
-                ``"cut: what"``, ``"split: why"``, ``"ignored: what"``, ``"suspect: why"`` or ``"read: columns"``; an
-                empty list for a row that is used as it is. If a row became several sequences, each has an entry, all
-                but the first with :data:`PART`.
-            noun: what the rows become, in the plural.
+            label: what the dataset is for.
+            statuses: for each row, its source and what happened to it: any of ``"bad: reason"``, ``"dropped: reason"``,
+                ``"cut: what"``, ``"split: reason"``, ``"ignored: what"``, ``"suspect: reason"``, ``"read: columns"``;
+                an empty list for a row that is used unchanged. If a row became several sequences, each has a status,
+                all but the first with :data:`PART`.
+            noun: what rows become, in the plural.
         """
         report = cls(label, rows=0, used=0, noun=noun)
         for where, entries in statuses:
@@ -315,11 +314,11 @@ class DataReport:
 
     @property
     def remarkable(self) -> bool:
-        """Whether any row is not simply used as it is, so that the report should be shown."""
+        """Whether any row was not simply used unchanged, so that the report is worth showing."""
         return any(self._counts.values())
 
     def drop(self, reason: str, where: str) -> None:
-        """Count a row that was used so far as dropped."""
+        """Count a row as dropped that has been counted as used."""
         self.used -= 1
         self._count(f"dropped: {reason}", where)
 
@@ -334,7 +333,7 @@ class DataReport:
             examples.append(where)
 
     def check(self, on_bad_row: str) -> None:
-        """Refuse bad rows: any of them if ``on_bad_row`` is ``error``, else more than 1%."""
+        """Raise an error for any bad row if ``on_bad_row`` is ``error``, otherwise if more than 1% of rows are bad."""
         bad = sum(self.bad.values())
         faults = [f"{self.examples[reason][0]}: {reason}" for reason in self.bad]
         if bad and on_bad_row == "error":
@@ -346,7 +345,7 @@ class DataReport:
             raise SimpoError(f"{self.label}: {bad} of {self.rows} rows are bad, more than 1%; fix them ({named})")
 
     def lines(self) -> list[str]:
-        """The report as text, one line per entry."""
+        """Return the report as text, one line per entry."""
         lines = [f"{self.label}: {self.used:,} {self.noun} of {self.rows:,} rows"]
         for kind, counts in self._counts.items():
             shown = {"bad": "skipped", "read": "recognized"}.get(kind, kind)
@@ -357,7 +356,7 @@ class DataReport:
         return lines + [f"  note: {notice}" for notice in self.notices]
 
     def metrics(self) -> list[tuple[str, float]]:
-        """Names and values for the results: totals, and one for each reason."""
+        """Return the names and values of metrics: totals, and one for each reason."""
         metrics = Counter({"rows": self.rows, "used": self.used})
         for kind, counts in self._counts.items():
             metrics[kind] = sum(counts.values())
@@ -368,5 +367,5 @@ class DataReport:
 
 
 def is_used(entries: list[str]) -> bool:
-    """Whether a row with these status entries is kept."""
+    """Whether a row with these status entries is used."""
     return not any(entry.startswith(("bad: ", "dropped: ")) for entry in entries)

@@ -1,4 +1,4 @@
-"""Settings of rendering and tokenization, and the truncation of rows that are too long."""
+"""Settings for rendering and tokenization, and the truncation of overlong rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from simpo.config import check_values, setting
 from simpo.errors import SimpoError
 
-# Names of apply_chat_template's own parameters in transformers, which a template never gets.
+# Parameters of apply_chat_template in transformers that are not passed on to the template.
 RESERVED_KWARGS = frozenset(
     (
         "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
@@ -87,13 +87,13 @@ class TokenizeSettings:
 
     @property
     def prompt_limit(self) -> int:
-        """Tokens that an overlong comparison's prompt is cut to."""
+        """Number of tokens that the prompt of an overlong comparison is cut to."""
         if self.max_prompt_length is None:
             return self.max_length * 1800 // 2048
         return self.max_prompt_length
 
 
-# ---- Fitting comparisons and conversations into ``max_length``; everything that is cut or dropped is reported.
+# ---- Truncating comparisons and conversations to ``max_length``; everything that is cut or dropped is reported.
 
 PROMPT_CUT = "prompt cut to max_prompt_length"
 RESPONSE_CUT = "response cut to max_length - max_prompt_length, without its end"
@@ -105,17 +105,17 @@ STILL_OVERLONG = "longer than max_length even if its prompt is cut"
 def fit(
     prompt: list[int], responses: list[list[int]], settings: TokenizeSettings, bos: int | None
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Cut or drop one comparison according to the settings.
+    """Truncate or drop one comparison according to the settings.
 
     Args:
-        prompt: ids, with BOS in front if the model has one.
-        responses: ids of each response, its end-of-turn token included.
+        prompt: ids, starting with BOS if the model has one.
+        responses: ids of each response, including its end-of-turn token.
         settings: the limits.
-        bos: id of the BOS, which ``keep_end`` leaves in front (the paper's code did not).
+        bos: id of BOS, which ``keep_end`` preserves at the front (unlike the paper's code).
 
     Returns:
-        Prompt and responses, and status entries for the report (:meth:`simpo.data.rows.DataReport.of`). The ids of a
-        comparison that is dropped are unchanged.
+        Prompt, responses, and status entries for the report (:meth:`simpo.data.rows.DataReport.of`). A dropped
+        comparison's ids are unchanged.
     """
     longest = max(map(len, responses))
     if len(prompt) + longest <= settings.max_length:
@@ -136,19 +136,20 @@ def fit(
         return kept, responses, cut
     if settings.truncation == "prompt":
         return prompt, responses, [f"dropped: {STILL_OVERLONG}"]
-    room = settings.max_length - limit  # less than the longest response has
+    room = settings.max_length - limit  # shorter than the longest response
     return kept, [response[:room] for response in responses], [*cut, f"cut: {RESPONSE_CUT}"]
 
 
 def fit_turns(
     prompt: list[int], response: list[int], ends: Sequence[int], settings: TokenizeSettings, bos: int | None
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Cut or drop one conversation according to the settings.
+    """Truncate or drop one conversation according to the settings.
 
-    The first turns of the assistant are kept, as many as fit; if not even the first one fits, it is fitted alone.
+    Keeps as many of the assistant's turns as fit, from the first one on. If not even the first one fits, it is
+    truncated or dropped like a response in :func:`fit`.
 
-    ``response`` are the ids of all that follows the prompt, up to the end of the last answer, and ``ends`` has, for
-    every answer, how many of them there are up to its end. The rest is as in :func:`fit`, with one response.
+    ``response`` holds the ids of everything after the prompt up to the end of the last answer, ``ends`` the position in
+    it where each answer ends. Everything else is as in :func:`fit`, with a single response.
     """
     if settings.truncation == "drop":
         return fit(prompt, [response], settings, bos)

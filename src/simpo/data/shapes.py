@@ -1,8 +1,8 @@
-"""Rows of other tools' data sets, converted to the columns that this package knows.
+"""Converts rows of other tools' datasets to the columns that this package reads.
 
-:func:`canonical` renames and restructures: its result has ``prompt``, ``chosen`` and ``rejected``, ``responses``
-and ``scores``, ``completion`` or ``messages``, next to all columns that it did not need. A row that could be read in
-two ways is a bad row.
+:func:`canonical` renames and restructures columns. The result has ``prompt``, ``chosen`` and ``rejected``,
+``responses`` and ``scores``, ``completion`` or ``messages``, along with all columns that were not needed. An ambiguous
+row is a bad row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOREIGN_SHAPES = (
     "{conversation_a, conversation_b, winner} (Arena); "
     "rename other columns with column_mapping"
 )
-# Columns of text or messages, and those that are never plain text.
+# Columns that hold text or messages, and columns that never hold plain text.
 _TEXTS = (
     "prompt", "chosen", "rejected", "completion", "question", "instruction", "query", "input", "context",
     "response", "output", "answer", "response1", "response2", "response_0", "response_1", "response_2",
@@ -45,11 +45,11 @@ _STRUCTURES = (
 _OPTIONS = ("tools", "chat_template_kwargs")
 _NUMBERS = ("weight", "label_probability", "margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
 _QUESTIONS = ("question", "instruction", "query")
-# Columns that ask; where several have a text, those that are not read are reported.
+# Columns that may hold the question; if several have text, those that are not read are reported.
 ASKED_COLUMNS = ("prompt", *_QUESTIONS, "input", "messages", "conversations", "conversation")
 _ANSWERS = ("response", "output", "answer")
 _SYSTEMS = ("system", "system_prompt", "system_message")
-# Next to a question, text that a reader of the question needs and that has no place in it.
+# Text that may be needed to answer a question, but that there is no standard way to combine with it.
 _UNPLACED = ("context", "history", "documents")
 _RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _ROLES = {
@@ -72,7 +72,7 @@ def _by_name(value: Any) -> int | None:
 
 
 _OPENAI = ("input", "preferred_output", "non_preferred_output")
-# Two columns of responses and the one that names the better one; its value as 0, 1 or None for neither.
+# Two response columns and the column that names the better one -> its value as the index 0 or 1, or None for a tie.
 _VERDICTS: dict[tuple[str, ...], Callable[[Any], int | None]] = {
     ("response_0", "response_1", "better_response_id"): lambda value: {0.0: 0, 1.0: 1}[float(value)],
     ("response1", "response2", "overall_preference"): _by_sign,
@@ -80,18 +80,18 @@ _VERDICTS: dict[tuple[str, ...], Callable[[Any], int | None]] = {
     ("response_a", "response_b", "winner"): _by_name,
     ("conversation_a", "conversation_b", "winner"): _by_name,
 }
-# Labels of feedback: columnar files store them as numbers, and CSV files as text.
+# Feedback labels: columnar files store them as numbers, CSV files as text.
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-# Keys that tell a message, of either kind, or a part of its content.
+# Keys that identify a message, of either kind, or a content part.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"}, {"type", "text"})
-# A message list, or one message, written as text by JSON, Python or numpy, perhaps inside a string of JSON.
+# A message or a list of messages serialized by JSON, Python or numpy, perhaps inside a JSON string.
 _SERIALIZED = re.compile(r"""["'\s]*(array\()?\[?\s*\{\s*\\?["'](role|content|from|value|type|text)\\?["']\s*:""")
 
 
 def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str | None]:
-    """A row with the columns that this package knows, and a description of what was converted; None if nothing was.
+    """Convert a row to the columns that this package reads; also return what was converted, or None if nothing was.
 
-    With ``answers`` the columns that hold the answer to a question are converted, too.
+    With ``answers``, columns that hold the answer to a question are converted as well.
     """
     found = dict(row)
     notes: list[str] = []
@@ -104,7 +104,7 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
 
 
 def first_canonical(dataset: Dataset) -> Row:
-    """The first of a data set's first rows that can be read; without columns if there is none."""
+    """Return the first readable row among the first 100 of a dataset; an empty one if there is none."""
     head = range(min(len(dataset), 100))
     for row, _ in rows_of(dataset.with_format(None)[: len(head)], head, ""):
         with suppress(BadRow):
@@ -113,7 +113,7 @@ def first_canonical(dataset: Dataset) -> Row:
 
 
 def parse_text(text: str) -> Any:
-    """The value that a text holds as JSON or as Python writes it; raises ValueError for any other."""
+    """Parse text as JSON or as a Python literal; raise ValueError if it is neither."""
     for read in (json.loads, _python_value):
         with suppress(SimpoError), third_party("text"):
             return read(text)
@@ -123,14 +123,14 @@ def parse_text(text: str) -> Any:
 def _python_value(text: str) -> Any:
     tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
     tokens = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
-    # numpy writes lists without commas, and Python joins texts that follow each other.
+    # numpy prints lists without commas, and Python would concatenate adjacent strings.
     if (tokenize.STRING, tokenize.STRING) in pairwise(tokens):
         raise ValueError("two texts that no comma separates")
     return ast.literal_eval(text.strip())
 
 
 def _decoded(value: Any, name: str, notes: list[str]) -> Any:
-    """A cell, parsed if it is text that holds a list, messages or a number, with from/value messages as ours."""
+    """Decode a cell: parse text that holds a list, messages or a number, and convert from/value messages."""
     if isinstance(value, str) and name in (*_STRUCTURES, *_OPTIONS):
         value = _parsed(value, name, notes) if value.strip() else None
     elif name in _TEXTS:
@@ -156,7 +156,7 @@ def _parsed(text: str, name: str, notes: list[str]) -> Any:
 
 
 def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
-    """Messages that were written as text; other objects stay text, because answers may be JSON."""
+    """Parse messages that were serialized as text; other objects stay text, because answers may be JSON."""
     if not isinstance(value, str) or not _SERIALIZED.match(value):
         return value
     try:
@@ -175,7 +175,7 @@ def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
 
 
 def _messages(value: Any, name: str, notes: list[str]) -> Any:
-    """ShareGPT's messages (from, value) as messages with role and content; anything else unchanged."""
+    """Convert ShareGPT's messages (from, value) to messages with role and content; return anything else unchanged."""
     if isinstance(value, list):
         return [_messages(item, name, notes) for item in value]
     if not isinstance(value, dict) or value.get("from") is None or value.get("role") is not None:
@@ -197,7 +197,7 @@ def _messages(value: Any, name: str, notes: list[str]) -> Any:
 
 
 def _single_column(row: Row, names: tuple[str, ...]) -> str | None:
-    """The one of these columns that the row has, where empty text counts only if no other is there."""
+    """Return which one of these columns the row has; empty text counts only if none of the others is present."""
     present = [name for name in names if row.get(name) is not None]
     present = [name for name in present if row[name] != ""] or present[:1]
     if len(present) > 1:
@@ -223,7 +223,7 @@ def _is_comparison(row: Row) -> bool:
 
 
 def _read_pair(row: Row, *, answers: bool) -> str | None:
-    """Comparisons whose responses have other names, or are in a list with their scores."""
+    """Convert comparisons whose responses have other names or are in a list with their scores."""
     if _is_comparison(row):
         return None
     fitting: list[tuple[str, ...]] = [names for names in (_OPENAI, *_VERDICTS) if set(names) <= _present(row)]
@@ -272,7 +272,7 @@ def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
 
 
 def _keys_of(item: object) -> tuple[str | None, str | None]:
-    """The keys of a response and of its score."""
+    """Return the keys that hold a response's text and its score."""
     present = _present(item) if isinstance(item, dict) else set()
     text, score = (next((key for key in keys if key in present), None) for keys in (_RESPONSE_KEYS, _SCORE_KEYS))
     return text, score
@@ -283,19 +283,19 @@ def _read_scored(row: Row, name: str) -> None:
     if len({_keys_of(item) for item in items}) > 1:
         raise BadRow(f"{name} without a response or score each")
     text, score = _keys_of(items[0])
-    if any(systems := [item.get("custom_system_prompt") for item in items]):  # one for each response
+    if any(systems := [item.get("custom_system_prompt") for item in items]):  # one per response
         row["custom_system_prompt"] = systems
     row["responses"] = [item[text] for item in items]
     row["scores"] = [item[score] for item in items]
-    if score == "rank":  # which counts from the best
+    if score == "rank":  # 1 is the best
         row["scores"] = [-rank if isinstance(rank, int | float) else rank for rank in row["scores"]]
 
 
 def _read_conversation(row: Row) -> str | None:
-    """Conversations of other names: the prompt of a comparison, or everything that is learned."""
+    """Rename other columns with a conversation: to the prompt of a comparison, or to the messages to train on."""
     name = _single_column(row, ("conversations", "conversation", *(("messages",) if row.get("conversations") else ())))
     if name is None:
-        # Here the other columns hold the answers to a conversation.
+        # `chosen` and the others hold the answers to this conversation.
         if row.get("prompt") is None and row.get("messages") and _is_answer(row.get("chosen")):
             row["prompt"] = row.pop("messages")
             return "messages as prompt"
@@ -355,7 +355,7 @@ def _read_answer(row: Row) -> str | None:
 
 
 def _read_label(row: Row) -> str | None:
-    """LLaMA-Factory's feedback: the name of the label, and a conversation whose last answer is judged."""
+    """Convert LLaMA-Factory's feedback: rename the label, and split off the last answer, which it judges."""
     if row.get("label") is None and read_label(row.get("kto_tag")) is not None:
         row["label"] = row.pop("kto_tag")
     messages = row.get("messages")
@@ -371,14 +371,14 @@ def _read_label(row: Row) -> str | None:
 
 
 def read_label(value: object) -> bool | None:
-    """Whether a label marks a response as desirable; None if it is not a label."""
+    """Return whether a label marks a response as desirable; None if it is not a label."""
     return _LABELS.get(str(value).strip().lower())
 
 
-# ---- Texts that a chat template has already rendered, which must not be rendered again.
+# ---- Detecting text that was already rendered with a chat template, and must not be rendered again.
 
-# How the turns of the common families of templates begin: ChatML, Llama 2 and 3, Gemma, Phi, DeepSeek, Command R, GLM,
-# gpt-oss, Nemotron. A lone <s> may be HTML.
+# How turns begin in common families of templates: ChatML, Llama 2 and 3, Gemma, Phi, DeepSeek, Command R, GLM, gpt-oss,
+# Nemotron. A lone <s> may be HTML.
 _OPENING = re.compile(
     r"\s*(<s>\s*|<bos>\s*|\[gMASK\]\s*|<sop>\s*)*"
     r"(<\|im_start\|>\s*\w|<\|start_header_id\|>|<\|header_start\|>|\[INST\]|<start_of_turn>|<\|turn>"
@@ -386,8 +386,8 @@ _OPENING = re.compile(
     r"|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|start\|>\w|<\|channel\|>\w|<\|start_of_role\|>|<extra_id_[01]>|<bos>)"
 )
-# How the assistant's turns begin in these families, at the end of a prompt, perhaps with the tags of reasoning; text
-# about templates has them elsewhere. HelpSteer2's prompts end with the user's turn.
+# How the assistant's turn begins in these families, possibly with reasoning tags. Only at the end of a prompt, because
+# texts about templates contain it elsewhere. HelpSteer2's prompts end with the user's turn.
 _ANSWERING = re.compile(
     r"<extra_id_1>Assistant\n|(?:<\|im_start\|>assistant\n|<\|(?:start_header_id|header_start)\|>assistant<\|\w+\|>"
     r"|<(?:start_of_turn|\|turn)>model\n|\[/INST\]|<\|assistant\|>|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>"
@@ -399,14 +399,14 @@ _COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages
 
 
 def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = None) -> None:
-    """Refuse texts of a row that begin like rendered turns, or that ``frame`` encloses.
+    """Raise BadRow if texts of a row begin like rendered turns, or are enclosed by ``frame``.
 
-    ``frame`` is the text that the chat template writes before and after a user's message that is to be answered.
+    ``frame`` is what the chat template writes before and after a user message in a generation prompt.
     """
     for name in _COLUMNS:
         for text in texts_of(row.get(name)):
             framed = frame is not None and frame[0] in text and text.rstrip().endswith(frame[1])
-            # A transcript that starts with something else, such as instructions, cannot be split into its turns.
+            # A transcript that starts with something else, such as instructions, cannot be split into turns.
             unsplit = name == "prompt" and (
                 _ANSWERING.search(text) or (_WAITING.search(text) and not is_transcript_prompt(text))
             )
@@ -420,7 +420,7 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """The text of a cell, or of its messages, unless it is empty."""
+    """Yield the text of a cell, or of its messages, unless it is blank."""
     if isinstance(value, str):
         yield from [value] if value.strip() else []
     elif isinstance(value, list):

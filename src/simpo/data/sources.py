@@ -1,7 +1,7 @@
-"""Data sets by name: a file, a folder or a hub id, and mixtures of several.
+"""Loads datasets by name, from a file, a folder or the hub, and mixtures of several.
 
-Files are JSON and JSON lines (plain, gzip, zstandard), parquet, csv and arrow. Rows that were read are cached under the
-SHA-256 of the file's content, so a changed file never gives old rows.
+Supported files are JSON and JSON Lines (plain, gzip, zstandard), parquet, csv and arrow. Rows are cached under the
+SHA-256 of the file's content, so a changed file never yields stale rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from simpo.runs.manifest import file_digest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
 _KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
-# Part of every cache key: raise it when the rows made from the same file change.
+# Part of every cache key: increase it when the same file yields different rows than before.
 _FORMAT = "3"
 # How an Arrow stream and an Arrow file end.
 _ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
-# Suffixes that no hub id ends in: a name with one of them is meant as a file.
+# No hub id ends in these suffixes: a name that does is meant to be a file.
 _FILE_SUFFIX = re.compile(r"\.(jsonl?|parquet|csv|tsv|arrow|txt|gz|zst|bz2|xz|zip|ya?ml)$")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
@@ -49,20 +49,20 @@ def load_rows(
     column_mapping: Mapping[str, str] | None = None,
     any_split: bool = False,
 ) -> Dataset:
-    """Rows of a file, a folder or a hub data set, as they are (see :mod:`simpo.data.rows`).
+    """Load the rows of a file, a folder or a hub dataset unchanged (see :mod:`simpo.data.rows`).
 
     Args:
-        name: a file; a folder written by ``save_to_disk``, or whose sub-folders or files are named by
-            split (``train.jsonl``, ``hh_train-0001.parquet``), or all of whose files are the training
-            split because none names a split; or a hub id.
-        split: which split to take, or slices in the notation of ``datasets``: ``train[:90%]``, ``train[10:]+test``.
-            A single file, or folder of one saved data set, is the split ``train`` and those that its name contains.
-        config: configuration of a hub data set.
-        column_mapping: old name -> new name of columns, as of ``Dataset.rename_columns``.
-        any_split: take a single file as any split, because the caller knows what it is for.
+        name: a file, a folder or a hub id. A folder was written by ``save_to_disk``, or its subfolders or files are
+            named after splits (``train.jsonl``, ``hh_train-0001.parquet``); if none is, all files are the training
+            split.
+        split: the split to load, or slices in the notation of ``datasets``: ``train[:90%]``, ``train[10:]+test``. A
+            single file, or a folder with one saved dataset, is the split ``train`` and any split in its name.
+        config: configuration of a hub dataset.
+        column_mapping: old column name -> new column name, as in ``Dataset.rename_columns``.
+        any_split: accept a single file for any split, because the caller knows what it is for.
 
     Raises:
-        SimpoError: there is no such file, folder, split, column or hub data set, or it cannot be read.
+        SimpoError: the file, folder, split, column or hub dataset does not exist or cannot be read.
     """
     path = _path(name)
     try:
@@ -80,7 +80,7 @@ def load_rows(
 
 
 def has_one_split(name: str) -> bool:
-    """Whether ``name`` is a file or a folder of one saved data set, which hold one split only."""
+    """Whether ``name`` is a file, or a folder with one saved dataset; both have a single split."""
     path = _path(name)
     return path.is_file() or (path / "state.json").is_file()
 
@@ -90,7 +90,7 @@ def _path(name: str) -> Path:
 
 
 def _load_slices(load: Callable[[str], Dataset], split: str, name: str) -> Dataset:
-    """The slices of local splits that ``split`` asks for."""
+    """Load the slices of local splits that ``split`` asks for."""
     bases = [part.partition("[")[0].strip() for part in split.split("+")]
     if bases == [split]:
         return load(split)
@@ -142,7 +142,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The files that name the split; all of them if none names any and a training split is wanted."""
+    """Return the files named after the split; all files if no split is named and a training split is wanted."""
     files = _data_files(folder)
     chosen = [path for path in files if _names_split(path, split)]
     if chosen or not files:
@@ -155,12 +155,12 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 
 def _names_split(path: Path, split: str) -> bool:
-    """Whether the split is a word of the file's name: ``train.jsonl``, ``hh_train-00000.parquet``."""
+    """Whether the file name contains the split as a word: ``train.jsonl``, ``hh_train-00000.parquet``."""
     return re.search(rf"(?:^|[-._ ]){re.escape(split)}(?:[-._ ]|\d)", path.name) is not None
 
 
 def _load_saved(folder: Path, split: str) -> Dataset:
-    """A folder that ``save_to_disk`` wrote."""
+    """Load a folder written by ``save_to_disk``."""
     with third_party(f"{folder}: not a readable save_to_disk folder"):
         saved = load_from_disk(str(folder))
     label = folder.name
@@ -170,7 +170,7 @@ def _load_saved(folder: Path, split: str) -> Dataset:
         label, saved = f"{folder.name}[{split}]", saved[split]
     if not len(saved):
         raise SimpoError(f"{label}: no rows")
-    # Rows that were tokenized before they were saved already name their source.
+    # Rows that were tokenized before saving already name their source.
     if {"prompt_ids", "response_ids"} <= set(saved.column_names):
         return saved
     return with_where(saved, label, _digest([Path(f["filename"]) for f in saved.cache_files], label))
@@ -183,7 +183,7 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     label = f"{name}[{split}]"
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
-    # The builder's own fingerprint distinguishes configurations and revisions.
+    # The builder's fingerprint distinguishes configurations and revisions.
     return with_where(dataset, label, _digest([], f"{label}\0{config}\0{dataset._fingerprint}"))
 
 
@@ -191,10 +191,10 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
 
 
 def _load_file(path: Path) -> Dataset:
-    """Rows of one file.
+    """Load the rows of one file.
 
-    A row is called ``file:line`` if it is from JSON lines, ``file[index]`` from a JSON list and ``file row index`` from
-    other kinds. Cells of CSV files are text.
+    A row's source is ``file:line`` for JSON Lines, ``file[index]`` for a JSON list and ``file row index`` for other
+    formats. The cells of CSV files are text.
     """
     if not path.name.endswith(SUFFIXES):
         raise SimpoError(f"{path}: unknown kind of file; known are {_KINDS}")
@@ -217,7 +217,7 @@ def _load_file(path: Path) -> Dataset:
 
 
 def _digest(paths: list[Path], label: str) -> str:
-    """Fingerprint of what the files hold and of the label that their rows carry."""
+    """Return the fingerprint of the files' content and of the label that their rows carry."""
     digest = hashlib.sha256(f"{_FORMAT}\0{label}\0".encode())
     for path in paths:
         digest.update(bytes.fromhex(file_digest(path)))
@@ -229,13 +229,13 @@ def _load_columnar(path: Path, digest: str) -> Dataset:
     if kind == "arrow":
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, io.SEEK_END) - 8))
-            if not file.read().endswith(_ARROW_ENDS):  # a stream cut between two batches would read as complete
+            if not file.read().endswith(_ARROW_ENDS):  # a stream truncated between two batches would seem complete
                 raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
     named: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
     try:
-        empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # which the builder cannot read
+        empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # the builder cannot read an empty one
         if not empty:
-            # The builders key their own cache by path and modification time; a folder per content is safe.
+            # The builders key their cache by path and modification time; a folder per content is safe.
             dataset = cached(
                 lambda: load_dataset(
                     kind, **named, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest)
@@ -250,7 +250,7 @@ def _load_columnar(path: Path, digest: str) -> Dataset:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a JSON file: a list of objects if it starts with ``[``, else one object per line."""
+    """Yield the rows of a JSON file: a list of objects if it starts with ``[``, otherwise one object per line."""
     count = 0
     damaged: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError, zlib.error)
     try:
@@ -285,7 +285,7 @@ def _parsed(text: str, path: Path, first_line: int) -> Any:
             f"{path}:{first_line - 1 + error.lineno}: not JSON: {error.msg} (column {error.colno}); "
             "the file holds one object per line, or one list of objects"
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, or thousands of nested brackets
         raise SimpoError(f"{path}:{first_line}: JSON that cannot be read: {error}") from error
 
 
@@ -307,7 +307,7 @@ def _open_text(path: Path) -> IO[str]:
 
 
 def _check_frames(path: Path) -> None:
-    """Raise EOFError for a file that ends within a frame, which the library's reader takes for the end."""
+    """Raise EOFError for a file truncated within a frame, which the library's reader takes for the end of the data."""
     new = _zstandard(path).ZstdDecompressor().decompressobj
     frame, complete = new(), True
     with path.open("rb") as file:
@@ -368,7 +368,7 @@ def _check_header(header: list[str], path: Path) -> None:
         raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
 
 
-# ---- Several data sets as one, with the meaning that alignment-handbook's recipes give to these keys.
+# ---- Mixtures of several datasets; the keys mean what they mean in alignment-handbook's recipes.
 
 
 def load_mixture(
@@ -377,15 +377,15 @@ def load_mixture(
     configs: Sequence[str | None] | None = None,
     column_mapping: Mapping[str, str] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Load ``dataset_mixer`` with ``dataset_splits``, as the paper's recipes write them.
+    """Load a ``dataset_mixer`` with ``dataset_splits``, as in the paper's recipes.
 
     Args:
-        mixer: data set (see :func:`load_rows`) -> fraction of its training rows to take, the first
+        mixer: dataset (see :func:`load_rows`) -> fraction of its training rows to take, namely the first
             ``int(fraction * rows)``.
-        splits: a split whose name contains ``train`` is for training, one with ``test`` for evaluation,
-            which is never subsampled.
-        configs: configuration of each hub data set.
-        column_mapping: old name -> new name of columns, of every data set.
+        splits: splits with ``train`` in their name are for training, those with ``test`` for evaluation; the latter are
+            never subsampled.
+        configs: configuration of each hub dataset.
+        column_mapping: old column name -> new column name, in every dataset.
 
     Returns:
         Training and evaluation rows (``None`` without a test split), concatenated and shuffled with seed 42.
@@ -404,7 +404,7 @@ def load_mixture(
     for (name, fraction), config in zip(mixer.items(), configs or [None] * len(mixer), strict=True):
         _check_fraction("dataset_mixer", name, fraction)
         if len(splits) > 1 and whole_splits and has_one_split(name):
-            raise SimpoError(  # its rows would be taken for training and again for evaluation
+            raise SimpoError(  # its rows would be used for both training and evaluation
                 f"dataset_mixer: {name} is one file and cannot be split {' and '.join(splits)}; give a folder "
                 "with one file per split, or set dataset_splits: [train]"
             )
@@ -423,17 +423,17 @@ def load_mixture(
 def load_mixture_list(
     mixture: Mapping[str, Any], column_mapping: Mapping[str, str] | None = None
 ) -> tuple[Dataset, Dataset | None]:
-    """Load ``dataset_mixture``, the newer form.
+    """Load a ``dataset_mixture``, the newer format.
 
     Args:
-        mixture: ``datasets``, a list of ``{id, config, split, columns, weight}`` of which only ``id`` is
-            needed (``split`` is ``train``, ``weight`` 1.0); ``seed`` (0); ``test_split_size``, a fraction
-            or a number of rows.
-        column_mapping: old name -> new name of columns, of every data set, before ``columns`` are taken.
+        mixture: ``datasets``, a list of ``{id, config, split, columns, weight}`` in which only ``id`` is required
+            (``split`` defaults to ``train``, ``weight`` to 1.0); ``seed`` (default 0); and ``test_split_size``, a
+            fraction or a number of rows.
+        column_mapping: old column name -> new column name, in every dataset, applied before ``columns`` are selected.
 
     Returns:
-        Training rows and, with ``test_split_size``, evaluation rows. Each data set is shuffled before its
-        fraction ``weight`` is taken, and so are all rows together.
+        Training rows and, with ``test_split_size``, evaluation rows. Each dataset is shuffled before the fraction
+        ``weight`` is taken from it, and the concatenation is shuffled again.
     """
     _check_keys(mixture, ("datasets", "seed", "test_split_size"), needed="datasets")
     entries = mixture["datasets"]

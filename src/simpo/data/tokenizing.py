@@ -1,7 +1,7 @@
-"""Data sets to token ids: comparisons, judged responses and conversations.
+"""Tokenizes datasets of comparisons, judged responses and conversations.
 
-:class:`Tokenization` is the path of a row: its columns become those that this package knows, then content, text and ids
-within the limits. Whatever happens to a row on this path is in the report.
+:class:`Tokenization` takes a row from known columns to content, to text, and to ids within the limits. Everything that
+happens to a row on the way is reported.
 """
 
 from __future__ import annotations
@@ -59,22 +59,22 @@ OVERLONG_WITH_IMAGES = "longer than max_length, and rows with images are not cut
 NO_PROCESSOR = "images, but no processor; use simpo train, sft or reward, or give a processor as processing_class"
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
-# Part of every fingerprint: raise it when the ids or the statuses of the same rows and settings change.
+# Part of every fingerprint: increase it when the same rows and settings yield different ids or statuses than before.
 _FORMAT = 15
 _BATCH = 256
-_EXAMINED = 1000  # rows examined for a known shape before the work starts
-# Starting processes takes longer than tokenizing fewer rows than this.
+_EXAMINED = 1000  # rows checked for a known shape before tokenizing starts
+# Tokenizing fewer rows than this is faster than starting processes.
 _SMALL = 2000
 _ROWS_PER_PROCESS = 1000
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tokenized data set."""
+    """A tokenized dataset."""
 
     # Columns `prompt_ids` (list of int32, never empty), `response_ids` (list of lists of int32, best first), `where`
-    # and `extra` (a JSON object of the row's other columns); `images` and `image_digests` where rows have images
-    # (COLUMNS). Conversations for supervised fine-tuning also have `scored` (list of lists of bool, as long as
+    # and `extra` (JSON object with the row's other columns); with a processor, `images` and `image_digests` (COLUMNS).
+    # Conversations for supervised fine-tuning also have `scored` (list of lists of bool, same lengths as
     # `response_ids`), K-wise comparisons `scores` (list of float, descending) and single responses `label` (bool).
     dataset: Dataset
     report: DataReport  # what happened to every row
@@ -83,20 +83,20 @@ class Prepared:
 def prepare(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
 ) -> Prepared:
-    """Tokenize a data set of comparisons; the result is cached with the data set.
+    """Tokenize a dataset of comparisons; the result is cached alongside the dataset.
 
-    K-wise rows have ``scores``, the highest first; a data set of pairs only has no such column.
+    K-wise rows have ``scores`` in descending order; a dataset that contains only pairs has no such column.
 
     Args:
-        dataset: rows as :func:`simpo.data.sources.load_rows` gives them, or any data set with the same
-            columns. One that has ``prompt_ids`` and ``response_ids`` is returned as it is.
+        dataset: rows from :func:`simpo.data.sources.load_rows`, or any dataset with the same columns. A dataset that
+            already has ``prompt_ids`` and ``response_ids`` is returned unchanged.
         tokenizer: a fast tokenizer, or for rows with images a processor with one. If it has a chat template, everything
             is rendered with it.
         settings: lengths, truncation and how to treat bad rows.
-        label: names the data set in the report and in messages.
+        label: name of the dataset in the report and in messages.
 
     Raises:
-        SimpoError: no row has a known shape, too many rows are bad, none fits, or the tokenizer or its chat template
+        SimpoError: no row has a known shape, too many rows are bad, no row fits, or the tokenizer or its chat template
             cannot be used.
     """
     prepared = _prepare(Comparisons, dataset, tokenizer, settings, label)
@@ -116,7 +116,7 @@ def prepare(
 def prepare_feedback(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
 ) -> Prepared:
-    """Tokenize single responses with labels; as :func:`prepare`, with the column ``label``."""
+    """Tokenize single labeled responses like :func:`prepare`, with the additional column ``label``."""
     prepared = _prepare(_Feedback, dataset, tokenizer, settings, label)
     found = pc.unique(prepared.dataset.with_format("arrow")["label"]).to_pylist()
     if len(found) < 2:
@@ -130,10 +130,10 @@ def prepare_feedback(
 def prepare_sft(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, label: str = "train"
 ) -> Prepared:
-    """Tokenize a data set of conversations; as :func:`prepare`, with the column ``scored``.
+    """Tokenize a dataset of conversations like :func:`prepare`, with the additional column ``scored``.
 
-    A conversation is one prompt, what generation would be fed for its first answer, and one response, everything after
-    it up to the end of the last answer. ``scored`` marks the tokens of the answers, with their end-of-turn tokens.
+    A conversation becomes one prompt, the input to generation of its first answer, and one response, everything after
+    it up to the end of the last answer. ``scored`` marks the tokens of the answers and their end-of-turn tokens.
     """
     if settings.truncation == "paper":
         raise SimpoError("truncation: 'paper' is for comparisons, not for supervised fine-tuning; set prompt or drop")
@@ -147,7 +147,7 @@ def prepare_sft(
 
 
 def is_feedback(dataset: Dataset) -> bool:
-    """Whether a data set, tokenized or not, has unpaired feedback, judging by its columns or its first row."""
+    """Whether a dataset, tokenized or not, holds unpaired feedback, judging by its columns or first readable row."""
     if "prompt_ids" in dataset.column_names or not len(dataset):
         return "label" in dataset.column_names
     row = first_canonical(dataset)
@@ -155,7 +155,7 @@ def is_feedback(dataset: Dataset) -> bool:
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> int:
-    """The token that ends every response: the template's, or EOS as in the paper's code."""
+    """Return the token that ends every response: the template's end-of-turn token, or EOS as in the paper's code."""
     if not settings.paper_tokenization:
         return end_of_turn(tokenizer).token_id
     if tokenizer.eos_token_id is None:
@@ -163,12 +163,12 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
     return tokenizer.eos_token_id
 
 
-# ---- The path of a row.
+# ---- Tokenizing one row.
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A sequence on its way to ids: text (None of a bad row), values of columns that need no ids, status entries."""
+    """A sequence before encoding: text (None for a bad row), values of columns that need no ids, status entries."""
 
     rendered: Rendered | None
     values: Mapping[str, Any]
@@ -176,13 +176,13 @@ class _Draft:
 
 
 class Tokenization(ABC):
-    """The function that ``Dataset.map`` runs over batches of rows; a subclass defines what a row becomes.
+    """A callable for ``Dataset.map`` that tokenizes batches of rows; subclasses define what a row becomes.
 
     Attributes:
-        columns: name -> type of what a row becomes; ``where`` and ``extra`` are added to them.
+        columns: name -> type of the columns it returns, in addition to ``where`` and ``extra``.
         noun: what rows become, in the plural.
-        shapes: the shapes of a row that are accepted.
-        answers: whether the answers of rows from other tools are read, too.
+        shapes: the accepted row shapes, for messages.
+        answers: whether to read the answers of rows from other tools as well.
     """
 
     columns: ClassVar[Mapping[str, Any]]
@@ -212,25 +212,25 @@ class Tokenization(ABC):
 
     @abstractmethod
     def read(self, row: Mapping[str, Any], where: str) -> Any:
-        """The content of a row, with ``extra``, its other columns; raises :class:`BadRow`."""
+        """Read the content of a row, with its other columns as ``extra``; raises :class:`BadRow`."""
 
     @abstractmethod
     def render(self, content: Any) -> Sequence[Rendered]:
-        """The text of each sequence that the content becomes; raises :class:`BadRow`."""
+        """Return the text of each sequence that the content becomes; raises :class:`BadRow`."""
 
     def values(self, content: Any) -> Mapping[str, Any]:
-        """Values of the columns that need no ids."""
+        """Return the values of columns that need no ids."""
         return {}
 
     @abstractmethod
     def finish(self, rendered: Any, prompt: list[int], ids: list[list[int]]) -> tuple[Mapping[str, Any], list[str]]:
-        """Values of the columns that need ids, and status entries; raises :class:`BadRow`.
+        """Return the values of columns that need ids, and status entries; raises :class:`BadRow`.
 
-        ``ids`` are those of the rendered texts, and ``prompt`` the first of them with one BOS if the model has one.
+        ``ids`` holds the ids of each rendered text; ``prompt`` is the first, with one leading BOS if the model has one.
         """
 
     def explain_all_dropped(self, mapped: Dataset) -> str:
-        """Explain that all rows are too long."""
+        """Explain that every row is too long."""
         lengths = [
             (len(prompt) + max(map(len, responses)), len(prompt))
             for prompt, responses in zip(mapped["prompt_ids"], mapped["response_ids"], strict=True)
@@ -244,13 +244,13 @@ class Tokenization(ABC):
         )
 
     def options(self) -> dict[str, Any]:
-        """The options that the result depends on, in addition to rows and tokenizer."""
+        """Return the options that the result depends on, besides the rows and the tokenizer."""
         options = dataclasses.asdict(self.settings)
-        del options["on_bad_row"], options["num_proc"]  # which do not change the result
+        del options["on_bad_row"], options["num_proc"]  # do not affect the result
         return options
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """Columns of a batch of rows."""
+        """Tokenize a batch of rows and return its columns."""
         rows = rows_of(batch, indices, self.label)
         drafts = [draft for row, where in rows for draft in self._drafts(row, where)]
         rendered = [draft.rendered for draft in drafts if draft.rendered is not None]
@@ -291,20 +291,20 @@ class Tokenization(ABC):
             return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
         drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in illustrated]
-        # Reported once for each row.
+        # Reported once per row.
         noticed = suspicions(row, content, self.renderer.options)
         drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *noticed]
         return drafts
 
     @property
     def features(self) -> Features:
-        """The columns that rows are mapped to."""
+        """The columns of the result."""
         text, images = Value("string"), {} if self.images is None else COLUMNS
         return Features({**self.columns, **images, "where": text, "extra": text, _STATUS: List(text)})
 
 
 class Comparisons(Tokenization):
-    """A row becomes a prompt and its responses."""
+    """Turns a row into a prompt and its responses."""
 
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scores": List(Value("float64"))}
     noun = "comparisons"
@@ -334,7 +334,7 @@ class Comparisons(Tokenization):
 
 
 class _Feedback(Comparisons):
-    """A row becomes a prompt, one response and a label."""
+    """Turns a row into a prompt, one response and a label."""
 
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "label": Value("bool")}
     noun = "judged responses"
@@ -345,7 +345,7 @@ class _Feedback(Comparisons):
 
 
 class Conversations(Tokenization):
-    """A row becomes a prompt and one response, of which the answers are scored."""
+    """Turns a row into a prompt and one response; only the answers within it are scored."""
 
     columns: ClassVar = {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "scored": List(List(Value("bool")))}
     noun = "conversations"
@@ -363,10 +363,10 @@ class Conversations(Tokenization):
     def finish(
         self, rendered: RenderedTurns, prompt: list[int], ids: list[list[int]]
     ) -> tuple[Mapping[str, Any], list[str]]:
-        """Ids within the limits, and which are scored.
+        """Return ids within the limits, and which of them are scored.
 
-        An answer's ids are what generation would have to produce after its prompt, and what follows it is as the next
-        answer's prompt has it.
+        The ids of an answer are what generation should produce after its prompt; the ids after it are taken from the
+        prompt of the next answer.
         """
         response: list[int] = []
         scored: list[bool] = []
@@ -375,7 +375,7 @@ class Conversations(Tokenization):
         for k, answer in enumerate(rendered.answers):
             whole, end = ids[k + 1], len(ids[k + 1])
             if k < len(between):
-                # This answer's end-of-turn token, not one that ends a user's turn before the next answer.
+                # The end-of-turn token of this answer, not of a user turn before the next answer.
                 positions = [i for i, token_id in enumerate(whole) if token_id == answer.end.token_id]
                 end = positions[-1 - between[k].count(answer.end.text)]
             own = self.encoder.encode_following(ids[k], answer.text, whole[:end], rendered.marker)
@@ -387,7 +387,7 @@ class Conversations(Tokenization):
         return {"prompt_ids": prompt, "response_ids": [kept], "scored": [scored[: len(kept)]]}, status
 
 
-# ---- The whole data set.
+# ---- Tokenizing a whole dataset.
 
 
 def _prepare(
@@ -397,7 +397,7 @@ def _prepare(
     settings: TokenizeSettings,
     label: str,
 ) -> Prepared:
-    """Tokenize a data set, unless it has ``prompt_ids`` and ``response_ids`` already."""
+    """Tokenize a dataset, unless it already has ``prompt_ids`` and ``response_ids``."""
     check_dataset(dataset, label)
     if not {"prompt_ids", "response_ids"} <= set(dataset.column_names):
         tokenizer, images = split_processor(tokenizer, settings.image_folder)
@@ -409,9 +409,9 @@ def _prepare(
 
 
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Prepared:
-    """Tokenize a data set; the result is cached with it.
+    """Tokenize a dataset that passed :func:`simpo.data.rows.check_dataset`; the result is cached alongside it.
 
-    ``dataset`` has passed :func:`simpo.data.rows.check_dataset`; ``tokenization`` defines what the rows become.
+    ``tokenization`` defines what the rows become.
     """
     settings, label = tokenization.settings, tokenization.label
     fingerprint = _fingerprint(dataset, tokenizer, tokenization)
@@ -445,7 +445,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
 
 
 def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
-    """Fail before the work if none of the first rows is of a known shape, naming the columns found."""
+    """Fail early, naming the columns found, if none of the first rows has a known shape."""
     label, unknown = tokenization.label, None
     head = range(min(len(dataset), _EXAMINED))
     for row, where in rows_of(dataset[: len(head)], head, label):
@@ -464,7 +464,7 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
 
 
 def _processes(rows: int, wanted: int | None) -> int | None:
-    """Processes to map with; ``None`` is this one."""
+    """Return the number of worker processes; ``None`` means this process."""
     if wanted is None:
         # macOS and Windows cannot report which cores a process may use.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -473,9 +473,9 @@ def _processes(rows: int, wanted: int | None) -> int | None:
 
 
 def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> str:
-    """Key of the cache: everything that the ids and statuses depend on."""
+    """Return the cache key, which covers everything that ids and statuses depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    del backend["padding"], backend["truncation"]  # which calls switch on and off
+    del backend["padding"], backend["truncation"]  # calls turn these on and off
     parts = [
         _FORMAT,
         tokenization.noun,
@@ -487,5 +487,5 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenizat
         {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         tokenization.images and tokenization.images.fingerprint(dataset),
     ]
-    # Half a digest: datasets appends the process number and allows 64 characters in all.
+    # Half a digest, because datasets appends the process number and allows 64 characters in total.
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Data that was written earlier or elsewhere, verified before use: files in the cache, and tokenized rows."""
+"""Verifies data that was written earlier or elsewhere before it is used: cache files and tokenized rows."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from simpo.runs.manifest import file_digest
 
 logger = logging.getLogger(__name__)
 
-# Exceptions of the library for files that are damaged or cannot be written.
+# What `datasets` raises for files that are damaged or cannot be written.
 _FAULTS = (OSError, pa.ArrowException, json.JSONDecodeError, DatasetGenerationError)
-_temporary: list[Path] = []  # takes the place of a cache that cannot be used, until the process ends
+_temporary: list[Path] = []  # the cache used until the process ends if the normal one is unusable
 
 
 def cached(make: Callable[[], Dataset]) -> Dataset:
-    """The data set that ``make`` returns, whose files in the cache are as they were written.
+    """Return the dataset that ``make`` returns, after verifying its files in the cache.
 
-    The library trusts what it finds there. Here every file has a digest next to it, and a file that does not match is
-    created again. If the cache cannot be read or written, a temporary one replaces it.
+    ``datasets`` trusts whatever it finds there. Here every file has a digest next to it, and a file that does not match
+    it is created again. If the cache cannot be read or written, a temporary one is used instead.
 
     Raises:
         SimpoError: raised by ``make``.
         OSError, ArrowException, DatasetGenerationError: neither the cache nor a temporary one can be used, or ``make``
-            cannot read something else.
+            failed to read some other file.
     """
     try:
         dataset = make()
@@ -70,28 +70,28 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
 
 
 def map_cache_file(fingerprint: str) -> str | None:
-    """The file for ``Dataset.map`` to write to; None for its default, unless there is a temporary cache."""
+    """Return the file for ``Dataset.map`` to write to: one in the temporary cache if there is one, else None."""
     return str(_temporary[0] / f"cache-{fingerprint}.arrow") if _temporary else None
 
 
 def _files(dataset: Dataset) -> list[Path]:
-    """The files of a data set that are in the cache."""
+    """Return those files of a dataset that are in the cache."""
     root = Path(datasets.config.HF_DATASETS_CACHE).resolve()
     return [path for file in dataset.cache_files if root in (path := Path(file["filename"]).resolve()).parents]
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file fits its digest, which is written now if there is none."""
+    """Whether a file matches its digest; if there is none yet, it is written now."""
     stored, digest = path.with_name(f"{path.name}.sha256"), file_digest(path)
     with suppress(FileNotFoundError):
         return stored.read_text(encoding="utf-8") == digest
-    with suppress(OSError, SimpoError):  # a cache that can only be read
+    with suppress(OSError, SimpoError):  # the cache may be read-only
         write_text(stored, digest)  # atomic: another process may read it
     return True
 
 
 def _remove(path: Path) -> None:
-    """Remove a file that ``Dataset.map`` wrote, or the folder of a whole data set, which is complete or absent."""
+    """Remove a file written by ``Dataset.map``, or otherwise the whole folder, because datasets expects it complete."""
     if path.name.startswith("cache-"):
         path.unlink(missing_ok=True)
         path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
@@ -99,11 +99,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path.parent, ignore_errors=True)
 
 
-# ---- Tokenized rows, which may come from elsewhere: before anything relies on their shape.
+# ---- Tokenized rows that may come from elsewhere; checked before anything relies on their structure.
 
 _BATCH = 1000
 _LARGEST_ID = np.iinfo(np.int32).max
-# Columns with how deep their values are nested in lists, the type of the values, and its name.
+# Column -> depth of nested lists, test for the type of the values, and what is expected, in words.
 _COLUMNS: dict[str, tuple[int, Callable[[pa.DataType], bool], str]] = {
     "prompt_ids": (1, pa.types.is_integer, "a list of token ids"),
     "response_ids": (2, pa.types.is_integer, "a list of token ids for each response"),
@@ -115,11 +115,11 @@ _COLUMNS: dict[str, tuple[int, Callable[[pa.DataType], bool], str]] = {
 
 
 def check_tokenized(rows: Dataset, label: str) -> None:
-    """Check the types, ids and lengths of a data set with ``prompt_ids`` and ``response_ids``.
+    """Check the types, ids and lengths of a dataset with ``prompt_ids`` and ``response_ids``.
 
     Raises:
-        SimpoError: a column has another type, or a row lacks a value, has an empty list, an id that no model has, more
-            than one response next to a label, or marks that are not as many as its tokens; names column and row.
+        SimpoError: a column has the wrong type, or a row has a null, an empty list, an impossible token id, several
+            responses but one label, or a number of ``scored`` marks that differs from its tokens; names column and row.
     """
     names = [name for name in _COLUMNS if name in rows.column_names]
     batches = rows.select_columns(names).with_format("arrow").iter(_BATCH)
@@ -137,7 +137,7 @@ def check_tokenized(rows: Dataset, label: str) -> None:
 
 
 def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]:
-    """The lengths of a checked column's lists, level by level."""
+    """Check a column and return the lengths of its lists, level by level."""
     depth, has_type, expected = _COLUMNS[name]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     row = np.arange(start, start + len(column))  # the row of each value
@@ -164,7 +164,7 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
 
 
 def check_rankings(rows: Dataset, label: str) -> None:
-    """Check that every row is a comparison whose responses are ranked."""
+    """Check that every row is a comparison with ranked responses."""
     counts = pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_pylist()
     scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
     for row, (responses, row_scores) in enumerate(zip(counts, scores, strict=True)):
