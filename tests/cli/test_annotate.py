@@ -106,7 +106,7 @@ def test_another_annotator_needs_another_folder(sampled, capsys):
     assert (sampled / "out/annotated.jsonl").stat().st_mtime_ns == before
     write(sampled / "sampled/responses.jsonl", rows()[:6])
     assert main(command(sampled, "exact")) == 2
-    assert "responses: other contents" in capsys.readouterr().err
+    assert "responses: contents changed" in capsys.readouterr().err
 
 
 def test_a_policys_log_probabilities(sampled, chat_world):

@@ -92,7 +92,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_refused(answers, capsys):
     assert main(command(answers, "--judge=exact")) == 0
     assert (answers / "out/results.json").stat().st_mtime_ns == before
     assert main(command(answers, "--judge=exact", "--seed=7")) == 2
-    assert "seed: 42 there, 7 now" in capsys.readouterr().err
+    assert "seed: was 42, now 7" in capsys.readouterr().err
 
 
 def test_several_judges_agree_or_do_not(answers):
@@ -372,10 +372,10 @@ def test_other_prompts_are_another_run(models, tmp_path, capsys):
     options = [f"--prompts={prompts}", "--judge=exact", "--max_new_tokens=4", f"--output_dir={tmp_path / 'out'}"]
     assert main(["compare", model, model, *options]) == 0
     assert main(["compare", model, model, *options]) == 0
-    assert "already holds this run" in capsys.readouterr().out
+    assert "already holds the finished run" in capsys.readouterr().out
     prompts.write_text("".join(lines[1:]))
     assert main(["compare", model, model, *options]) == 2
-    assert "a/prompts: other contents" in capsys.readouterr().err
+    assert "a/prompts: contents changed" in capsys.readouterr().err
 
 
 def test_a_refused_request_is_no_verdict(answers, capsys):

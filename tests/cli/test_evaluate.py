@@ -126,7 +126,7 @@ def test_a_warm_cache_sends_nothing_and_gives_the_same_file(world, judge, tmp_pa
         capsys.readouterr()
         assert main(alpaca(world, server.url, tmp_path / "a")) == 0
         printed = capsys.readouterr().out
-        assert f"{tmp_path / 'a'} already holds this run" in printed
+        assert f"{tmp_path / 'a'} already holds the finished run" in printed
         assert "alpaca_eval/win_rate" in printed and "requests" not in printed
         assert (tmp_path / "a/results.json").stat().st_mtime_ns == before
         assert len(server.bodies) == sent
@@ -422,7 +422,7 @@ def test_a_stopped_run_ends_in_one_line(world, judge, tmp_path, capfd):
 
     with ChatServer(terminate) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1")) == 143
-    assert capfd.readouterr().err == "simpo: interrupted; the same command continues\n"
+    assert capfd.readouterr().err == "simpo: interrupted; run the same command again to continue\n"
 
 
 def test_the_key_is_sent_and_in_no_file(world, judge, tmp_path, capfd, monkeypatch):

@@ -124,7 +124,7 @@ def test_a_finished_run_is_left_as_it_is(world, tmp_path, capsys):
     assert (output / "responses.jsonl").stat().st_mtime_ns == before
     assert "finished" in capsys.readouterr().out
     assert main(command(world, output, seed=2)) == 2
-    assert "seed: 1 there, 2 now" in capsys.readouterr().err
+    assert "seed: was 1, now 2" in capsys.readouterr().err
 
 
 SLOW = {"n": 4, "max_new_tokens": 48, "chunk_size": 8}
@@ -160,7 +160,9 @@ def test_a_killed_run_ends_with_the_same_bytes(world, whole, tmp_path, capfd, ki
         process.join()
         assert process.exitcode == code
         assert not (output / "responses.jsonl").exists()
-    assert capfd.readouterr().err == ("simpo: interrupted; the same command continues\n" * 2 if code > 0 else "")
+    assert capfd.readouterr().err == (
+        "simpo: interrupted; run the same command again to continue\n" * 2 if code > 0 else ""
+    )
     last = start()
     last.join()
     assert last.exitcode == 0

@@ -24,7 +24,7 @@ from simpo.runs.files import (
     write_text,
 )
 
-FULL = "no space left on the disk; free some and run the same command again: nothing earlier was damaged"
+FULL = "no space left on the disk; free some space and rerun the same command: existing files are intact"
 
 
 def names(folder):
@@ -206,7 +206,7 @@ def test_what_is_forbidden_is_said(code):
     with pytest.raises(SimpoError) as caught, disk_errors("runs/a"):
         raise OSError(code, os.strerror(code))
     assert (
-        str(caught.value) == f"runs/a: cannot be written ({os.strerror(code)}); make it writable or name another folder"
+        str(caught.value) == f"runs/a: cannot be written ({os.strerror(code)}); make it writable or use another folder"
     )
 
 
@@ -235,5 +235,5 @@ def test_what_is_not_about_the_disk_passes(error):
 def test_folder_without_permission_is_named(locked_folder):
     with pytest.raises(SimpoError) as caught:
         write_text(locked_folder / "x", "")
-    reason = "cannot be written (Permission denied); make it writable or name another folder"
+    reason = "cannot be written (Permission denied); make it writable or use another folder"
     assert str(caught.value) == f"{locked_folder}/x: {reason}"

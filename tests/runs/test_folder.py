@@ -178,7 +178,7 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 def test_another_command_s_run_is_refused(tmp_path):
     begin(tmp_path, command="sft").close()
-    assert refused(tmp_path).startswith(f"output_dir: {tmp_path} holds a run of 'sft', not of 'train'")
+    assert refused(tmp_path).startswith(f"output_dir: {tmp_path} holds a run of 'sft', not 'train'")
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(small_disk):
 OTHER = IDENTITY | {"learning_rate": 2e-6, "data/train": "b" * 64, "seed": 3}
 del OTHER["model"]
 DIFFERENCES = (
-    "data/train: other contents; learning_rate: 1e-06 there, 2e-06 now; "
-    'model: "tiny" there, not given now; seed: not given there, 3 now'
+    "data/train: contents changed; learning_rate: was 1e-06, now 2e-06; "
+    'model: was "tiny", now not set; seed: was not set, now 3'
 )
 
 
@@ -255,7 +255,7 @@ def test_other_versions_are_named_because_they_may_record_other_settings(tmp_pat
     environment = json.loads(path.read_text())
     environment["packages"] |= {"simpo": "0.0.9", "torch": "1.0"}
     path.write_text(json.dumps(environment))
-    with pytest.raises(SimpoError, match=r"versions that it was started with \(simpo 0.0.9, torch 1.0\)"):
+    with pytest.raises(SimpoError, match=r"package versions it was started with \(simpo 0.0.9, torch 1.0\)"):
         begin(tmp_path, OTHER, accept_changes=accept_changes)
     begin(tmp_path).close()  # with the same settings, other versions continue
     path.write_text("[")
@@ -287,7 +287,7 @@ def test_a_damaged_run_within_a_run_is_refused(tmp_path, name, outer_finished):
 
 def test_long_values_are_not_printed(tmp_path):
     begin(tmp_path, {"chat_template": "a\n" * 100}).close()
-    with pytest.raises(SimpoError, match=r"\(chat_template: other contents\)"):
+    with pytest.raises(SimpoError, match=r"\(chat_template: contents changed\)"):
         begin(tmp_path, {"chat_template": "b"})
 
 
@@ -295,7 +295,7 @@ def test_accepted_changes_are_said_and_remembered(tmp_path, capsys):
     begin(tmp_path).close()
     with begin(tmp_path, OTHER, accept_changes=True) as folder:
         assert folder.fingerprint == fingerprint(OTHER)
-    assert capsys.readouterr().out == f"continued with other settings: {DIFFERENCES}\n"
+    assert capsys.readouterr().out == f"continued with different settings: {DIFFERENCES}\n"
     assert DIFFERENCES in (tmp_path / "log.txt").read_text()
     kept = record(tmp_path)
     assert kept["identity"] == OTHER
@@ -421,7 +421,7 @@ def test_a_folder_that_another_run_took_in_between_is_refused(tmp_path, start):
             folder.begin(IDENTITY)
         process.kill()
         process.wait()
-        with pytest.raises(SimpoError, match="was taken by another run just now"):
+        with pytest.raises(SimpoError, match="another run has just taken"):
             folder.begin(IDENTITY)
 
 

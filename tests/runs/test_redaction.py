@@ -107,7 +107,7 @@ def test_command_lines(given, kept):
             f"# hub_token: {REDACTED}\nbeta: 2 # --hub_token={REDACTED}\n",
         ),
         ("a: &a s3cr3t\ntoken: *a\n", f"a: {REDACTED}\ntoken: {REDACTED}\n"),
-        ("a: &a [*a]\ntoken: s3cr3t\n", "# not kept, because it contains itself\n"),
+        ("a: &a [*a]\ntoken: s3cr3t\n", "# not stored because the document contains itself\n"),
         ("hub_token:\nlearning_rate: 1e-6\n", None),
         ("hub_token: null\ntoken: true\neos_token: <eos>\n", None),
         ("# a comment\nlimit: .nan\n", None),

@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 
 
 def test_a_metric_cannot_occur_twice(tmp_path):
-    with pytest.raises(ValueError, match=r"metric pairs \(value\) occurs twice"):
+    with pytest.raises(ValueError, match=r"duplicate metric pairs \(value\)"):
         write(tmp_path, [Metric("pairs", 1), Metric("loss", 2, "after"), Metric("pairs", 3)])
 
 

@@ -21,7 +21,7 @@ def signalled(signum: signal.Signals) -> None:
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_body_and_names_itself(signum, code) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRun, match="continues") as stop, interruptible():
+    with pytest.raises(InterruptedRun, match="to continue") as stop, interruptible():
         signalled(signum)
     assert stop.value.exit_code == code
     assert signal.getsignal(signal.SIGTERM) == before

@@ -96,7 +96,7 @@ def test_a_killed_run_ends_with_the_same_bits(step, through, chat_world, tmp_pat
 def test_other_settings_of_the_adapter_are_another_run(through, chat_world, tmp_path, capsys):
     output = shutil.copytree(through, tmp_path / "run")
     assert cli.main(options(chat_world, output, lora_r=8, eval_dataset_name=chat_world / "test.jsonl")) == 2
-    assert 'lora_r: "4" there, "8" now' in capsys.readouterr().err
+    assert 'lora_r: was "4", now "8"' in capsys.readouterr().err
 
 
 def test_the_best_adapter_is_loaded_at_the_end(chat_world, tmp_path):

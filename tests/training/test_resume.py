@@ -434,7 +434,7 @@ def test_another_run_is_not_continued(change, through, chat_world, killed, tmp_p
     }[change]
     assert cli.main(options(chat_world, killed, **LIMIT | changes)) == 2
     message = capsys.readouterr().err
-    assert {"recipe": "beta", "data": "data/train", "model": "model: other contents"}[change] in message
+    assert {"recipe": "beta", "data": "data/train", "model": "model: contents changed"}[change] in message
     assert message.count("\n") == 1
     if change == "recipe":
         assert cli.main(options(chat_world, killed, **LIMIT | changes, accept_changes="true")) == 0
@@ -562,7 +562,7 @@ def test_the_checkpoint_that_a_run_starts_from_is_part_of_it(chat_world, through
     assert "damaged" not in (output / "log.txt").read_text()  # a new run has no lines yet, and misses none
     capsys.readouterr()
     assert cli.main(options(chat_world, output, resume_from_checkpoint=through / "checkpoint-4")) == 2
-    assert "resume_from_checkpoint: other contents" in capsys.readouterr().err
+    assert "resume_from_checkpoint: contents changed" in capsys.readouterr().err
     assert cli.main(options(chat_world, tmp_path / "new", resume_from_checkpoint=tmp_path / "nowhere")) == 2
     assert not (tmp_path / "new").exists()
 

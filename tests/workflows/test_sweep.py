@@ -87,7 +87,7 @@ def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys)
     assert "step" not in again
     assert again.strip() in printed
     assert main([*argv, "--beta", "2"]) == 2
-    assert "with other settings (beta:" in capsys.readouterr().err
+    assert "with different settings (beta:" in capsys.readouterr().err
 
 
 def alive() -> int:

@@ -53,7 +53,7 @@ class Run:
         except (FileNotFoundError, NotADirectoryError):
             raise SimpoError(f"{path}: not a run (no run.json); name the output_dir of a simpo command") from None
         except SimpoError as error:
-            raise SimpoError(str(error).removeprefix("output_dir: ").replace("; name a new folder", "")) from error
+            raise SimpoError(str(error).removeprefix("output_dir: ").replace("; use a new folder", "")) from error
         run = cls(path, record, path.resolve().name)
         try:
             run.metrics = read_results(path / RESULTS).metrics if (path / RESULTS).exists() else []

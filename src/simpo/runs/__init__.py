@@ -1,1 +1,1 @@
-"""The folder that a command writes: what was run, with what, how far it came, and proof that it is whole."""
+"""Output folders of commands: what was run, with what settings, how far it got, and proof that it is intact."""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whenever the process is killed and however full the disk is."""
+"""Atomic writes: a killed process or a full disk never leaves a half-written file or folder behind."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from typing import Any
 
 from simpo.errors import SimpoError, third_party
 
-# Incomplete files and folders are called `.NAME.partial` (being written) or `.NAME.removed` (being removed).
+# Hidden names for work in progress: `.NAME.partial` is being written, `.NAME.removed` is being deleted.
 _PARTIAL, _REMOVED = "partial", "removed"
 
-# Failed writes that are not an OSError. safetensors: "I/O error: No space left on device (os error 28)". torch:
+# Not every failed write raises an OSError. safetensors: "I/O error: No space left on device (os error 28)". torch:
 # "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534" or "write(): fd 3 failed with No space ...".
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"inline_container|PytorchStreamWriter|iostream error|write\(\): fd")
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_ROOM = 1 << 20  # bytes; with less than this left, a write that failed for no stated reason failed for lack of space
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NEARLY_FULL = 1 << 20  # bytes; if less is free, a write that failed without a reason is blamed on the full disk
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``path`` in UTF-8, and create its folder; after a crash it is the old file or the new one."""
-    # In the same folder, because a rename is atomic only within one file system.
+    """Write ``path`` as UTF-8, creating its folder; after a crash it holds either the old text or the new one."""
+    # In the same folder, because a rename is only atomic within one file system.
     temporary = _hidden(path, f"{os.getpid()}.{_PARTIAL}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.unlink(missing_ok=True)
-            with temporary.open("x", encoding="utf-8") as file:  # never through a link that somebody left there
+            with temporary.open("x", encoding="utf-8") as file:  # "x" refuses to follow a planted symlink
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -53,25 +53,25 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to fill, which is renamed to ``final`` when its contents are on the disk.
+    """Create a folder atomically: fill the yielded one, and it is renamed to ``final`` once everything is on disk.
 
     Yields:
-        The folder under its provisional name. It is removed if the body raises; what a killed process left is removed
-        by the next call or by :func:`remove_leftovers`.
+        The folder under its provisional name. It is removed if the body raises. If the process is killed, the next
+        call or :func:`remove_leftovers` removes it.
 
     Raises:
         FileExistsError: ``final`` exists.
-        SimpoError: the disk is full or the folder cannot be written, also when the body raised that; see
+        SimpoError: the disk is full or the folder cannot be written, whether here or in the body; see
             :func:`disk_errors`.
     """
     if final.exists():
-        raise FileExistsError(f"{final} exists already")
+        raise FileExistsError(f"{final} already exists")
     partial = provisional(final)
     with disk_errors(final):
         _delete(partial)
         partial.mkdir(parents=True)
     try:
-        with disk_errors(final):  # inside, so that a full disk is examined while it is still full
+        with disk_errors(final):  # before the cleanup below frees the space that explains the error
             yield partial
             for path in partial.rglob("*"):
                 if path.is_file() or path.is_dir():
@@ -86,9 +86,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_files(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, whose files move into ``folder`` one by one when all are on the disk.
+    """Add files to ``folder``: fill the yielded folder, and its files are moved once all of them are on disk.
 
-    They replace files of the same names; other files stay. The folder that is yielded is removed if the body raises.
+    Files of the same name are replaced, others stay. If the body raises, the yielded folder is removed.
     """
     filled = folder / ".files"
     with disk_errors(folder):
@@ -102,12 +102,12 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def provisional(final: Path) -> Path:
-    """The name of the folder that :func:`staged_folder` yields for ``final``."""
+    """Return the path that :func:`staged_folder` yields for ``final``."""
     return _hidden(final, _PARTIAL)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, so that no part of it is ever seen under its name."""
+    """Remove a folder atomically: its name never refers to a half-deleted folder."""
     renamed = _hidden(path, _REMOVED)
     with disk_errors(path):
         _delete(renamed)
@@ -116,9 +116,9 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes left incomplete in ``parent``.
+    """Remove the unfinished files and folders that killed processes left in ``parent``.
 
-    Only for the one process that writes there: the unfinished work of a living process looks the same.
+    Only the process that owns the folder may call this: the unfinished work of a live process looks the same.
     """
     with disk_errors(parent):
         for kind in (_PARTIAL, _REMOVED):
@@ -127,12 +127,12 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file's contents, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -151,47 +151,47 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn failed writes into one line about ``path``.
+    """Report failed writes as a one-line error about ``path``.
 
     Raises:
-        SimpoError: instead of an ``OSError``, and of what safetensors and torch raise when a write fails.
+        SimpoError: in place of an ``OSError``, or of the errors that safetensors and torch raise for a failed write.
     """
     try:
         yield
     except SimpoError:
         raise
     except Exception as error:
-        fault = _fault(error, Path(path))
-        if fault is None:
+        reason = _write_failure(error, Path(path))
+        if reason is None:
             raise
-        raise SimpoError(f"{path}: {fault}") from error
+        raise SimpoError(f"{path}: {reason}") from error
 
 
-def _fault(error: Exception, path: Path) -> str | None:
-    """Describe the disk's fault behind ``error``; None if the error has another cause."""
+def _write_failure(error: Exception, path: Path) -> str | None:
+    """Explain the failed write behind ``error``; return None if the error has another cause."""
     text = str(error)
-    found = _OS_ERROR.search(text)
+    os_error = _OS_ERROR.search(text)
     if isinstance(error, ConnectionError | TimeoutError):
         return None
     if isinstance(error, OSError):
         code = error.errno
-    elif found or _TORCH_WRITER.search(text):
-        code = int(found[1]) if found else None
+    elif os_error or _TORCH_WRITER.search(text):
+        code = int(os_error[1]) if os_error else None
     else:
         return None
-    full = code in _FULL or os.strerror(errno.ENOSPC) in text
-    if code is None and not full:  # numpy's OSError and torch's errors do not state the reason
+    full = code in _DISK_FULL or os.strerror(errno.ENOSPC) in text
+    if code is None and not full:  # numpy and torch do not always give a reason
         existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-        full = shutil.disk_usage(existing).free < _NO_ROOM
+        full = shutil.disk_usage(existing).free < _NEARLY_FULL
     if full:
-        return "no space left on the disk; free some and run the same command again: nothing earlier was damaged"
+        return "no space left on the disk; free some space and rerun the same command: existing files are intact"
     reason = os.strerror(code) if code else text.partition("\n")[0]
-    if code in _FORBIDDEN:
-        return f"cannot be written ({reason}); make it writable or name another folder"
+    if code in _NOT_PERMITTED:
+        return f"cannot be written ({reason}); make it writable or use another folder"
     return f"cannot be written: {reason}"
 
 
-# ---- JSON Lines, which stay whole when a command is killed.
+# ---- JSON Lines that survive a kill.
 
 logger = logging.getLogger(__name__)
 
@@ -199,19 +199,19 @@ _CHECKSUM = "sha256"
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one per line; ``len()`` is their number.
+    """An append-only file of JSON objects, one per line; ``len()`` is the number of records.
 
-    Opening it drops a last line that a killed process left incomplete, and any other that is damaged; a warning gives
-    their number. What they held has to be known from elsewhere or computed again. One process may write at a time.
+    Opening the file drops damaged lines, such as a last line that a killed process left incomplete, and warns how many
+    there were; the caller has to recompute their contents. Only one process may write at a time.
 
     Attributes:
         path: the file.
     """
 
     def __init__(self, path: Path, *, checked: bool = False) -> None:
-        """Open ``path``, or create it and its folder.
+        """Open ``path``, creating it and its folder if needed.
 
-        With ``checked`` every line has a checksum, and one that does not match is damaged.
+        If ``checked``, every line carries a checksum, and a line that does not match it counts as damaged.
         """
         self.path = Path(path)
         self._checked = checked
@@ -220,7 +220,8 @@ class JsonLines:
             if not self.path.exists():
                 self.path.touch()
             sync(self.path.parent)
-            self._ends = _repaired(self.path, _fits if checked else _is_record)  # bytes up to the end of each record
+            # Byte offset of the end of each record.
+            self._ends = _drop_damaged_lines(self.path, _matches_checksum if checked else _is_record)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -234,13 +235,12 @@ class JsonLines:
                 yield record
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records and return when they are on the disk.
+        """Append records; they are on disk when this returns.
 
-        JSON has no NaN and no infinities: such a number is stored as null, so that a run that diverged still has
-        its other metrics.
+        JSON has no NaN or infinity. They are stored as null, so that a diverged run keeps its other metrics.
 
         Raises:
-            SimpoError: the disk is full or the file cannot be written; its contents stay as they were.
+            SimpoError: the disk is full or the file cannot be written; its contents are unchanged.
         """
         lines = [_line(record) for record in records]
         if self._checked:
@@ -252,14 +252,14 @@ class JsonLines:
                     file.flush()
                     os.fsync(file.fileno())
             except BaseException:
-                with suppress(OSError):  # the first error is the one to report
+                with suppress(OSError):  # the original error is the one to report
                     self._truncate()
                 raise
         for line in lines:
             self._ends.append(self._end + len(line))
 
     def keep(self, count: int) -> None:
-        """Drop all records after the first ``count``, for a run that resumes from an earlier point."""
+        """Drop all but the first ``count`` records, for a run that resumes from an earlier point."""
         if not 0 <= count <= len(self):
             raise ValueError(f"cannot keep {count} of {len(self)} records")
         del self._ends[count:]
@@ -276,29 +276,29 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a finished file, which is left as it is."""
+    """Read the records of a complete file without modifying it."""
     records = []
     with third_party(f"{path}: cannot be read"), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not _is_record(line):
-                fault = "not a JSON object" if line.endswith(b"\n") else "an incomplete line"
-                raise SimpoError(f"{path}:{number}: {fault}; run the command that writes this file again")
+                problem = "not a JSON object" if line.endswith(b"\n") else "incomplete line"
+                raise SimpoError(f"{path}:{number}: {problem}; rerun the command that writes this file")
             records.append(_parsed(line, f"{path}:{number}"))
     return records
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file of records at once; it is whole or absent, and numbers that are not finite are null."""
+    """Write all records of a file atomically; non-finite numbers become null."""
     write_text(path, b"".join(map(_line, records)).decode())
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(json_safe(record), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair becomes JSON's own \udXXX
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes JSON's own \udXXX
 
 
 def json_safe(value: Any) -> Any:
-    """A JSON value as it is stored: numbers that are not finite are null, and sequences are lists."""
+    """Convert a value for JSON: non-finite numbers become None, and sequences become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -307,22 +307,22 @@ def json_safe(value: Any) -> Any:
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any]:
-    def finite_number(written: str) -> float:  # NaN and Infinity, which JSON does not have, and 1e999
-        if math.isfinite(found := float(written)):
-            return found
-        raise SimpoError(f"{place}: {written:.20} is not a finite number; write null, or leave it out")
+    def finite_number(literal: str) -> float:  # rejects NaN and Infinity, which JSON does not have, and 1e999
+        if math.isfinite(number := float(literal)):
+            return number
+        raise SimpoError(f"{place}: {literal:.20} is not a finite number; write null or leave it out")
 
-    found: dict[str, Any] = json.loads(line, parse_float=finite_number, parse_constant=finite_number)
-    return found
+    record: dict[str, Any] = json.loads(line, parse_float=finite_number, parse_constant=finite_number)
+    return record
 
 
 def _with_checksum(line: bytes) -> bytes:
-    """A record's line with the digest of the line without it as the last key."""
+    """Add a digest of the line to its record, as the last key."""
     digest = hashlib.sha256(line).hexdigest()[:16]
     return line.removesuffix(b"}\n") + f', "{_CHECKSUM}": "{digest}"}}\n'.encode()
 
 
-def _fits(line: bytes) -> bool:
+def _matches_checksum(line: bytes) -> bool:
     return _with_checksum(line.rpartition(f', "{_CHECKSUM}": "'.encode())[0] + b"}\n") == line
 
 
@@ -333,12 +333,12 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
-def _repaired(path: Path, whole: Callable[[bytes], bool]) -> list[int]:
-    """Drop the lines that are not whole; returns where each of the others ends, in bytes from the start of the file."""
+def _drop_damaged_lines(path: Path, is_intact: Callable[[bytes], bool]) -> list[int]:
+    """Remove damaged lines from the file, and return the byte offset at which each of the others ends."""
     with path.open("rb") as file:
-        kept = [(len(line), whole(line)) for line in file]
-    if dropped := sum(not fits for _, fits in kept):
+        lines = [(len(line), is_intact(line)) for line in file]
+    if dropped := sum(not intact for _, intact in lines):
         logger.warning("%s: dropped %d damaged lines; a process was killed, or the disk failed", path, dropped)
         with path.open("rb") as file:
-            write_text(path, b"".join(line for line, (_, fits) in zip(file, kept, strict=True) if fits).decode())
-    return list(accumulate(length for length, fits in kept if fits))
+            write_text(path, b"".join(line for line, (_, intact) in zip(file, lines, strict=True) if intact).decode())
+    return list(accumulate(length for length, intact in lines if intact))

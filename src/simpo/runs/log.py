@@ -1,4 +1,4 @@
-"""``log.txt`` with everything that a command reports, and the removal of secrets from all that is stored."""
+"""``log.txt``, the record of everything a command reports, and the redaction of secrets before anything is stored."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ import yaml
 
 from simpo.runs.files import disk_errors
 
-Log = Callable[[str], None]  # called with lines for the user
+Log = Callable[[str], None]  # reports a line to the user
 
 REDACTED = "<redacted>"
 
 _SECRET = re.compile(r"(.*_)?(token|secret|password|passwd|authorization|credentials?|bearer)|.*_key|apikey")
-_SHORTEST = 8  # characters of a value in the environment that is masked; a shorter one may be a common word
-# Tokens of a tokenizer, and metrics per token.
+_SHORTEST = 8  # characters; shorter values of environment variables may be common words and are not masked
+# Keys that end in "token" but hold no secret: a tokenizer's special tokens, and metrics per token.
 _HARMLESS = re.compile(r"(.*_)?(bos|eos|pad|unk|sep|cls|mask|image|audio|video|turn|special|per)_token")
-# Keys of Hugging Face and of OpenAI-like services, wherever they occur.
+# Hugging Face tokens and the API keys of OpenAI-like services, anywhere in a text.
 _LITERAL = re.compile(r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
-# `key: value` or `key=value` on one line, also in a comment; a value is quoted or one word.
+# `key: value` or `key=value` on one line, even in a comment; the value is quoted or a single word.
 _ASSIGNMENT = re.compile(r"""(?<![\w-])([\w-]+)(["']?[ \t]*[:=][ \t]*)("[^"\n]*"|'[^'\n]*'|[^\s,{}\[\]#][^\s,}\]]*)""")
 
 
 def is_secret(key: str) -> bool:
-    """Whether values of this key are secrets: ``hub_token`` and ``api-key`` are, ``eos_token`` is not."""
+    """Whether this key holds a secret: ``hub_token`` and ``api-key`` do, ``eos_token`` does not."""
     name = key.lower().replace("-", "_")
     return bool(_SECRET.fullmatch(name)) and not _HARMLESS.fullmatch(name)
 
 
 def mask_secrets(text: str) -> str:
-    """Any text without what looks like an access token, and without the secrets of the environment."""
+    """Mask everything that looks like an access token, and the secrets in environment variables."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and is_secret(name):
             text = text.replace(value, REDACTED)
@@ -46,64 +46,64 @@ def mask_secrets(text: str) -> str:
 
 
 def redact(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping, and those in it, without secrets; None, true and false stay, because they reveal nothing."""
-    return {key: _redacted(str(key), value) for key, value in mapping.items()}
+    """Redact the secrets in a mapping and in nested mappings; None, True and False stay because they reveal nothing."""
+    return {key: _redact_value(str(key), value) for key, value in mapping.items()}
 
 
-def _redacted(key: str, value: Any, secrets: Collection[Any] = ()) -> Any:
-    """The value of a key without secrets and without values that are equal to one of ``secrets``."""
+def _redact_value(key: str, value: Any, secrets: Collection[Any] = ()) -> Any:
+    """Redact a value whose key is secret or that equals one of ``secrets``; recurse into containers."""
     if value is None or isinstance(value, bool):
         return value
     if is_secret(key):
         return REDACTED
     if isinstance(value, Mapping):
-        return {name: _redacted(str(name), item, secrets) for name, item in value.items()}
+        return {name: _redact_value(str(name), item, secrets) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_redacted(key, item, secrets) for item in value]
+        return [_redact_value(key, item, secrets) for item in value]
     if value in secrets:
         return REDACTED
     return _redact_line(value) if isinstance(value, str) else value
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line without secrets: ``--hub_token X`` and ``--hub_token=X``."""
-    kept = []
+    """Redact secrets in a command line, given as ``--hub_token X`` or ``--hub_token=X``."""
+    redacted = []
     secret = False
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, _ = argument[2:].partition("=")
             secret = is_secret(name)
-            kept.append(f"--{name}={REDACTED}" if secret and equals else _redact_line(argument))
+            redacted.append(f"--{name}={REDACTED}" if secret and equals else _redact_line(argument))
         else:
-            kept.append(REDACTED if secret else _redact_line(argument))
-    return kept
+            redacted.append(REDACTED if secret else _redact_line(argument))
+    return redacted
 
 
 def redact_yaml(text: str) -> str:
-    """The text of a YAML file without secrets.
+    """Redact the secrets in the text of a YAML file.
 
-    Comments and layout are kept if every secret is the value of its key on one line. Otherwise (blocks, lists, aliases)
-    the file is written anew from its contents.
+    Comments and layout survive if every secret is on the same line as its key. Otherwise (block scalars, lists,
+    aliases), the parsed document is redacted and dumped again.
     """
-    kept = _redact_line(text)
+    redacted_text = _redact_line(text)
     try:
         document = yaml.safe_load(text)
         secrets = list(_secrets(document))
         if not secrets:
-            return kept
-        clean = _redacted("", document, secrets)
+            return redacted_text
+        redacted_document = _redact_value("", document, secrets)
     except yaml.YAMLError:
-        return kept
+        return redacted_text
     except RecursionError:
-        return "# not kept, because it contains itself\n"
-    with suppress(yaml.YAMLError):  # where a masked value left the rest of its block behind
-        if yaml.safe_load(kept) == clean:
-            return kept
-    return yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
+        return "# not stored because the document contains itself\n"
+    with suppress(yaml.YAMLError):  # masking may leave the rest of a block scalar behind
+        if yaml.safe_load(redacted_text) == redacted_document:
+            return redacted_text
+    return yaml.safe_dump(redacted_document, sort_keys=False, allow_unicode=True)
 
 
 def _secrets(value: Any, secret: bool = False) -> Iterator[Any]:
-    """All values under secret keys."""
+    """Yield all values under secret keys."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _secrets(item, secret or is_secret(str(key)))
@@ -124,12 +124,12 @@ def _redact_line(text: str) -> str:
 
 
 def utc_now() -> str:
-    """The time in UTC, to the second: ``2026-01-31T12:00:00+00:00``."""
+    """Return the current time in UTC, to the second: ``2026-01-31T12:00:00+00:00``."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class EarlyNotices(MemoryHandler):
-    """Keeps what is reported before a run has a folder, for the run's log."""
+    """Buffers warnings logged before the run folder exists, for ``log.txt``."""
 
     def __init__(self) -> None:
         super().__init__(sys.maxsize, flushLevel=sys.maxsize)
@@ -137,7 +137,7 @@ class EarlyNotices(MemoryHandler):
 
 
 class LogFile(logging.Handler):
-    """Appends lines to a file, and the records of loggers that it is a handler of."""
+    """Appends lines to a file; as a logging handler, it also appends log records."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -145,12 +145,12 @@ class LogFile(logging.Handler):
         self.path = path
 
     def write(self, line: str) -> None:
-        """Append a line, without access tokens."""
+        """Append a line with access tokens masked."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{utc_now()} {mask_secrets(line)}\n")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record; a library's message that cannot be stored does not end the run."""
+        """Append a log record; failing to store a library's message does not end the run."""
         try:
             self.write(self.format(record))
         except Exception:

@@ -1,4 +1,4 @@
-"""``manifest.json`` (sizes and hashes of a folder's files), and what a command ran on."""
+"""``manifest.json``, the sizes and hashes of a folder's files, and a description of the machine a command ran on."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ FILE_NAME = "manifest.json"
 SCHEMA = 1
 
 _PACKAGES = ("simpo", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "numpy")
-_PATIENCE = 10  # seconds for another program's answer
+_TIMEOUT = 10  # seconds for git and nvidia-smi
 
 
 def file_digest(path: Path | str) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with third_party(f"{path}: cannot be read"), Path(path).expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_digest(path: Path) -> None:
-    """Store the digest of a file in ``.NAME.sha256`` next to it, for :func:`is_as_written`."""
+    """Store a file's digest next to it in ``.NAME.sha256``, for :func:`is_as_written`."""
     write_text(_digest_file(path), file_digest(path))
 
 
 def is_as_written(path: Path) -> bool:
-    """Whether a file exists and fits the digest that was stored when it was written; a warning if it does not fit."""
+    """Whether a file exists and matches its stored digest; warns if it exists but does not match."""
     if not path.exists():
         return False
-    fits = _digest_file(path).exists() and _digest_file(path).read_bytes() == file_digest(path).encode()
-    if not fits:
-        logger.warning("%s is damaged and is not used", path)
-    return fits
+    intact = _digest_file(path).exists() and _digest_file(path).read_bytes() == file_digest(path).encode()
+    if not intact:
+        logger.warning("%s is damaged and will not be used", path)
+    return intact
 
 
 def _digest_file(path: Path) -> Path:
@@ -57,10 +57,9 @@ def _digest_file(path: Path) -> Path:
 
 
 def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
-    """List all files in ``folder`` and below, with size in bytes and SHA-256, in ``folder/manifest.json``.
+    """List all files in ``folder`` and its subfolders, with size in bytes and SHA-256, in ``folder/manifest.json``.
 
-    ``exclude`` are patterns (``*`` and ``?``) of names in ``folder`` that are left out, with all that is below them, or
-    of paths from it.
+    ``exclude`` holds glob patterns, matched against the relative path of a file and against its first component.
     """
     with disk_errors(folder / FILE_NAME):
         names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -75,10 +74,10 @@ def write_manifest(folder: Path, *, exclude: Collection[str] = ()) -> None:
 
 
 def find_damage(folder: Path, *, since: int | None = None) -> str | None:
-    """The first difference of a folder's files from its manifest, as text; None if all are as they were written.
+    """Describe the first file that does not match the folder's manifest; return None if all of them match.
 
-    Files that the manifest does not list are ignored. Sizes are compared first, because hashing takes long; with
-    ``since``, contents only of files that were modified after this time, in nanoseconds.
+    Files not in the manifest are ignored. Sizes are compared first because hashing is slow. With ``since``, a time in
+    nanoseconds, only files modified after it are hashed.
     """
     try:
         files = read_manifest(folder)
@@ -108,11 +107,11 @@ def _differences(folder: Path, files: list[tuple[str, int, str]], since: int | N
 
 
 def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
-    """Path, size in bytes and SHA-256 of every file that a folder's manifest lists.
+    """Read the path, size in bytes and SHA-256 of every file in a folder's manifest.
 
     Raises:
-        FileNotFoundError: there is none.
-        SimpoError: it cannot be read, or is not a manifest.
+        FileNotFoundError: the folder has no manifest.
+        SimpoError: the file cannot be read or is not a manifest.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -125,11 +124,11 @@ def read_manifest(folder: Path) -> list[tuple[str, int, str]]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processors, memory and the working directory's commit; nothing that names a person or a host.
+    """Describe versions, hardware and the git commit of the working directory, without naming a person or a host.
 
-    It neither imports torch nor starts CUDA, which no process could fork after. Packages map to their version, or None
-    if absent. Changes of the working directory are not looked for: ``git status`` runs programs that a repository's
-    configuration names, and somebody else may have written it.
+    Packages map to their version, or None if not installed. This neither imports torch nor initializes CUDA, because
+    processes cannot fork safely after that. Uncommitted changes are not checked: ``git status`` runs programs named in
+    the repository's configuration, which may not be trustworthy.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     commit = _output("git", "rev-parse", "HEAD")
@@ -145,28 +144,27 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """The installed versions of this package and of those that results may depend on; None of those that are absent."""
+    """Return the versions of the packages that may affect results; None for those not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes that this process has held at most: ``host``, and ``device`` if torch has allocated any on a GPU."""
-    found = {"host": _host_peak()}
-    torch = sys.modules.get("torch")  # not imported for this
+    """Return this process's peak memory in bytes: ``host``, and ``device`` if it has used a GPU through torch."""
+    peak = {"host": _peak_host_memory()}
+    torch = sys.modules.get("torch")  # not imported just for this
     if torch is not None and torch.cuda.is_initialized():
-        found["device"] = torch.cuda.max_memory_allocated()
-    return found
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak
 
 
-def _host_peak() -> int:
-    """Bytes of the machine's memory that this process has held at most."""
+def _peak_host_memory() -> int:
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    with suppress(OSError):  # unlike getrusage's figure, without what the process that started this one held
+    with suppress(OSError):  # getrusage would include the memory of the parent process before exec
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
-            return int(found[1]) * 1024
-    import resource  # noqa: PLC0415 - not on Windows
+        if match := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(match[1]) * 1024
+    import resource  # noqa: PLC0415 - not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -186,8 +184,8 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """The output of another program; None if it is missing, fails or takes too long."""
+    """Return the output of another program, or None if it is missing, fails or times out."""
     with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True)  # noqa: S603
         return done.stdout.strip()
     return None

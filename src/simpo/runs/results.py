@@ -1,4 +1,4 @@
-"""``results.json``: the metrics of a command, written once and printed from the file."""
+"""``results.json``: the metrics of a command. What is printed is read back from this file."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ FILE_NAME = "results.json"
 SCHEMA = 1
 
 Stage = Literal["before", "after"]
-# Files of held-out rows under the start model and under the trained one: all rows' scores, and some rows as text.
+# Scores of all held-out rows, and some of the rows as text, before and after training.
 HELD_OUT: dict[Stage, str] = {"before": "held_out_before.jsonl", "after": "held_out_after.jsonl"}
 EXAMPLES: dict[Stage, str] = {"before": "examples_before.jsonl", "after": "examples_after.jsonl"}
 
-_WIDEST = 1000  # columns of text
-# Column headings in their order; None is the stage of a metric that has none.
+_MAX_WIDTH = 1000  # columns of text
+# Column headings, in order; metrics without a stage are listed under None.
 _HEADINGS: dict[Stage | None, str] = {None: "value", "before": "before", "after": "after"}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number; the fields are the keys of ``results.json``."""
+    """One measured number. The fields are the keys of ``results.json``."""
 
-    name: str  # what was measured, e.g. `eval_rewards/accuracies`
-    value: float | None  # the number; None where it is not finite
-    stage: Stage | None = None  # before or after training; None where that does not apply
-    n: int | None = None  # number of items that it was measured on
-    low: float | None = None  # lower bound of its interval
-    high: float | None = None  # upper bound of its interval
+    name: str  # e.g. `eval_rewards/accuracies`
+    value: float | None  # None if undefined or not finite
+    stage: Stage | None = None  # before or after training; None if that does not apply
+    n: int | None = None  # number of items measured
+    low: float | None = None  # lower bound of the interval
+    high: float | None = None  # upper bound of the interval
     method: str | None = None  # how the interval was computed
 
     @classmethod
     def of(cls, name: str, found: Interval | None, stage: Stage | None = None, *, method: str | None = None) -> Metric:
-        """A metric with an interval, whose description ``method`` replaces; without a value where ``found`` is None."""
+        """Create a metric from an interval, or one without a value from None; ``method`` overrides the interval's."""
         if found is None:
             return cls(name, None, stage)
         return cls(name, found.value, stage, found.n, found.low, found.high, method or found.method)
 
     @property
     def text(self) -> str:
-        """The value with its interval: ``0.6125 [0.584, 0.64]``; ``-`` for no value."""
+        """The value with its interval, as in ``0.6125 [0.584, 0.64]``; ``-`` if there is no value."""
         text = "-"
         if self.value is not None:
             text = f"{self.value:,.0f}" if abs(self.value) >= 10_000 else f"{self.value:.4g}"
@@ -62,7 +62,7 @@ class Metric:
 
     @property
     def interval(self) -> Interval:
-        """The value with its interval, of a metric that has a value."""
+        """The value with its interval; the metric must have a value."""
         assert self.value is not None
         return Interval(self.value, self.low, self.high, self.n or 0, self.method or "")
 
@@ -77,21 +77,20 @@ class Results:
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (64 hex digits) of what determines a result: JSON values, mappings in any order.
+    """Hash what determines a result: the SHA-256 (64 hex digits) of JSON values, with mappings in any order.
 
     Raises:
-        TypeError: a part has no canonical form (only JSON values have: no paths, no objects).
-        ValueError: a part holds NaN or an infinity.
+        TypeError: a part is not a JSON value, such as a path or an object.
+        ValueError: a part contains NaN or infinity.
     """
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def write_results(folder: Path, *, command: str, fingerprint: str, metrics: Sequence[Metric]) -> Path:
-    """Write ``folder/results.json`` and return its path; the file is whole or, after a crash, the old one.
+    """Write ``folder/results.json`` atomically and return its path.
 
-    JSON has no NaN and no infinities: such a value or bound is stored as null, so that a run that diverged
-    still has its other metrics.
+    JSON has no NaN or infinity. They are stored as null, so that a diverged run keeps its other metrics.
 
     Raises:
         ValueError: two metrics have the same name and stage.
@@ -101,7 +100,7 @@ def write_results(folder: Path, *, command: str, fingerprint: str, metrics: Sequ
     for metric in metrics:
         key = metric.name, metric.stage
         if key in rows:
-            raise ValueError(f"the metric {metric.name} ({_HEADINGS[metric.stage]}) occurs twice")
+            raise ValueError(f"duplicate metric {metric.name} ({_HEADINGS[metric.stage]})")
         numbers = {name: _finite(getattr(metric, name)) for name in ("value", "low", "high")}
         rows[key] = asdict(metric) | numbers | {"n": None if metric.n is None else int(metric.n)}
     document = {"schema": SCHEMA, "command": command, "fingerprint": fingerprint, "metrics": list(rows.values())}
@@ -116,7 +115,7 @@ def _finite(value: float | None) -> float | None:
 
 def read_results(path: Path) -> Results:
     """Read a ``results.json``."""
-    with third_party(f"{path}: cannot be read as a file of results"):
+    with third_party(f"{path}: not a valid results file"):
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema: expected {SCHEMA}, got {document['schema']!r}")
@@ -127,26 +126,26 @@ def read_results(path: Path) -> Results:
 def print_results(
     path: Path, console: Console | None = None, *, headings: Mapping[Stage | None, str] | None = None
 ) -> None:
-    """Print the metrics of a ``results.json`` with their intervals: first those with stages, side by side.
+    """Print the metrics of a ``results.json`` with their intervals, starting with before and after, side by side.
 
-    ``headings`` name the columns of the stages.
+    ``headings`` overrides the column headings of stages.
     """
     results = read_results(path)
-    names: dict[Stage | None, str] = {**_HEADINGS, **(headings or {})}
+    column_names: dict[Stage | None, str] = {**_HEADINGS, **(headings or {})}
     console = console or Console()
     title: str | None = f"simpo {results.command}"
     stages: tuple[Stage | None, ...]
     for stages in (("before", "after"), (None,)):
         if metrics := [metric for metric in results.metrics if metric.stage in stages]:
-            print_full_width(console, _table(metrics, stages, names, title))
+            print_full_width(console, _table(metrics, stages, column_names, title))
             title = None
 
 
 def table_of(
     headings: Iterable[str], rows: Iterable[Iterable[str]], *, names: int, title: str | None, caption: str = ""
 ) -> Table:
-    """A table whose first ``names`` columns are names, and the others numbers."""
-    # Text throughout, so that rich does not take the brackets of an interval or a name for its markup.
+    """Build a table with ``names`` left-aligned columns of names, followed by right-aligned columns of numbers."""
+    # Text objects, so that rich does not mistake the brackets of an interval for markup.
     table = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None, box=SIMPLE_HEAD)
     for place, heading in enumerate(headings):
         table.add_column(Text(heading), justify="left" if place < names else "right", no_wrap=True)
@@ -156,9 +155,9 @@ def table_of(
 
 
 def print_full_width(console: Console, table: Table) -> None:
-    """Print a table at its full width: a number that is cropped is a wrong one."""
+    """Print a table at its full width, even beyond the terminal's: a cropped number is a wrong number."""
     before = console.width
-    console.width = _WIDEST
+    console.width = _MAX_WIDTH
     console.width = max(before, Measurement.get(console, console.options, table).maximum)
     console.print(table)
     console.width = before
@@ -170,12 +169,12 @@ def _table(
     rows: dict[str, dict[Stage | None, Metric]] = {}
     for metric in metrics:
         rows.setdefault(metric.name, {})[metric.stage] = metric
-    # The number of items, once where the stages agree: "500" or "500 / 480".
+    # Numbers of items, merged if the stages agree: "500" or "500 / 480".
     counts = {
         name: " / ".join(dict.fromkeys(str(cell.n) for cell in cells.values() if cell.n is not None))
         for name, cells in rows.items()
     }
-    shared = set(counts.values()) if len(set(counts.values())) == 1 else set()  # these need no column
+    shared = set(counts.values()) if len(set(counts.values())) == 1 else set()  # goes into the caption, not a column
     methods = sorted({metric.method for metric in metrics if metric.method})
     notes = [f"methods: {'; '.join(methods)}"] if methods else []
     notes += [f"n = {n}" for n in shared if n]

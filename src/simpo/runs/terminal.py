@@ -1,4 +1,4 @@
-"""The terminal of a command: text and progress on it, and Ctrl-C and SIGTERM."""
+"""Terminal output, progress bars, and the handling of Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from simpo.errors import InterruptedRun
 
 Advance = Callable[[int], None]
 
-_LINES = 10  # progress lines, where there is no terminal for a bar
-# Control characters except line breaks, and those that change the direction of the text that follows.
+_LINES = 10  # progress lines logged when there is no terminal to show a bar on
+# Control characters except line breaks, and characters that change the direction of the following text.
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text with its control characters escaped, so that data and models cannot control the terminal."""
+    """Escape the control characters in a text, so that data and models cannot control the terminal."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def output_is_closed() -> bool:
-    """Whether nobody reads standard output any longer, as after ``| head``; it then leads nowhere."""
+    """Whether the reader of standard output is gone, as after ``| head``; if so, redirect it to the null device."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, output)  # so that nothing fails when the interpreter flushes
-    os.close(nowhere)
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, output)  # otherwise, flushing at interpreter exit would fail
+    os.close(null_device)
     return True
 
 
 @contextmanager
 def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> Iterator[Advance]:
-    """Show the progress of the body: a bar on a terminal, otherwise a line for every tenth.
+    """Show the progress of the body: a bar if standard error is a terminal, otherwise ``log`` a line every 10%.
 
-    ``done`` items were done before and do not count for the speed. ``log`` gets the lines where standard error is not a
-    terminal. Yields a function to call with the number of items done since its last call.
+    ``done`` items were finished earlier and do not count toward the speed. Yields a function that takes the number of
+    items finished since its last call.
     """
-    # Imported here, because the commands that only need printable() should start quickly.
+    # Imported here, so that commands that only need printable() start quickly.
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
@@ -73,7 +73,7 @@ def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> It
 
 
 def duration(seconds: float) -> str:
-    """A time span in its two largest units: ``2 h 5 min``, ``3 min 20 s``, ``7 s``."""
+    """Format a time span in at most two units: ``2 h 5 min``, ``3 min 20 s``, ``7 s``."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:
@@ -81,48 +81,49 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
-# ---- Signals: stop a command in one line, or note the signal and stop later.
+# ---- Signals: stop at once with a one-line message, or record the signal and stop later.
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the body at once, for a command that stores its work piece by piece.
+    """Let Ctrl-C and SIGTERM end the body at once, for commands that store their work incrementally.
 
-    The error is :class:`InterruptedRun`, with exit code 130 or 143.
+    Raises:
+        InterruptedRun: the body was interrupted; the exit code is 130 or 143.
     """
     received = signal.SIGINT
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         nonlocal received
         received = signal.SIGTERM
-        raise KeyboardInterrupt  # not an Exception, so no library mistakes it for an error of its own
+        raise KeyboardInterrupt  # not a subclass of Exception, so libraries do not swallow it
 
     try:
         with _handlers((signal.SIGTERM,), interrupt):
             yield
     except KeyboardInterrupt:
-        raise InterruptedRun("interrupted; the same command continues", received) from None
+        raise InterruptedRun("interrupted; run the same command again to continue", received) from None
 
 
 @contextmanager
 def record_signals(*signums: int) -> Iterator[list[int]]:
-    """Add the first of these signals to the list instead of acting on it; a second one acts as it did before."""
+    """Record the first of these signals in the yielded list instead of acting on it; a second one acts as usual."""
     received: list[int] = []
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         restore()
 
-    with _handlers(signums, note) as restore:
+    with _handlers(signums, record) as restore:
         yield received
 
 
 @contextmanager
 def _handlers(signums: tuple[int, ...], handler: Any) -> Iterator[Callable[[], None]]:
-    """Set the handler, except in threads (Python forbids it) and for ignored signals (``nohup``).
+    """Install a signal handler for the body, except in threads (Python forbids it) and for ignored signals (``nohup``).
 
     Yields:
-        A function that restores the earlier handlers before the end of the body.
+        A function that restores the previous handlers early.
     """
     before: dict[int, Any] = {}
 
