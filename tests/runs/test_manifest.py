@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simpo.errors import SimpoError
-from simpo.runs.manifest import find_damage, is_as_written, write_digest, write_manifest
+from simpo.runs.manifest import find_damage, is_intact, write_digest, write_manifest
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_file_is_as_written_or_damaged(tmp_path, name, damage_it, caplog):
     path = tmp_path / "scores.json"
     path.write_text('{"score": 0.25}')
     write_digest(path)
-    assert is_as_written(path) and not caplog.text
+    assert is_intact(path) and not caplog.text
     damage_it(tmp_path / name)
-    assert not is_as_written(path)
+    assert not is_intact(path)
     assert ("scores.json is damaged" in caplog.text) == path.exists()

@@ -31,7 +31,7 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.files import write_text
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
-from simpo.runs.manifest import is_as_written, write_digest
+from simpo.runs.manifest import is_intact, write_digest
 from simpo.runs.results import Metric, Stage, fingerprint
 from simpo.statistics import mean_interval, proportion_interval, share_bounds
 
@@ -111,7 +111,7 @@ class Academic:
 
     def _scores(self, model: ModelArguments, path: Path) -> dict[str, Score]:
         """The scores in the file, which is written first if it does not exist."""
-        if not is_as_written(path):
+        if not is_intact(path):
             scores = read_scores(self._evaluate(model))
             write_text(path, json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}) + "\n")
             write_digest(path)

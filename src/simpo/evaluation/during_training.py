@@ -31,7 +31,7 @@ from simpo.models.devices import from_main
 from simpo.models.settings import ModelArguments
 from simpo.runs.files import read_lines
 from simpo.runs.log import Log
-from simpo.runs.manifest import is_as_written, write_digest
+from simpo.runs.manifest import is_intact, write_digest
 from simpo.training.batches import prompts_from_rows
 from simpo.training.callbacks import RunCallback
 from simpo.training.configs import OnlineConfig
@@ -234,7 +234,7 @@ class Generations(RunCallback):
 
     def _read_start(self, path: Path) -> list[list[Sampled]] | None:
         """The start model's stored answers; None if there are none, or they are to other prompts."""
-        rows = read_lines(path) if is_as_written(path) else []
+        rows = read_lines(path) if is_intact(path) else []
         same = [row["id"] for row in rows] == [prompt.id for prompt in self._prompts]
         return read_samples(rows) if same else None
 

@@ -38,11 +38,11 @@ def file_digest(path: Path | str) -> str:
 
 
 def write_digest(path: Path) -> None:
-    """Store a file's digest next to it in ``.NAME.sha256``, for :func:`is_as_written`."""
+    """Store a file's digest next to it in ``.NAME.sha256``, for :func:`is_intact`."""
     write_text(_digest_file(path), file_digest(path))
 
 
-def is_as_written(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether a file exists and matches its stored digest; warns if it exists but does not match."""
     if not path.exists():
         return False

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from simpo.runs.files import read_lines, write_lines
-from simpo.runs.manifest import is_as_written, write_digest
+from simpo.runs.manifest import is_intact, write_digest
 from simpo.runs.results import Metric, Stage
 from simpo.statistics import (
     Interval,
@@ -103,7 +103,7 @@ def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
 
 def read_scores(path: Path, rows: int) -> Scores | None:
     """The scores that :func:`write_scores` wrote; None if there are not ``rows`` of them, or if they were changed."""
-    if not is_as_written(path) or len(lines := read_lines(path)) != rows:
+    if not is_intact(path) or len(lines := read_lines(path)) != rows:
         return None
     names = [name for name in lines[0] if name not in ("where", TOKENS)]
     return {name: np.array([line[name] for line in lines], dtype=np.float64) for name in names}

@@ -33,7 +33,7 @@ from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
 from simpo.packing.scoring import token_outputs
 from simpo.runs.files import read_lines, remove_leftovers, write_lines, write_text
-from simpo.runs.manifest import is_as_written, write_digest
+from simpo.runs.manifest import is_intact, write_digest
 from simpo.runs.results import Stage
 from simpo.training.batches import (
     ADVANTAGES,
@@ -167,7 +167,7 @@ class RolloutFiles:
         """The first and the last rollout; without one that is missing or damaged, which is reported."""
         paths = sorted(self._folder.glob("0*.jsonl"))
         ends: dict[Stage, Path] = {"before": self._path(0), "after": paths[-1]} if paths else {}
-        whole = {stage: path for stage, path in ends.items() if is_as_written(path)}
+        whole = {stage: path for stage, path in ends.items() if is_intact(path)}
         for path in set(ends.values()) - set(whole.values()):
             logger.warning("%s is missing or damaged, and its metrics are left out of the results", path)
         return {stage: read_lines(path) for stage, path in whole.items()}
@@ -219,7 +219,7 @@ class RolloutFiles:
 
     def _read(self, path: Path) -> list[Record] | None:
         main = self._trainer.is_world_process_zero()
-        found: Any = read_lines(path) if main and is_as_written(path) else None
+        found: Any = read_lines(path) if main and is_intact(path) else None
         return from_main(found)
 
     def _sampled(self, place: Place, annotator: Annotator) -> list[Record]:

@@ -26,7 +26,7 @@ from simpo.models.settings import ModelArguments
 from simpo.runs import manifest
 from simpo.runs.files import provisional, staged_files
 from simpo.runs.folder import RunFolder
-from simpo.runs.manifest import file_digest, is_as_written
+from simpo.runs.manifest import file_digest, is_intact
 from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, Stage, write_results
 from simpo.training.batches import rows_digest
 from simpo.training.callbacks import MetricsFile, RunCallback, log_as_lines
@@ -253,7 +253,7 @@ def _score(trainer: PackedTrainer, folder: Path, stage: Stage, *, known: bool) -
         scores = trainer.score_rows(rows)
         if trainer.is_world_process_zero():
             write_scores(path, rows, scores)
-    if not known or not from_main(is_as_written(examples)):
+    if not known or not from_main(is_intact(examples)):
         write_examples(examples, trainer)
     return scores
 
