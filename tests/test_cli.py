@@ -139,7 +139,7 @@ def test_two_models_keep_their_order():
     needed = ["--judge", "exact", "--output_dir", "out"]
     (found,) = parse(["--model", "first", "--model=second", *needed])
     assert (found.a, found.b) == ("first", "second")
-    with pytest.raises(SimpoError, match="--model: this command takes 2, not 1"):  # first or second?
+    with pytest.raises(SimpoError, match="--model: this command takes 2 models, not 1"):  # first or second?
         parse(["first", "--model", "second", *needed])
 
 
@@ -179,8 +179,8 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
         (["inspect", "pairs.jsonl", "org/model"], "pairs.jsonl is a data file"),
         (["inspect", "pairs.parquet"], "pairs.parquet is a data file"),
         (["sample", "prompts.csv", "org/model", "--output_dir=o"], "prompts.csv is a data file"),
-        (["train", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
-        (["train", "org/model", "pairs.jsonl", "--output_dir=o"], "name it with --dataset_name pairs.jsonl"),
+        (["train", "pairs.jsonl", "--output_dir=o"], "pass the file as --dataset_name pairs.jsonl"),
+        (["train", "org/model", "pairs.jsonl", "--output_dir=o"], "pass the file as --dataset_name pairs.jsonl"),
         (["trian"], "did you mean train?"),
     ],
 )

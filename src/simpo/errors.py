@@ -22,7 +22,7 @@ class CombinedError(SimpoError):
         if len(self.args) == 1:
             return str(self.args[0])
         listed = "; ".join(f"({number}) {mistake}" for number, mistake in enumerate(self.args, 1))
-        return f"{len(self.args)} things to change: {listed}"
+        return f"{len(self.args)} problems: {listed}"
 
 
 def check_all(*checks: Callable[[], object]) -> None:

@@ -22,7 +22,7 @@ def test_help_has_two_examples_and_a_meaning_for_every_setting(command, capsys):
     assert text.startswith(f"usage: simpo {command} [RECIPE.yaml]")
     examples = text.partition("examples:\n")[2].partition("\n\n")[0]
     assert len(re.findall(rf"^  simpo {command}\b", examples, re.MULTILINE)) == 2
-    settings = text.partition("which --key overrides.")[2].partition("transformers' TrainingArguments:")[0]
+    settings = text.partition("the command line takes precedence.")[2].partition("transformers' TrainingArguments:")[0]
     entries = re.split(r"\n  (?=--|[A-Z_]+, --)", settings)[1:]
     without = [entry.split()[0] for entry in entries if not re.search(r"[a-z].* \[", " ".join(entry.split()[1:]))]
     assert entries and not without
@@ -31,7 +31,7 @@ def test_help_has_two_examples_and_a_meaning_for_every_setting(command, capsys):
 def test_help_of_training_lists_the_objectives_and_what_beta_does(capsys):
     with pytest.raises(SystemExit):
         command_named("train")(["--help"])
-    text = " ".join(capsys.readouterr().out.partition("which --key overrides.")[2].split())
+    text = " ".join(capsys.readouterr().out.partition("the command line takes precedence.")[2].split())
     objective = re.search(r"--objective (.*?)\]", text)[1]
     assert {"simpo", "dpo", "kto"} <= set(re.findall(r"\w+", objective))
     assert "2.0" in re.search(r"--beta (.*?)\]", text)[1]
@@ -43,7 +43,7 @@ def test_help_of_training_lists_the_objectives_and_what_beta_does(capsys):
         (
             "sample",
             "prompts: p.jsonl\noutput_dir: out\ntemprature: 1\nn: many",
-            ["3 things", ":3: temprature", ":4: n:"],
+            ["3 problems", ":3: temprature", ":4: n:"],
         ),
         ("sample", "model: m\nprompts: p.jsonl\noutput_dir: out\nn: 0", ["recipe.yaml:4: n: must be at least 1"]),
         (

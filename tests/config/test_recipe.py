@@ -183,7 +183,7 @@ def test_file_and_command_line_read_a_value_alike(recipe, key, written, expected
     [
         ("rate", "abc", "'abc' is not a number"),
         ("rate", "nan", "'nan' is not a number"),
-        ("rate", "null", "null is not a number; leave the key out for its default"),
+        ("rate", "null", "null is not a number; leave out the key to use its default"),
         ("count", "1.5", "'1.5' is not a whole number"),
         ("count", "true", "'true' is not a whole number"),
         ("flag", "maybe", "'maybe' is not true or false"),
@@ -263,7 +263,7 @@ def test_the_types_share_the_keys(recipe):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--rate"], "--rate: a value is missing"),
+        (["--rate"], "--rate: needs a value"),
         (["--rate", "1", "2"], "--rate: ['1', '2'] is not a number"),
         (["--rat", "1"], "--rat: unknown key; did you mean rate?"),
         (["-r", "1"], "-r: expected [RECIPE.yaml] [--key value ...]"),
@@ -361,7 +361,7 @@ def test_arguments_by_position_can_be_in_the_file(recipe):
         (["m"], ["data is missing"]),
         (["a", "b", "c"], ["c: expected", "MODEL DATA"]),
         (["a", "b", "--model", "m"], ["b: expected", "MODEL DATA"]),
-        (["d", "--model"], ["--model: a value is missing"]),
+        (["d", "--model"], ["--model: needs a value"]),
         (["m", "d", "--prices", "1"], ["--prices: '1' is not a list of a number, a number"]),
         (["rows.jsonl", "m"], ["rows.jsonl is a data file", "--model MODEL"]),
     ],
@@ -379,8 +379,8 @@ def test_mistakes_with_arguments_by_position(argv, parts):
     [
         ("count: 1\nrate: 2\ncount: 3", "recipe.yaml:3: count: already given on line 1"),
         ("weights:\n  x: 1\n  x: 2", "recipe.yaml:3: x: already given on line 2"),
-        ("- count\n- rate", "recipe.yaml:1: a recipe is a mapping of keys to values"),
-        ("just text", "recipe.yaml:1: a recipe is a mapping of keys to values"),
+        ("- count\n- rate", "recipe.yaml:1: a recipe must be a mapping of keys to values"),
+        ("just text", "recipe.yaml:1: a recipe must be a mapping of keys to values"),
         ("count: 1\n[1, 2]: 3", "recipe.yaml:2: a key must be text"),
         ("count: 1\nrate: [1,\n", "recipe.yaml:3: not YAML: "),
         ("count: 1\n\trate: 2", "recipe.yaml:2: not YAML: "),
@@ -391,7 +391,7 @@ def test_mistakes_with_arguments_by_position(argv, parts):
         (f"counts: {'[' * 3000}", "recipe.yaml: cannot be read: "),
         (
             "betta: 1\nrate: x\ncont: 2",
-            "3 things to change: (1) recipe.yaml:1: betta: unknown key; (2) recipe.yaml:3: cont: unknown key; did you "
+            "3 problems: (1) recipe.yaml:1: betta: unknown key; (2) recipe.yaml:3: cont: unknown key; did you "
             "mean count?; (3) recipe.yaml:2: rate: 'x' is not a number",
         ),
         ("rate: 1\ncont: 2", "recipe.yaml:2: cont: unknown key; did you mean count?"),
@@ -457,9 +457,11 @@ def test_gradient_checkpointing_has_one_meaning_under_both_names(recipe):
 
 def test_both_spellings_in_one_place_are_an_error(recipe):
     path = recipe("name: m\ntorch_dtype: float16\ndtype: float32")
-    assert error(path, types=(Model,)) == "recipe.yaml:3: dtype: the same as recipe.yaml:2: torch_dtype"
+    expected = "recipe.yaml:3: dtype: means the same as recipe.yaml:2: torch_dtype; keep one of them"
+    assert error(path, types=(Model,)) == expected
     path = recipe("warmup_steps: 10\nwarmup_ratio: 0.1")
-    assert error(path, types=(Config,)) == "recipe.yaml:2: warmup_ratio: the same as recipe.yaml:1: warmup_steps"
+    expected = "recipe.yaml:2: warmup_ratio: means the same as recipe.yaml:1: warmup_steps; keep one of them"
+    assert error(path, types=(Config,)) == expected
 
 
 def test_both_spellings_in_two_places_are_an_override(recipe):
@@ -469,7 +471,7 @@ def test_both_spellings_in_two_places_are_an_override(recipe):
 
 def test_a_ratio_is_not_read_as_a_count_of_steps(recipe):
     path = recipe("warmup_ratio: 1.0")
-    expected = "recipe.yaml:1: warmup_ratio: 1.0 is not a share of the steps, which is below 1"
+    expected = "recipe.yaml:1: warmup_ratio: 1.0 is not a fraction of the steps; it must be below 1"
     assert error(path, types=(Config,)) == expected
 
 
@@ -496,10 +498,10 @@ def test_the_command_line_replaces_the_other_source_of_data(recipe, caplog):
 
 def test_two_sources_of_data_in_one_place_are_an_error(recipe):
     path = recipe("dataset_mixer: {a: 1.0}\ndataset_name: mine")
-    expected = "recipe.yaml:2: dataset_name: cannot be given together with recipe.yaml:1: dataset_mixer"
+    expected = "recipe.yaml:2: dataset_name: cannot be combined with recipe.yaml:1: dataset_mixer; keep one of them"
     assert error(path, types=(Data,), replaces=REPLACES) == expected
     argv = ["--dataset_name", "mine", "--dataset_splits", "train"]
-    expected = "--dataset_name: cannot be given together with --dataset_splits"
+    expected = "--dataset_name: cannot be combined with --dataset_splits; keep one of them"
     assert error(*argv, types=(Data,), replaces=REPLACES) == expected
 
 

@@ -82,7 +82,7 @@ def coerce(value: Any, annotation: Any) -> Any:
     shown = "null" if value is None else reprlib.repr(value)
     remedy = "".join(nearest(str(value), map(str, choices_of(member))) for member in members if choices_of(member))
     if value is None:
-        remedy = "; leave the key out for its default"
+        remedy = "; leave out the key to use its default"
     raise ValueError(f"{shown} is not {describe(annotation)}{remedy}")
 
 
@@ -319,7 +319,7 @@ def fit(setting: Setting, annotation: Any) -> Any:
     try:
         return coerce(setting.value, annotation)
     except ValueError as error:
-        problem = "a value is missing" if setting.value is True else str(error)
+        problem = "needs a value" if setting.value is True else str(error)
         raise SimpoError(f"{setting.label}: {problem}") from error
 
 

@@ -71,7 +71,7 @@ def _by_value(key: str, value: Any, keys: Set[str]) -> Mapping[str, Any]:
         return _VALUES[key].get("false", {})
     if written not in _VALUES[key]:
         known = ", ".join(_VALUES[key])
-        raise ValueError(f"{value!r} has no counterpart here (of its values, {known} have one)")
+        raise ValueError(f"{value!r} has no counterpart here; these values have one: {known}")
     return _VALUES[key][written]
 
 
@@ -93,8 +93,8 @@ def _stage(value: Any, keys: Set[str], known: Set[str]) -> Mapping[str, Any]:
     command = "train" if "objective" in known else "reward" if "margin" in known else "sft"
     wanted = {"dpo": "train", "kto": "train", "sft": "sft", "rm": "reward"}.get(str(value))
     if wanted != command:
-        remedy = f"start it with simpo {wanted}" if wanted else "simpo has no such kind of training"
-        raise ValueError(f"{value!r} is not trained by this command; {remedy}")
+        remedy = f"use simpo {wanted}" if wanted else "simpo does not support this stage"
+        raise ValueError(f"{value!r} is not a stage of this command; {remedy}")
     return {"objective": value} if command == "train" and "pref_loss" not in keys else {}
 
 
@@ -108,7 +108,7 @@ def reject(advice: str, value: Any, keys: Any) -> dict[str, Any]:
 def _warmup_ratio(value: Any, keys: Set[str]) -> dict[str, Any]:
     # In transformers 5, warmup_steps is a fraction of all steps if it is below 1, and a number of steps otherwise.
     if coerce(value, float) >= 1:
-        raise ValueError(f"{value} is not a share of the steps, which is below 1")
+        raise ValueError(f"{value} is not a fraction of the steps; it must be below 1")
     return {"warmup_steps": value}
 
 
@@ -150,7 +150,7 @@ def resolve(
             if setting.key not in resolved:
                 resolved[setting.key] = setting
             elif str(setting.value).lower() != str(resolved[setting.key].value).lower():
-                mistakes.append(f"{setting.label}: the same as {resolved[setting.key].label}")
+                mistakes.append(f"{setting.label}: means the same as {resolved[setting.key].label}; keep one of them")
     return resolved
 
 
@@ -195,7 +195,7 @@ def objective_mistakes(keys: Mapping[str, Any]) -> list[str]:
     found = next((key for key, value in keys.items() if key in theirs and not is_off(value)), None)
     if found is None or _DETERMINE_THE_OBJECTIVE & keys.keys():
         return []
-    return [f"objective: not given, and {found} is another toolkit's key; write objective: dpo, or the one you want"]
+    return [f"objective: not given, and {found} is another toolkit's key; set objective: dpo, or whichever you want"]
 
 
 def paper_settings(file: Set[str], keys: Set[str]) -> dict[str, Any]:

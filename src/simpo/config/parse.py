@@ -61,7 +61,7 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     if len(plain) > len(unfilled) and list_key is None:
         text = plain[len(unfilled)]
         if text.endswith(_DATA_SUFFIXES) and "dataset_name" in keys:
-            raise SimpoError(f"{text} is a data file; name it with --dataset_name {text}")
+            raise SimpoError(f"{text} is a data file; pass the file as --dataset_name {text}")
         usage = " ".join(["[RECIPE.yaml]", *(key.positional for key in positionals), "[--key value ...]"])
         raise SimpoError(f"{text}: expected {usage}")
     settings = []
@@ -71,11 +71,11 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     for name, text in zip(unfilled, plain, strict=False):
         if keys[name].positional == "MODEL" and text.endswith(_DATA_SUFFIXES):
             remedy = (
-                f"name it with --dataset_name {text}"
+                f"pass the file as --dataset_name {text}"
                 if "dataset_name" in keys
-                else "give the model before it or as --model MODEL"
+                else "put the model before it or pass --model MODEL"
             )
-            raise SimpoError(f"{text} is a data file, not a model, which comes first; {remedy}")
+            raise SimpoError(f"{text} is a data file, but the model comes first; {remedy}")
         settings.append(Setting(name, text, None, keys[name].positional))
     merged: dict[str, list[str]] = {}
     for name, values in options:
@@ -107,7 +107,7 @@ def _rename_model_options(options: list[tuple[str, list[str]]], positionals: lis
     if not models or not count:
         return options
     if len(models) > 1 and count != len(models):
-        raise SimpoError(f"--model: this command takes {len(models)}, not {count}")
+        raise SimpoError(f"--model: this command takes {len(models)} models, not {count}")
     names = iter(models if len(models) > 1 else models * count)
     return [(next(names) if name in _MODEL else name, values) for name, values in options]
 
@@ -149,7 +149,7 @@ def help_text(command: str, about: str, classes: Iterable[type]) -> str:
     keys = list(keys_of(classes).values())
     usage = ["usage: simpo", command, "[RECIPE.yaml]", *(key.positional for key in keys if key.positional)]
     lines = [" ".join(filter(None, [*usage, "[--key value ...]"])), "", *inspect.cleandoc(about).splitlines(), ""]
-    lines.append("Settings, as --key value or in the recipe as key: value, which --key overrides.")
+    lines.append("Give settings as --key value, or as key: value in the recipe; the command line takes precedence.")
     width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
     for owner in sorted(dict.fromkeys(key.owner for key in keys), key=_is_foreign):
         lines += ["", _title(owner)]
@@ -265,12 +265,10 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
     if node is None:
         return
     if not isinstance(node, yaml.MappingNode):
-        raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe is a mapping of keys to values")
+        raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe must be a mapping of keys to values")
     with _reading(path):
         if _expanded_size(node, {}) > _LARGEST:
-            raise SimpoError(
-                f"{path}: its aliases (*) repeat more than {_LARGEST:,} values, or a value contains itself"
-            )
+            raise SimpoError(f"{path}: aliases (*) expand to more than {_LARGEST:,} values, or a value contains itself")
         loader.flatten_mapping(node)  # expands merge keys (<<) in front of the mapping's own keys, which thus win
     found = {}
     for key, value in node.value:
@@ -368,9 +366,9 @@ def _implied(path: str | None, in_file: Set[str], all_keys: Set[str], known: Set
     if found:
         shown = ", ".join(f"{key}: {value}" for key, value in found.items())
         logger.warning(
-            "%s has the keys of the paper's own recipes: texts are tokenized and cut as by the paper's code (%s); set "
-            "these keys to choose otherwise, and chat_template for another than the model's own (the paper's code has "
-            "its own for models with 'mistral' in their name)",
+            "%s has the keys of the paper's own recipes: text is tokenized and truncated as in the paper's code (%s); "
+            "set these keys to change that, and chat_template to replace the model's own (the paper's code has another "
+            "one for models with 'mistral' in their name)",
             *(path, shown),
         )
     return {key: Setting(key, value, None, f"{path}: {key}") for key, value in found.items()}
@@ -409,7 +407,7 @@ def _merge(
     for one, other in ((key, other) for key, others in replaces.items() for other in others):
         for place in (file, line):
             if one in place and other in place:
-                raise SimpoError(f"{place[one].label}: cannot be given together with {place[other].label}")
+                raise SimpoError(f"{place[one].label}: cannot be combined with {place[other].label}; keep one of them")
         if one in line:
             replaced[other] = one
         if other in line:
