@@ -129,7 +129,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk, monkeypatch):
         if len(pieces) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(chat, "_show", show)
+    monkeypatch.setattr(chat, "_print_piece", show)
     assert threading.current_thread() is threading.main_thread()
     code, out, _ = talk("Which color is grass?", "What does a dog do?")
     assert code == 0

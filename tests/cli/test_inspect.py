@@ -48,7 +48,7 @@ def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
     inspect([data, *options])
     printed = capsys.readouterr().out
     assert "train: 4 comparisons of 4 rows" in printed
-    assert "chosen longer                100.0% of comparisons; as long as rejected in 0.0%" in printed
+    assert "chosen longer                100.0% of comparisons; same length in 0.0%" in printed
     assert "1 of 2 eval comparisons (50.0%) have a training prompt" in printed
     assert (
         "<bos>[user]question 0<eos>[assistant]\nchosen: >>>a longer answer<eos><<<\nrejected: >>>short<eos><<<"

@@ -165,7 +165,7 @@ def run(tmp_path):
 def test_a_training_that_fits_says_where_it_is_tightest_and_runs(run, tmp_path, capsys) -> None:
     assert main(["train", *run, "--plan"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("plan:"))
-    assert " GiB, tightest in " in line
+    assert " GiB, peak in " in line
     assert (tmp_path / "out/results.json").exists()
 
 
@@ -176,6 +176,6 @@ def test_a_training_that_does_not_fit_names_the_keys_with_which_it_would(run, tm
     assert main(["train", *run, *rows, "--plan"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    for part in ("GiB, tightest in ", "backward", "it fits with max_batch_tokens: ", "activation_checkpointing: "):
+    for part in ("GiB, peak in ", "backward", "it fits with max_batch_tokens: ", "activation_checkpointing: "):
         assert part in error
     assert not (tmp_path / "out").exists()

@@ -251,13 +251,13 @@ def test_a_process_that_finds_no_trial_left_leaves_the_results_to_the_last_one(w
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ([], "nothing is varied"),
+        ([], "nothing to vary"),
         (["--learning_rat", "1e-3,1e-4"], "learning_rat: unknown key; did you mean learning_rate?"),
         (["--bta", "2", "--learning_rate", "1e-3,1e-4"], "bta: unknown key; did you mean beta?"),
         (["--beta", "2,x"], "--beta: 'x' is not a number"),
         (["--beta", "2,-1"], "beta must be > 0"),
         (["--beta", "1..4"], "--sampler tpe"),
-        (["--beta", "1,4", "--trials", "1"], "all its combinations, here 2"),
+        (["--beta", "1,4", "--trials", "1"], "a grid runs all 2 combinations"),
         (["--beta", "1,4", "--sampler", "tpe", "--trials", "0"], "--trials: must be at least 1"),
         (["--beta", "1,4", "--metric", "win_rate"], "metric: 'win_rate'"),
         (["--beta", "1,4", "--prune"], "eval_strategy: steps"),

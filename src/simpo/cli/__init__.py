@@ -1,4 +1,4 @@
-"""The command line: find the command, run it, and end a user's mistake in one line."""
+"""Entry point of the command line: finds and runs a command, and reports a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from simpo.errors import InterruptedRun, SimpoError, one_line
 from simpo.runs.log import EarlyNotices, LogFile, mask_secrets
 from simpo.runs.terminal import output_is_closed, printable
 
-_LONGEST_LINE = 4000  # characters of an error
-_VERIFY = "--verify"  # of every command: hash all files of a finished run, not only those that were modified
-_JSON = "--json"  # of every command that leaves results: print these as JSON, and everything else to stderr
+_MAX_ERROR_LENGTH = 4000  # characters
+_VERIFY = "--verify"  # any command: hash all files of a finished run, not just the modified ones
+_JSON = "--json"  # any command that writes results.json: print it to stdout, and everything else to stderr
 _WITHOUT_RESULTS = ("chat", "inspect", "merge", "push", "recipe", "report")
-_PRINTS_JSON = "plan"  # which leaves no folder, and has a setting of this name
+_PRINTS_JSON = "plan"  # writes no results.json, but has a --json setting of its own
 
-
-# The module of each command, which has a function of the command's name.
+# Each command's module in simpo.cli; the function has the command's name.
 COMMANDS = {
     **dict.fromkeys(("train", "sft", "reward", "online"), "training"),
     **dict.fromkeys(("sample", "annotate", "pair"), "answers"),
@@ -38,20 +37,21 @@ COMMANDS = {
 
 
 def command_named(name: str) -> Callable[[list[str]], None]:
-    """The function of a command, which takes the arguments after the command's name."""
+    """Return a command's function, which takes the arguments that follow the command's name."""
     return getattr(importlib.import_module(f"simpo.cli.{COMMANDS[name]}"), name)
 
 
 def _overview() -> str:
-    lines = ["usage: simpo COMMAND [ARGUMENT ...]   (simpo COMMAND --help lists them)", "", "commands:"]
+    lines = ["usage: simpo COMMAND [ARGUMENT ...]   (run simpo COMMAND --help for details)", "", "commands:"]
     lines += [f"  {name:<10} {summary}" for name, summary in sorted(_summaries())]
-    lines += ["", f"{_VERIFY}, with any command, hashes all files of a finished run before it is reported as finished"]
-    lines += [f"{_JSON} prints the results of a command as JSON, and everything else to stderr"]
+    lines += ["", "options for all commands:"]
+    lines += [f"  {_VERIFY:<10} Hash all files of a finished run before reporting it as finished."]
+    lines += [f"  {_JSON:<10} Print the command's results to stdout as JSON, and everything else to stderr."]
     return "\n".join(lines)
 
 
 def _summaries() -> Iterator[tuple[str, str]]:
-    """The commands with the first lines of their docstrings, read without the import, which takes seconds."""
+    """Yield each command and the first line of its docstring, without importing it, which would take seconds."""
     for module in set(COMMANDS.values()):
         source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
         for node in ast.parse(source).body:
@@ -60,7 +60,7 @@ def _summaries() -> Iterator[tuple[str, str]]:
 
 
 class _Notices(logging.StreamHandler):
-    """Warnings; what libraries report at a lower level (``log_level``) is only kept in the run's ``log.txt``."""
+    """Prints warnings; messages below that level (see ``log_level``) only go to the run's ``log.txt``."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
@@ -68,11 +68,11 @@ class _Notices(logging.StreamHandler):
         self.setFormatter(logging.Formatter("note: %(message)s"))
 
     def format(self, record: logging.LogRecord) -> str:
-        """A notice without secrets and without characters that control the terminal."""
+        """Format a notice without secrets and terminal control characters."""
         return printable(mask_secrets(super().format(record)))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Let a closed pipe end the command instead of printing a traceback for every notice, unless it has a log."""
+        """End the command on a closed pipe instead of printing a traceback per notice, unless there is a log file."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             if any(isinstance(handler, LogFile) for handler in logging.getLogger().handlers) and output_is_closed():
                 return
@@ -80,27 +80,27 @@ class _Notices(logging.StreamHandler):
         super().handleError(record)
 
 
-def _raise_again(self: object) -> None:
-    """Let a closed pipe end the command as :func:`main` does, where rich would exit with code 1."""
+def _reraise(self: object) -> None:
+    """Let :func:`main` handle a closed pipe; rich would exit with code 1."""
     raise  # noqa: PLE0704 - called while the exception is handled
 
 
 def _keep_stderr_for_errors() -> None:
-    """Print notices to stdout."""
+    """Print notices to stdout, so that stderr only has errors."""
     from rich.console import Console  # noqa: PLC0415 - slow, and the overview does not need it
 
     logging.basicConfig(handlers=[_Notices(), EarlyNotices()], level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # ten lines of retries; the error is enough
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # damaged files, which the error reports
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import: an optional kernel is missing
-    Console.on_broken_pipe = _raise_again  # type: ignore[method-assign, assignment]
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # logs ten lines of retries; the error suffices
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # the error reports damaged files
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of missing optional kernels
+    Console.on_broken_pipe = _reraise  # type: ignore[method-assign, assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log that is read while the run goes on
+        sys.stdout.reconfigure(line_buffering=True)  # so that redirected output can be followed live
 
 
 def _quiet_libraries() -> None:
-    """Turn the libraries' messages into notices, and draw progress bars on terminals only."""
-    import datasets  # noqa: PLC0415 - slow, and every command but the overview has imported it anyway
+    """Turn library messages into notices, and show progress bars only on terminals."""
+    import datasets  # noqa: PLC0415 - slow, and only the overview does without it
     import transformers  # noqa: PLC0415
 
     transformers.utils.logging.disable_default_handler()
@@ -113,13 +113,13 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``simpo COMMAND ...`` and return its exit code.
 
-    0 done, 1 a bug of simpo's (with its traceback), 2 a mistake in what was given, 130 or 143 stopped by a signal,
-    141 the reader of the output is gone.
+    0: success. 1: a bug in simpo, printed with its traceback. 2: invalid input. 130 or 143: stopped by a signal.
+    141: the output pipe was closed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None and arguments[:1] in (["train"], ["sft"], ["reward"]) and {"-h", "--help"} & set(arguments):
-        # transformers imports peft for an isinstance check, and peft imports all of transformers' models: 2 seconds
-        # that the help of TrainingArguments does not need. The process ends after it.
+        # transformers imports peft for an isinstance check, and peft imports all of transformers' models. That takes
+        # 2 seconds, which --help does not need to spend; the process exits right after it.
         sys.modules["peft"] = None  # type: ignore[assignment]
     try:
         _run(arguments)
@@ -140,12 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Exception:
         sys.stderr.write(printable(mask_secrets(traceback.format_exc())))
-        print("simpo: this is a bug in simpo; please report it to the project with the lines above", file=sys.stderr)
+        print("simpo: this is a bug in simpo; please report it, including the lines above", file=sys.stderr)
         return 1
 
 
 def _one_line(error: Exception) -> str:
-    """A mistake, or what the machine refuses: a name that is too long, a folder without permission, memory."""
+    """Describe an invalid input or an operating-system error (name too long, permission denied, out of memory)."""
     if isinstance(error, OSError) and error.filename is not None:
         name = str(error.filename)
         return f"{name[:60]}...: {error.strerror}" if len(name) > 200 else f"{name}: {error.strerror}"
@@ -153,9 +153,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _shortened(line: str) -> str:
-    """A line that quotes a user's data, without most of the data; the run's log has all of it."""
-    left_out = len(line) - _LONGEST_LINE
-    return line if left_out <= 0 else f"{line[:_LONGEST_LINE]}... ({left_out:,} more characters)"
+    """Cut an error that quotes a lot of the user's data; the run's log has the whole text."""
+    excess = len(line) - _MAX_ERROR_LENGTH
+    return line if excess <= 0 else f"{line[:_MAX_ERROR_LENGTH]}... ({excess:,} more characters)"
 
 
 def _run(arguments: list[str]) -> None:
@@ -173,7 +173,7 @@ def _run(arguments: list[str]) -> None:
         _run_command(name, rest)
         return
     if name in _WITHOUT_RESULTS or (name == "label" and "--export" not in rest):
-        raise SimpoError(f"{_JSON}: simpo {name} leaves no results.json; leave the option out")
+        raise SimpoError(f"{_JSON}: simpo {name} writes no results.json; leave the option out")
     with redirect_stdout(sys.stderr):
         _run_command(name, [argument for argument in rest if argument != _JSON])
     _print_json()
@@ -190,7 +190,7 @@ def _run_command(name: str, rest: list[str]) -> None:
 
 
 def _print_json() -> None:
-    """Print the folder of the run that has finished and its ``results.json``; its other processes print nothing."""
+    """Print the finished run's folder and its ``results.json``, on the main process only."""
     from simpo.runs.folder import RunFolder  # noqa: PLC0415
     from simpo.runs.results import FILE_NAME  # noqa: PLC0415
 

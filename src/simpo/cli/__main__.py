@@ -1,4 +1,4 @@
-"""``python -m simpo.cli``, as launchers such as ``torchrun`` start the command ``simpo``."""
+"""``python -m simpo.cli``, for launchers such as ``torchrun -m``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The commands that make preference data of a model's own answers: simpo sample, annotate and pair."""
+"""Commands that build preference data from a model's own answers: simpo sample, annotate and pair."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from simpo.runs.terminal import printable
 from simpo.workflows.pair import FILE_NAME as PAIRS
 from simpo.workflows.pair import PairSettings, pair_annotated
 
-_SHOWN, _LONGEST = 3, 600  # answers at the end, and characters of each
+_NUM_SHOWN, _MAX_CHARACTERS = 3, 600  # answers printed at the end, and characters of each
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The engine server: an OpenAI-compatible server, which knows the model by its name."""
+    """Options for --engine server (an OpenAI-compatible server that serves MODEL under that name)."""
 
-    base_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000/v1.")
+    base_url: str | None = setting(None, "URL of the server, e.g. http://127.0.0.1:8000/v1.")
     api_key_env: str = setting(
-        "OPENAI_API_KEY", "Environment variable with its key; a server on this machine needs none."
+        "OPENAI_API_KEY", "Environment variable that holds the API key; not needed for a server on this machine."
     )
-    concurrency: int = setting(8, "Requests at a time.")
-    timeout: float = setting(600.0, "Seconds that a reply may take.")
+    concurrency: int = setting(8, "Number of concurrent requests.")
+    timeout: float = setting(600.0, "Timeout of a request in seconds.")
 
 
 @dataclass(kw_only=True)
 class SampleSettings:
-    """The run."""
+    """Output and engine."""
 
     model: ModelArguments = field(metadata={"only": LOADING})
     prompts: PromptArguments
-    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
+    output_dir: Path = field(metadata={"help": "Folder of the run; reuse it to resume."})
     sampling: SamplingSettings
-    engine: Literal["transformers", "vllm", "server"] = setting("transformers", "What generates the answers.")
+    engine: Literal["transformers", "vllm", "server"] = setting("transformers", "Engine that generates the answers.")
     vllm: VllmSettings
     server: ServerSettings
-    yes: bool = setting(False, "Send the requests to a server without asking.")
+    yes: bool = setting(False, "Send requests to a server without asking for confirmation.")
 
     def __post_init__(self) -> None:
-        """Reject a setting that the engine would ignore."""
+        """Reject settings that the engine would ignore."""
         ignored: list[tuple[Any, Set[str]]] = []
         if self.engine != "transformers":
             ignored.append((self.prompts, {"image_folder"}))
@@ -79,24 +79,24 @@ def sample(argv: list[str]) -> None:
       simpo sample outputs/sft prompts.jsonl --n 5 --output_dir outputs/answers
       simpo sample my-model prompts.jsonl --engine server --base_url http://127.0.0.1:8000/v1 --output_dir outputs/out
     """
-    # Not by read_settings, because answers may be sampled in several processes.
+    # Not read_settings, because several processes may sample together.
     (settings,) = parse_settings(argv, (SampleSettings,), command="sample", about=sample.__doc__)
     results = _sample(settings, argv)
-    if results is None:  # one of several processes; the main one prints
+    if results is None:  # not the main process
         return
     path = settings.output_dir / RESPONSES
     print_results(results)
-    _show(path)
+    _print_examples(path)
     print(f"responses: {path}")
     print(f"next:      python -m json.tool --json-lines --no-ensure-ascii {shlex.quote(str(path))} | less")
 
 
 def _sample(settings: SampleSettings, argv: list[str]) -> Path | None:
-    asked, sampling, folder = settings.prompts, settings.sampling, settings.output_dir
+    prompts, sampling, folder = settings.prompts, settings.sampling, settings.output_dir
     if settings.engine != "server":
         return sample_responses(
             settings.model,
-            asked,
+            prompts,
             sampling,
             folder,
             engine=settings.engine,
@@ -107,36 +107,37 @@ def _sample(settings: SampleSettings, argv: list[str]) -> Path | None:
     require_single_process("sample --engine server", "start it without torchrun")
     server = settings.server
     if server.base_url is None:
-        raise SimpoError("engine server: name the server with --base_url")
+        raise SimpoError("base_url: missing for engine server; give its URL with --base_url")
     name = settings.model.model_name_or_path
     endpoint = Endpoint(server.base_url, name, server.api_key_env, server.concurrency, server.timeout)
-    return sample_from_server(endpoint, asked, sampling, folder, yes=settings.yes, argv=argv)
+    return sample_from_server(endpoint, prompts, sampling, folder, yes=settings.yes, argv=argv)
 
 
-def _show(path: Path) -> None:
-    """The first prompts of the file, each with its first answer."""
+def _print_examples(path: Path) -> None:
+    """Print the first few prompts, each with its first answer."""
     with path.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in islice(lines, _SHOWN)]
+        records = [json.loads(line) for line in islice(lines, _NUM_SHOWN)]
     for record in records:
         for title, text in (("prompt", as_text(record["prompt"])), ("answer", record["responses"][0])):
-            cut = f" [... {len(text) - _LONGEST:,} more characters]" if len(text) > _LONGEST else ""
-            print(f"--- {title} {record['id']}\n{printable(text[:_LONGEST].strip())}{cut}")
+            excess = len(text) - _MAX_CHARACTERS
+            suffix = f" [... {excess:,} more characters]" if excess > 0 else ""
+            print(f"--- {title} {record['id']}\n{printable(text[:_MAX_CHARACTERS].strip())}{suffix}")
     print()
 
 
 @dataclass(kw_only=True)
 class AnnotateSettings:
-    """The responses to score and the annotator."""
+    """Responses, annotator and output."""
 
-    responses: Path = required("responses.jsonl of simpo sample, or its folder.", positional="RESPONSES")
+    responses: Path = required("responses.jsonl from simpo sample, or its folder.", positional="RESPONSES")
     annotator: Annotator = setting_of(AnnotatorArguments, "annotator")
     annotator_normalization: Normalization | None = setting_of(AnnotatorArguments, "annotator_normalization")
-    output_dir: Path = required("Folder of the run; the same one continues it.")
+    output_dir: Path = required("Folder of the run; reuse it to resume.")
     judge: JudgeSettings
 
 
 def annotate(argv: list[str]) -> None:
-    """Score sampled responses.
+    """Score sampled responses with a reward model, a judge or a function.
 
     examples:
       simpo annotate outputs/answers --annotator reward:org/reward-model --output_dir outputs/scores
@@ -162,15 +163,15 @@ def annotate(argv: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class PairCommand:
-    """The run."""
+    """Input and output."""
 
-    annotated: Path = required("annotated.jsonl of simpo annotate, or its folder.", positional="ANNOTATED")
+    annotated: Path = required("annotated.jsonl from simpo annotate, or its folder.", positional="ANNOTATED")
     output_dir: Path = required("Folder of the run.")
     pairs: PairSettings
 
 
 def pair(argv: list[str]) -> None:
-    """Make preference pairs of scored responses.
+    """Build preference pairs from scored responses.
 
     examples:
       simpo pair outputs/scores --output_dir outputs/pairs
@@ -178,6 +179,6 @@ def pair(argv: list[str]) -> None:
     """
     settings = read_settings(pair, PairCommand, argv)
     print_results(pair_annotated(settings.annotated, settings.pairs, settings.output_dir, argv=argv))
-    following = "reward" if settings.pairs.pairs == "ranking" else "train"
+    next_command = "reward" if settings.pairs.pairs == "ranking" else "train"
     path = settings.output_dir / PAIRS
-    print(f"pairs: {path}\nnext:  simpo {following} --dataset_name {shlex.quote(str(path))} ...")
+    print(f"pairs: {path}\nnext:  simpo {next_command} --dataset_name {shlex.quote(str(path))} ...")

@@ -1,4 +1,4 @@
-"""simpo demo: preference alignment on a built-in tiny world."""
+"""``simpo demo``: preference alignment from start to finish on a built-in tiny world."""
 
 from __future__ import annotations
 
@@ -45,78 +45,78 @@ _SIMPO = {
     "eval_strategy": "steps",
     "eval_steps": 20,
 }
-# Answers are samples from the models' own distribution, without temperature or truncation.
+# Sample from the models' own distribution: temperature 1 and no truncation.
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48, "chunk_size": 128}
 _SAMPLES, _ANSWERS = {"n": 6} | _SAMPLING, {"n": 4} | _SAMPLING
-_PERCENTILES = (10, 50, 90)  # of the change in score: the prompts that are shown
+_PERCENTILES = (10, 50, 90)  # of the change in score; prompts at these are printed
 
 _HEADINGS: dict[Stage | None, str] = {"before": "SFT", "after": "SimPO"}
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """The demo."""
+    """Demo."""
 
     output_dir: Path | None = setting(
-        None, "Folder of the demo (default: the first runs/demo-N that is new or unfinished)."
+        None, "Output folder (default: the first runs/demo-N that does not exist or is unfinished)."
     )
-    seed: int = setting(0, "Seed of everything.")
+    seed: int = setting(0, "Random seed for all steps.")
 
 
 def demo(argv: list[str]) -> None:
-    """Preference alignment from start to finish on a built-in tiny world, in minutes and without a download.
+    """Run preference alignment from start to finish on a built-in tiny world, in minutes and without downloads.
 
     examples:
       simpo demo
       simpo demo --seed 1 --output_dir runs/demo-seed-1
     """
     (arguments,) = parse_settings(argv, (DemoSettings,), command="demo", about=demo.__doc__)
-    torch.set_num_threads(1)  # a model this small loses more time to synchronization than threads save
+    torch.set_num_threads(1)  # for a model this small, thread synchronization costs more than it saves
     identity = {"seed": arguments.seed}
-    folder = _own_folder(identity) if arguments.output_dir is None else arguments.output_dir
+    folder = _default_folder(identity) if arguments.output_dir is None else arguments.output_dir
     answers = folder / "simpo-answers/responses.jsonl", folder / "sft-answers/responses.jsonl"
     with RunFolder(folder, command="demo") as run:
         run.begin(identity, argv=argv)
 
         def align() -> list[Metric]:
             _align(folder, arguments.seed, run.log)
-            contests = read_matched(*answers)
-            metrics = compare_answers(contests, judge, {"correct": correct})
-            _plot(folder, contests, metrics)
+            comparisons = read_matched(*answers)
+            metrics = compare_answers(comparisons, judge, {"correct": correct})
+            _plot(folder, comparisons, metrics)
             return metrics
 
         run.complete(align)
     print(
-        f"\n{_ANSWERS['n']} answers of each model to each of {_HELD_OUT} held-out prompts. The exact judge's scores "
-        "are between\n0 and 10. An answer is correct if every statement in it is right and nothing is missing."
+        f"\nEach model gave {_ANSWERS['n']} answers to each of {_HELD_OUT} held-out prompts. The exact judge scores "
+        "them from 0 to 10.\nAn answer is correct if every statement in it is right and nothing is missing."
     )
     print_results(folder / "results.json", headings=_HEADINGS)
-    _show(read_matched(*answers))
+    _print_examples(read_matched(*answers))
     print(f"\nplots: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     print_report(folder)
     print(f"next:  simpo chat {shlex.quote(str(folder / 'simpo'))}")
 
 
-def _own_folder(identity: dict[str, Any]) -> Path:
-    """The first of runs/demo-N that is new or holds this demo unfinished."""
+def _default_folder(identity: dict[str, Any]) -> Path:
+    """Return the first runs/demo-N that does not exist or holds an unfinished run of this demo."""
     for number in count(1):
         path = Path(f"runs/demo-{number}")
         if not path.exists():
             break
         with suppress(SimpoError, FileNotFoundError):
-            found = RunRecord.read(path)
-            if (found.command, found.identity, found.status) == ("demo", identity, "running"):
+            record = RunRecord.read(path)
+            if (record.command, record.identity, record.status) == ("demo", identity, "running"):
                 break
     return path
 
 
 def _align(folder: Path, seed: int, log: Callable[[str], None]) -> None:
-    """All stages; each is its own run, so that a demo that was stopped continues where it was."""
+    """Run all stages. Each is a run of its own, so an interrupted demo resumes where it stopped."""
 
     def run(
         command: Callable[[list[str]], None], output: str, options: dict[str, Any], positional: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Run a command as from the command line and return its metrics; its output is kept in its folder's log."""
+        """Run a command as if from the command line and return its metrics; its output only goes to its log."""
         options = {"output_dir": folder / output, "seed": seed} | options
         argv = [*positional, *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
         log(f"   simpo {command.__name__}: {folder / output}")
@@ -125,47 +125,46 @@ def _align(folder: Path, seed: int, log: Callable[[str], None]) -> None:
         metrics = read_results(folder / output / "results.json").metrics
         return {"/".join(filter(None, (metric.name, metric.stage))): metric.value for metric in metrics}
 
-    if not (folder / "start").exists():  # complete or absent
+    if not (folder / "start").exists():  # written atomically
         write_model(folder / "start", seed)
-    write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)  # writing them again changes nothing
+    write_sft(folder / "sft.jsonl", _SFT_ROWS, seed)  # deterministic, so rewriting is harmless
     write_prompts(folder / "prompts.jsonl", _PROMPTS, seed)
     write_prompts(folder / "held-out.jsonl", _HELD_OUT, seed, held_out=True)
-    log("Each command below keeps its options in recipe.yaml and its output in log.txt of the folder named with it.")
-    log(f"1. Create a small random model, and demonstrations and prompts of the tiny world, in {folder}")
+    log("Each command below leaves its options (recipe.yaml) and output (log.txt) in the folder shown next to it.")
+    log(f"1. Create a small random model, and demonstrations and prompts from the tiny world, in {folder}")
 
     log("2. Fine-tune the model on the demonstrations, not all of which are good")
     data = {"dataset_name": folder / "sft.jsonl", "model_name_or_path": folder / "start", "save_strategy": "no"}
-    done = run(sft, "sft", data | _SFT)
-    log(f"   {done['train/steps']:,.0f} steps on {_SFT_ROWS:,} demonstrations, mean loss {done['train/loss']:.3f}")
+    metrics = run(sft, "sft", data | _SFT)
+    steps, loss = metrics["train/steps"], metrics["train/loss"]
+    log(f"   {steps:,.0f} steps on {_SFT_ROWS:,} demonstrations, mean loss {loss:.3f}")
 
-    log("3. Sample answers to training prompts, and to held-out prompts for the evaluation")
+    log("3. Sample answers to the training prompts, and to held-out prompts for evaluation")
     fine_tuned = str(folder / "sft")
-    done = run(sample, "samples", _SAMPLES, [fine_tuned, str(folder / "prompts.jsonl")])
+    metrics = run(sample, "samples", _SAMPLES, [fine_tuned, str(folder / "prompts.jsonl")])
     run(sample, "sft-answers", _ANSWERS | {"seed": seed + 1}, [fine_tuned, str(folder / "held-out.jsonl")])
-    log(
-        f"   {done['sample/responses']:,.0f} answers to training prompts, {done['sample/tokens']:.1f} tokens on average"
-    )
+    count, length = metrics["sample/responses"], metrics["sample/tokens"]
+    log(f"   {count:,.0f} answers to training prompts, {length:.1f} tokens on average")
 
-    log("4. Score every answer with the world's exact judge, and pair the best with the worst answer to each prompt")
-    keep_cut = PairSettings(keep_unfinished=True)  # the exact judge scores answers that were cut off correctly
-    report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl", keep_cut)
-    pair_responses(folder / "sft-answers/responses.jsonl", judge, folder / "held-out-pairs.jsonl", keep_cut)
+    log("4. Score every answer with the world's exact judge, and pair each prompt's best answer with its worst")
+    settings = PairSettings(keep_unfinished=True)  # the exact judge also scores cut-off answers correctly
+    report = pair_responses(folder / "samples/responses.jsonl", judge, folder / "pairs.jsonl", settings)
+    pair_responses(folder / "sft-answers/responses.jsonl", judge, folder / "held-out-pairs.jsonl", settings)
     for text in report.lines():
         log(f"   {text}")
 
     log("5. Train with SimPO on the pairs")
     data = {"dataset_name": folder / "pairs.jsonl", "eval_dataset_name": folder / "held-out-pairs.jsonl"}
-    done = run(train, "simpo", data | {"model_name_or_path": fine_tuned, "save_strategy": "no"} | _SIMPO)
-    before, after = (done[f"eval_rewards/accuracies/{stage}"] for stage in ("before", "after"))
-    log(
-        f"   {done['train/steps']:,.0f} steps; reward accuracy on held-out pairs {before:.2f} before, {after:.2f} after"
-    )
+    metrics = run(train, "simpo", data | {"model_name_or_path": fine_tuned, "save_strategy": "no"} | _SIMPO)
+    before, after = (metrics[f"eval_rewards/accuracies/{stage}"] for stage in ("before", "after"))
+    steps = metrics["train/steps"]
+    log(f"   {steps:,.0f} steps; reward accuracy on held-out pairs: {before:.2f} before, {after:.2f} after")
 
     log("6. Sample the new model's answers to the held-out prompts, and compare them with the fine-tuned model's")
     run(sample, "simpo-answers", _ANSWERS | {"seed": seed + 1}, [str(folder / "simpo"), str(folder / "held-out.jsonl")])
 
 
-def _plot(folder: Path, contests: Sequence[PromptAnswers], metrics: Sequence[Metric]) -> None:
+def _plot(folder: Path, comparisons: Sequence[PromptAnswers], metrics: Sequence[Metric]) -> None:
     names = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
     start = {
         metric.name: metric.value
@@ -174,38 +173,38 @@ def _plot(folder: Path, contests: Sequence[PromptAnswers], metrics: Sequence[Met
     }
     logs = [{"step": 0} | start, *read_lines(folder / "simpo/metrics.jsonl")]
     plot_training(folder / "training.png", logs, names, "SimPO on pairs of the model's own answers")
-    found = {(metric.name, metric.stage): metric.interval for metric in metrics}
-    wins = found["win_rate", "after"]
+    intervals = {(metric.name, metric.stage): metric.interval for metric in metrics}
+    wins = intervals["win_rate", "after"]
     low, high = (None if bound is None else 1 - bound for bound in (wins.high, wins.low))
     rates = {
         "win rate": {"SFT": Interval(1 - wins.value, low, high, wins.n, wins.method), "SimPO": wins},
-        "correct answers": {heading: found["correct", stage] for stage, heading in _HEADINGS.items()},
+        "correct answers": {heading: intervals["correct", stage] for stage, heading in _HEADINGS.items()},
     }
     plot_rates(folder / "rates.png", rates, "Answers to held-out prompts", even="win rate")
-    sides = {"SFT": [contest.b for contest in contests], "SimPO": [contest.a for contest in contests]}
+    sides = {"SFT": [one.b for one in comparisons], "SimPO": [one.a for one in comparisons]}
     lengths = {
         model: [len(ids) for record in records for ids in record["response_ids"]] for model, records in sides.items()
     }
     plot_lengths(folder / "lengths.png", lengths, "Length of answers to held-out prompts")
 
 
-def _show(contests: Sequence[PromptAnswers]) -> None:
-    """The prompts at fixed percentiles of the change in score, with the answers that are compared."""
+def _print_examples(comparisons: Sequence[PromptAnswers]) -> None:
+    """Print the prompts at fixed percentiles of the change in score, with both models' first answers."""
 
-    def score(contest: PromptAnswers, record: Any) -> float:
-        return judge(contest.prompt, record["responses"][0])
+    def score(comparison: PromptAnswers, record: Any) -> float:
+        return judge(comparison.prompt, record["responses"][0])
 
-    def change(contest: PromptAnswers) -> float:
-        return score(contest, contest.a) - score(contest, contest.b)
+    def change(comparison: PromptAnswers) -> float:
+        return score(comparison, comparison.a) - score(comparison, comparison.b)
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    ranked = sorted(contests, key=change)
-    shares = ", ".join(f"{share}th" for share in _PERCENTILES)
+    ranked = sorted(comparisons, key=change)
+    ordinals = ", ".join(f"{percentile}th" for percentile in _PERCENTILES)
     console.print("Examples: each model's first answer to the held-out prompts")
-    console.print(f"at the {shares} percentile of the change in score:")
-    for share in _PERCENTILES:
-        contest = ranked[round(share / 100 * (len(ranked) - 1))]
-        title = f"  {printable(contest.prompt)}   ({share}th percentile: {change(contest):+.1f})"
+    console.print(f"at the {ordinals} percentile of the change in score:")
+    for percentile in _PERCENTILES:
+        comparison = ranked[round(percentile / 100 * (len(ranked) - 1))]
+        title = f"  {printable(comparison.prompt)}   ({percentile}th percentile: {change(comparison):+.1f})"
         console.print(Text(title, style="bold"))
-        for model, record in (("SFT", contest.b), ("SimPO", contest.a)):
-            console.print(Text(f"    {model:<7} {score(contest, record):4.1f}  {printable(record['responses'][0])}"))
+        for model, record in (("SFT", comparison.b), ("SimPO", comparison.a)):
+            console.print(Text(f"    {model:<7} {score(comparison, record):4.1f}  {printable(record['responses'][0])}"))

@@ -1,4 +1,4 @@
-"""The commands that tell whether a model is better: simpo compare, evaluate and label."""
+"""Commands that measure whether a model is better: simpo compare, evaluate and label."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from simpo.runs.results import Stage, print_results, read_results
 
 
 def compare(argv: list[str]) -> None:
-    """Which of two models is better, by any judges.
+    """Compare two models' answers with one or more judges.
 
     examples:
       simpo compare outputs/simpo outputs/sft --prompts prompts.jsonl --judge exact --output_dir outputs/compared
       simpo compare answers-a.json answers-b.json --judge reward:org/reward-model --judge human:verdicts.jsonl \\
           --output_dir outputs/compared
     """
-    remedy = "with several, sample both sides with simpo sample, and compare the folders"
+    remedy = "to use several, run simpo sample for both sides and compare the folders"
     settings = read_settings(compare, comparison.CompareSettings, argv, remedy=remedy)
     results = comparison.compare(settings, argv=argv)
-    print("A win rate is the share of prompts on which A's answer is better than B's; ties count half.")
+    print("The win rate is the share of prompts on which A's answer is better than B's; a tie counts as half a win.")
     headings: dict[Stage | None, str] = {"before": "B", "after": "A"}
     print_results(results, headings=headings)
     print(f"A: {settings.a}\nB: {settings.b}")
@@ -43,7 +43,7 @@ def evaluate(argv: list[str]) -> None:
       simpo evaluate gsm8k outputs/simpo --against outputs/sft --output_dir outputs/gsm8k
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: simpo evaluate BENCHMARK ...   (simpo evaluate BENCHMARK --help lists its settings)\n")
+        print("usage: simpo evaluate BENCHMARK ...   (run simpo evaluate BENCHMARK --help for its settings)\n")
         print(f"{inspect.getdoc(evaluate)}\n\nbenchmarks:")
         print("\n".join(f"  {name:<12} {entry.summary}" for name, entry in BENCHMARKS.items()))
         return
@@ -60,7 +60,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def label(argv: list[str]) -> None:
-    """Human judgments: a local page on which people compare answers.
+    """Collect human judgments on a local web page, and export them.
 
     examples:
       simpo label outputs/simpo-answers --against outputs/sft-answers --overlap 0.3 --output_dir outputs/labels
@@ -69,7 +69,7 @@ def label(argv: list[str]) -> None:
     settings = read_settings(label, labeling.LabelSettings, argv)
     if settings.export is None:
         judged = labeling.label(settings, argv=argv)
-        print(f"\njudged: {judged:,} items so far; the same command opens the page again")
+        print(f"\njudged: {judged:,} items so far; run the same command to continue")
         print(f"next:   simpo label --export {shlex.quote(str(settings.output_dir))}")
         return
     folder = settings.export
@@ -81,4 +81,4 @@ def label(argv: list[str]) -> None:
     if any(metric.value for metric in read_results(results).metrics if metric.name == labeling.PREFERENCE_COUNT):
         print(f"next:        simpo reward --dataset_name {shlex.quote(str(preferences))} ...")
     else:
-        print("next:        judge more items: there is no preference yet that a model could be trained on")
+        print("next:        judge more items; there are no preferences to train on yet")

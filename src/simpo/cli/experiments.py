@@ -1,4 +1,4 @@
-"""The commands that train many models: simpo sweep, loop and reproduce."""
+"""Commands that train many models: simpo sweep, loop and reproduce."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _METRICS = [name.removeprefix("eval_") for name in SMALLER_IS_BETTER]
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """The search."""
+    """Search."""
 
-    sampler: Literal["grid", "tpe"] = setting("grid", "grid tries every combination, tpe draws promising ones.")
-    trials: int | None = setting(None, f"Draws of tpe (default: {_TPE_TRIALS}).")
+    sampler: Literal["grid", "tpe"] = setting("grid", "grid tries every combination; tpe samples promising ones.")
+    trials: int | None = setting(None, f"Number of trials with tpe (default: {_TPE_TRIALS}).")
     metric: str = setting(
-        "rewards/accuracies", f"Metric on held-out pairs after training, one of {', '.join(_METRICS)}."
+        "rewards/accuracies", f"Metric on held-out pairs that ranks the trials: one of {', '.join(_METRICS)}."
     )
-    prune: bool = setting(False, "Stop trials that are below the median at an evaluation.")
-    output_dir: Path | None = setting(None, "Folder of the sweep (default: the recipe's, followed by -sweep).")
+    prune: bool = setting(False, "Stop trials that are worse than the median at an evaluation.")
+    output_dir: Path | None = setting(None, "Folder of the sweep (default: the recipe's output_dir plus -sweep).")
 
     def __post_init__(self) -> None:
         if self.full_metric not in SMALLER_IS_BETTER:
@@ -57,14 +57,14 @@ class SweepSettings:
 
     @property
     def full_metric(self) -> str:
-        """The name of the metric with ``eval_``."""
+        """Name of the metric, with the prefix ``eval_``."""
         return f"eval_{self.metric.removeprefix('eval_')}"
 
 
 def sweep(argv: list[str]) -> None:
     """Search for good hyperparameters.
 
-    Every key of simpo train can be varied, as A,B,C or with --sampler tpe as LOW..HIGH, or set for all trials.
+    Any key of simpo train can be varied, as A,B,C or (with --sampler tpe) LOW..HIGH, or set for all trials.
 
     examples:
       simpo sweep recipe.yaml --learning_rate 3e-7,5e-7,1e-6 --beta 2,10
@@ -73,7 +73,7 @@ def sweep(argv: list[str]) -> None:
     require_single_process("sweep", "start it without torchrun, once on every GPU")
     search, recipe = _read(argv)
     load_optuna()
-    with _notices_once():
+    with _deduplicated_notices():
         results = run_sweep(search, recipe)
     if results is not None:
         best = print_sweep(search)
@@ -83,25 +83,25 @@ def sweep(argv: list[str]) -> None:
 
 
 def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
-    """The sweep, and the recipe's keys as written."""
+    """Return the sweep, and the recipe's keys as written."""
     path = recipe_of(argv)
     plain, options = split_options(argv[0 if path is None else 1 :])
     given: dict[str, list[str]] = {"model_name_or_path": plain} if plain else {}
     for name, texts in options:
         key = "model_name_or_path" if name == "model" else name
         given.setdefault(key, []).extend(texts)
-    # The sweep's own settings are parsed here, the others by every trial.
-    own = [name for name in given if name in keys_of([SweepSettings])]
-    own_arguments = [argument for name in own for argument in (f"--{name}", *given.pop(name))]
-    own_arguments += [argument for argument in argv if argument in ("-h", "--help")]
-    (settings,) = parse_settings(own_arguments, (SweepSettings,), command="sweep", about=sweep.__doc__)
+    # Only the sweep's own settings are parsed here; each trial parses the rest.
+    sweep_keys = [name for name in given if name in keys_of([SweepSettings])]
+    arguments = [argument for name in sweep_keys for argument in (f"--{name}", *given.pop(name))]
+    arguments += [argument for argument in argv if argument in ("-h", "--help")]
+    (settings,) = parse_settings(arguments, (SweepSettings,), command="sweep", about=sweep.__doc__)
     keys = keys_of((ModelArguments, DataArguments, PreferenceConfig, GenerationArguments))
     axes = read_axes(given, {name: key.annotation for name, key in keys.items()})
     if not axes:
-        raise SimpoError("nothing is varied: give a key several values, as in --learning_rate 3e-7,5e-7,1e-6")
-    recipe = {} if path is None else _keys(path)
+        raise SimpoError("nothing to vary: give a key several values, as in --learning_rate 3e-7,5e-7,1e-6")
+    recipe = {} if path is None else _load_recipe(path)
     if settings.output_dir is None and "output_dir" not in recipe:
-        raise SimpoError("--output_dir: name the folder of the sweep")
+        raise SimpoError("--output_dir: missing; name a folder for the sweep")
     search = Sweep(
         folder=settings.output_dir or Path(f"{recipe['output_dir']}-sweep").expanduser(),
         recipe=path,
@@ -109,7 +109,7 @@ def _read(argv: list[str]) -> tuple[Sweep, dict[str, Any]]:
         axes=axes,
         metric=settings.full_metric,
         sampler=settings.sampler,
-        trials=_trials(settings.sampler, settings.trials, axes),
+        trials=_number_of_trials(settings.sampler, settings.trials, axes),
         prune=settings.prune,
         read=_read_trial,
         argv=argv,
@@ -121,31 +121,31 @@ def _read_trial(argv: list[str]) -> TrainingJob:
     return make_job(parse(argv, PreferenceConfig, GenerationArguments), argv)
 
 
-def _keys(path: Path) -> dict[str, Any]:
-    """A recipe's keys and values as YAML reads them; its mistakes are reported when the first trial reads it."""
-    found = None
+def _load_recipe(path: Path) -> dict[str, Any]:
+    """Load a recipe as plain YAML. Mistakes in it are reported when the first trial parses it."""
+    recipe = None
     with suppress(SimpoError), third_party(str(path)):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return recipe if isinstance(recipe, dict) else {}
 
 
-def _trials(sampler: str, asked: int | None, axes: Sequence[Axis]) -> int:
+def _number_of_trials(sampler: str, requested: int | None, axes: Sequence[Axis]) -> int:
     ranges = [axis.key for axis in axes if axis.range_of is not None]
     if sampler == "tpe":
-        if asked is not None and asked < 1:
-            raise SimpoError(f"--trials: must be at least 1, not {asked}")
-        return asked or _TPE_TRIALS
+        if requested is not None and requested < 1:
+            raise SimpoError(f"--trials: must be at least 1, not {requested}")
+        return requested or _TPE_TRIALS
     if ranges:
-        raise SimpoError(f"--{ranges[0]}: a grid has values, not a range; write A,B,C or add --sampler tpe")
+        raise SimpoError(f"--{ranges[0]}: a grid needs values, not a range; write A,B,C or add --sampler tpe")
     count = sum(1 for _ in combinations(axes))
-    if asked is not None:
-        raise SimpoError(f"--trials: a grid has all its combinations, here {count}; leave it out or add --sampler tpe")
+    if requested is not None:
+        raise SimpoError(f"--trials: a grid runs all {count} combinations; leave it out or add --sampler tpe")
     return count
 
 
 @contextmanager
-def _notices_once() -> Iterator[None]:
-    """Log every notice about the recipe once, although all trials read it."""
+def _deduplicated_notices() -> Iterator[None]:
+    """Log each notice about the recipe once, although every trial parses it."""
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -166,15 +166,16 @@ LOOP_TYPES = (LoopSettings, SamplingSettings, PairSettings, ModelArguments, Pref
 
 
 def loop(argv: list[str]) -> None:
-    """Sample, annotate, pair and train, round after round.
+    """Train on the model's own answers in rounds: sample, annotate, pair, train, and repeat.
 
     examples:
       simpo loop recipes/llama-3-8b-loop.yaml --output_dir outputs/loop
       simpo loop recipes/llama-3-8b-loop.yaml --rounds 5 --stop_win_rate 0.5
     """
-    # Before the configuration is made, which would wait for the others.
+    # Checked first, because creating the configuration would wait for the other processes.
     require_single_process(
-        "loop", "start it without torchrun, or its stages one by one, simpo sample and simpo train with it"
+        "loop",
+        "start it without torchrun, or run its stages one by one (simpo sample and simpo train support torchrun)",
     )
     recipe = LoopRecipe(*parse_settings(argv, LOOP_TYPES, command="loop", about=loop.__doc__))
     check_named(recipe.config)
@@ -191,27 +192,27 @@ def loop(argv: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class ReproduceSettings:
-    """Which studies, and where."""
+    """Studies and output."""
 
-    studies: list[str] = setting([], "Names or numbers of studies (default: all); they may also come first.")
-    output_dir: Path = setting(Path("runs/reproduce"), "Folder of the run; the same one continues it and adds studies.")
-    processes: int = setting(min(2, os.cpu_count() or 1), "Trials that run at the same time.", least=1)
-    setting: str | None = setting(None, "Print the plan for a setting of the paper instead, e.g. llama3-base.")
+    studies: list[str] = setting([], "Studies to run, by name or number (default: all); also as first arguments.")
+    output_dir: Path = setting(Path("runs/reproduce"), "Folder of the run; reuse it to resume or to add studies.")
+    processes: int = setting(min(2, os.cpu_count() or 1), "Number of trials to run in parallel.", least=1)
+    setting: str | None = setting(None, "Only print the commands for one of the paper's settings, e.g. llama3-base.")
 
     def __post_init__(self) -> None:
         check_values(self)
 
 
 def reproduce(argv: list[str]) -> None:
-    """The claims of the SimPO paper in miniature, each with its interval and a verdict by rule.
+    """Test the SimPO paper's claims in miniature, each with an interval and a verdict by a fixed rule.
 
     examples:
       simpo reproduce ablation gamma --output_dir runs/reproduce
       simpo reproduce 1 --setting llama3-base
     """
     plain, _ = split_options(argv)
-    named = ["--studies", *plain] if plain else []
-    settings = read_settings(reproduce, ReproduceSettings, [*named, *argv[len(plain) :]])
+    studies_option = ["--studies", *plain] if plain else []
+    settings = read_settings(reproduce, ReproduceSettings, [*studies_option, *argv[len(plain) :]])
     studies = read_studies(settings.studies)
     if settings.setting is not None:
         print("\n".join(reproduction.plan(studies, settings.setting)))
@@ -221,4 +222,4 @@ def reproduce(argv: list[str]) -> None:
         print(f"{outcome.verdict:<19} {outcome.claim.claim}")
     counts = Counter(outcome.verdict for outcome in outcomes)
     print("claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    print(f"read:   {settings.output_dir / reproduction.PAGE}")
+    print(f"page:   {settings.output_dir / reproduction.PAGE}")

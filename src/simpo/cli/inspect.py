@@ -1,4 +1,4 @@
-"""simpo inspect: data as a model would read it."""
+"""``simpo inspect``: show data the way a model reads it."""
 
 from __future__ import annotations
 
@@ -26,52 +26,51 @@ from simpo.runs.results import Metric, fingerprint, write_results
 from simpo.runs.terminal import printable
 from simpo.training.batches import check_rows
 
-# Characters of an example's text that are shown; the middle of a longer one is left out.
-_SHOWN = 600
+_MAX_CHARACTERS = 600  # printed per text of an example; the middle of a longer text is left out
 
 
 @dataclass(kw_only=True)
 class InspectSettings:
-    """The data to inspect."""
+    """Data to inspect."""
 
     model: ModelArguments = field(metadata={"only": ("model_name_or_path", "trust_remote_code")})
     data: str = required("File, folder or hub id of the data.", positional="DATA")
-    eval_dataset_name: str | None = setting(None, "A test set, which is compared with DATA.")
-    split: str = setting("train", "Split of DATA; a test set has the test split instead.")
+    eval_dataset_name: str | None = setting(None, "Test set to inspect as well and to check for overlap with DATA.")
+    split: str = setting("train", "Split of DATA; the test set uses the matching test split.")
     column_mapping: dict[str, str] | None = setting(None, "Columns to rename, e.g. {good: chosen, bad: rejected}.")
     chat_template: str | None = setting(
-        None, "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."
+        None, "Chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
     tokenization: TokenizeSettings = field(metadata={"without": ("on_bad_row", "num_proc")})
-    output_dir: Path | None = setting(None, "Folder for results.json.")
+    output_dir: Path | None = setting(None, "Folder for results.json (default: not written).")
 
     def sources(self) -> Iterator[tuple[str, str, str]]:
-        """Label, name and split of the data sets."""
+        """Yield the label, name and split of each data set."""
         yield "train", self.data, self.split
         if self.eval_dataset_name:
             yield "eval", self.eval_dataset_name, self.split.replace("train", "test")
 
 
 def inspect(argv: list[str]) -> None:
-    """Look at data as a model would read it: lengths, biases, duplicates, what is cut or dropped.
+    """Show data the way a model reads it: lengths, biases, duplicates, and what gets cut or dropped.
 
     examples:
       simpo inspect org/model pairs.jsonl --max_length 2048
       simpo inspect org/model org/pairs --eval_dataset_name org/pairs --output_dir outputs/inspected
     """
-    (asked,) = parse_settings(argv, (InspectSettings,), command="inspect", about=inspect.__doc__)
-    model, settings = asked.model, asked.tokenization
-    tokenizer = load_tokenizer(model, chat_template=asked.chat_template)
+    (settings,) = parse_settings(argv, (InspectSettings,), command="inspect", about=inspect.__doc__)
+    model, tokenization = settings.model, settings.tokenization
+    tokenizer = load_tokenizer(model, chat_template=settings.chat_template)
     limits = _limits(model)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     datasets: list[Dataset] = []
     metrics: list[Metric] = []
     sources: list[str] = []
-    for label, name, split in asked.sources():
-        rows = load_rows(name, split=split, column_mapping=asked.column_mapping, any_split=label == "eval")
+    for label, name, split in settings.sources():
+        rows = load_rows(name, split=split, column_mapping=settings.column_mapping, any_split=label == "eval")
         sources.append(rows._fingerprint)
-        prepared = _preparer(rows)(rows, tokenizer, settings, label=label)
-        inspection = inspect_prepared(prepared, tokenizer, settings)
+        prepared = _preparer(rows)(rows, tokenizer, tokenization, label=label)
+        inspection = inspect_prepared(prepared, tokenizer, tokenization)
         datasets.append(prepared.dataset)
         _print_inspection(console, inspection)
         metrics += inspection.metrics()
@@ -79,13 +78,12 @@ def inspect(argv: list[str]) -> None:
     if len(datasets) == 2:
         _, shared = shared_rows(*datasets)
         count = len(datasets[1])
-        of = f"{shared:,} of {count:,} eval {prepared.report.noun} ({shared / count:.1%})"
-        console.print(Text(f"{of} have a training prompt\n"))
+        overlap = f"{shared:,} of {count:,} eval {prepared.report.noun} ({shared / count:.1%})"
+        console.print(Text(f"{overlap} have a training prompt\n"))
         metrics.append(Metric("data/eval/prompts_in_train", shared, n=count))
     _print_examples(console, examples(datasets[0], tokenizer))
-    if asked.output_dir:
+    if folder := settings.output_dir:
         identity = fingerprint(sources, [dataset._fingerprint for dataset in datasets])
-        folder = asked.output_dir
         if (folder / "run.json").exists():
             raise SimpoError(f"output_dir: {folder} holds a run; name another folder")
         path = write_results(folder, command="inspect", fingerprint=identity, metrics=metrics)
@@ -93,16 +91,16 @@ def inspect(argv: list[str]) -> None:
 
 
 def _limits(model: ModelArguments) -> Limits:
-    """The model's; none where there is only a tokenizer."""
+    """Return the model's limits, or no limits if the folder only has a tokenizer."""
     try:
         return Limits.of(load_config(model))
     except SimpoError as error:
-        print(f"what the model can read is not checked: {error}")
+        print(f"not checked against the model's limits: {error}")
         return Limits(None, None)
 
 
 def _preparer(rows: Dataset) -> Callable[..., Prepared]:
-    """The tokenization of rows of this kind."""
+    """Return the function that tokenizes this kind of rows."""
     if is_feedback(rows):
         return prepare_feedback
     if "scored" in rows.column_names:
@@ -123,26 +121,26 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
     console.print(table)
     bos = "the tokenizer has none" if inspection.one_bos is None else f"{inspection.one_bos:.1%} of prompts"
     noun = inspection.report.noun
-    figures = {
-        "repeated": f"{inspection.repeated:,} {noun}; {inspection.repeated_prompts:,} have a prompt seen before",
+    statistics = {
+        "repeated": f"{inspection.repeated:,} {noun}; {inspection.repeated_prompts:,} with a prompt seen before",
         "exactly one BOS, in front": bos,
         "one end of turn, at the end": f"{inspection.ended:.1%} of responses",
     }
     if inspection.longer is not None:
-        longer = f"{inspection.longer:.1%} of {noun}; as long as rejected in {inspection.ties:.1%}"
-        figures = {"chosen longer": longer, "identical responses": f"{inspection.identical:,} {noun}"} | figures
-        figures["contradicted"] = f"{inspection.contradicted:,} {noun}, whose reverse is there, too"
-    for name, figure in figures.items():
-        console.print(Text(f"{name:<28} {figure}"))
+        longer = f"{inspection.longer:.1%} of {noun}; same length in {inspection.ties:.1%}"
+        statistics = {"chosen longer": longer, "identical responses": f"{inspection.identical:,} {noun}"} | statistics
+        statistics["contradicted"] = f"{inspection.contradicted:,} {noun} that also occur with the sides swapped"
+    for name, value in statistics.items():
+        console.print(Text(f"{name:<28} {value}"))
     console.print()
 
 
 def _print_examples(console: Console, shown: list[Example]) -> None:
-    # Without colors, only the marks show what is scored.
+    # Without colors, markers show which tokens are scored.
     colored = console.color_system is not None and not console.no_color
     opening, closing = ("", "") if colored else (">>>", "<<<")
-    how = "highlighted" if colored else f"between {opening} and {closing}"
-    console.print(Text(f"Examples; the scored tokens are {how}."))
+    marking = "highlighted" if colored else f"between {opening} and {closing}"
+    console.print(Text(f"Examples; scored tokens are {marking}."))
     for example in shown:
         console.print(Text(f"\n--- {printable(example.where)}", style="bold"))
         console.print(Text(_shortened(example.prompt), style="dim"))
@@ -156,7 +154,7 @@ def _print_examples(console: Console, shown: list[Example]) -> None:
 
 
 def _shortened(text: str) -> str:
-    if len(text) > _SHOWN:
-        half = _SHOWN // 2
+    if len(text) > _MAX_CHARACTERS:
+        half = _MAX_CHARACTERS // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
     return printable(text)

@@ -1,4 +1,4 @@
-"""The commands for a model that is there: simpo chat, merge and push."""
+"""Commands that work on an existing model: simpo chat, merge and push."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _RESET, _EXIT = "/reset", "/exit"
 
 @dataclass(kw_only=True)
 class ChatSettings:
-    """The conversation."""
+    """Conversation."""
 
     model: ModelArguments = field(metadata={"only": LOADING})
     second_model: str | None = setting(
-        None, "Model that answers the same messages with the same seeds.", positional="SECOND_MODEL"
+        None, "Second model to answer the same messages, with the same seeds.", positional="SECOND_MODEL"
     )
     system: str | None = setting(None, "System message.")
     sampling: SamplingSettings = field(metadata={"only": ("temperature", "top_p", "max_new_tokens")})
-    chat_template: str | None = setting(None, "Chat template, or a file with one (default: the tokenizer's own).")
+    chat_template: str | None = setting(None, "Chat template or a file with one (default: the tokenizer's own).")
     rendering: RenderSettings
 
 
 def chat(argv: list[str]) -> None:
-    """Talk with a model, or with two that answer the same messages; /reset starts over, /exit or Ctrl-D ends.
+    """Chat with a model, or with two side by side; /reset starts over, /exit or Ctrl-D quits.
 
     examples:
       simpo chat outputs/sft outputs/simpo
@@ -61,7 +61,7 @@ def chat(argv: list[str]) -> None:
         )
         for model in models
     ]
-    print(f"{_RESET} starts a new conversation, {_EXIT} or Ctrl-D ends, Ctrl-C stops an answer")
+    print(f"{_RESET} starts a new conversation, {_EXIT} or Ctrl-D quits, Ctrl-C interrupts an answer")
     for text in _messages():
         seed = secrets.randbits(63)
         for model, conversation in zip(models, conversations, strict=True):
@@ -76,7 +76,7 @@ def chat(argv: list[str]) -> None:
 
 
 def _messages() -> Iterator[str]:
-    """The user's messages, until the input or the conversation ends."""
+    """Yield the user's messages until the end of the input or /exit."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     while True:
@@ -95,28 +95,28 @@ def _messages() -> Iterator[str]:
 def _answer(conversation: Conversation, text: str, seed: int) -> None:
     with record_signals(signal.SIGINT) as interrupted:
         try:
-            reply = conversation.answer(text, seed, _show, lambda: bool(interrupted))
+            reply = conversation.answer(text, seed, _print_piece, lambda: bool(interrupted))
         except BadRow as bad:
-            raise SimpoError(f"{bad.reason}; set chat_template to one that takes such a conversation") from bad
+            raise SimpoError(f"{bad.reason}; set chat_template to one that supports this conversation") from bad
     if reply.text is not None:
         print()
     if reply.note:
         print(f"[{reply.note}]")
 
 
-def _show(piece: str) -> None:
-    # Tabs are common in code; spaces do not depend on the terminal.
+def _print_piece(piece: str) -> None:
+    # Tabs are common in code, and printable() would escape them.
     print(printable(piece.replace("\t", "    ")), end="", flush=True)
 
 
 @dataclass(kw_only=True)
 class MergeSettings:
-    """The merged model."""
+    """Adapter and output."""
 
     adapter: ModelArguments = field(
         metadata={"only": ("model_name_or_path", "model_revision", "trust_remote_code", "allow_pickle", "save_dtype")}
     )
-    output_dir: Path = required("New folder of the merged model.")
+    output_dir: Path = required("New folder for the merged model.")
 
 
 def merge(argv: list[str]) -> None:
@@ -133,13 +133,13 @@ def merge(argv: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class PushSettings:
-    """The run to upload, and the repository."""
+    """Run and repository."""
 
     run: Path = required("Folder of a finished run, or of any model.", positional="RUN")
-    repo: str = required("Repository on the hub, name/model.", positional="REPO")
-    private: bool = setting(False, "Make a new repository private.")
-    include: list[str] = setting([], "Other files of the folder that are uploaded, such as recipe.yaml.")
-    dry_run: bool = setting(False, "Only list the files.")
+    repo: str = required("Repository on the hub, as name/model.", positional="REPO")
+    private: bool = setting(False, "If the repository is new, make it private.")
+    include: list[str] = setting([], "Other files in the folder to upload, such as recipe.yaml.")
+    dry_run: bool = setting(False, "Only list the files that would be uploaded.")
 
 
 def push(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""simpo plan: memory, time and cost of a training run before it is started."""
+"""``simpo plan``: predict the memory, time and cost of a training run before starting it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simpo.training.configs import OnlineConfig, PreferenceConfig, RewardConfig,
 from simpo.training.settings import REPLACES, DataArguments
 
 _GIB = 2**30
-# The settings of each command's recipes, apart from model and data.
+# The settings types of each training command, in addition to model and data.
 _RECIPES: dict[str, tuple[type, ...]] = {
     "train": (PreferenceConfig, GenerationArguments),
     "sft": (SFTConfig, GenerationArguments),
@@ -31,7 +31,7 @@ _RECIPES: dict[str, tuple[type, ...]] = {
 
 
 def plan(argv: list[str]) -> None:
-    """Predict memory, time and cost of a training run before it is loaded, and find the fastest settings that fit.
+    """Predict the memory, time and cost of a training run, and find the fastest settings that fit. Loads nothing.
 
     examples:
       simpo plan recipes/llama-3-8b-base-simpo.yaml --gpu H100-80GB --gpus 8 --price 2.50
@@ -43,36 +43,38 @@ def plan(argv: list[str]) -> None:
     options = reversed(split_options(argv)[1])
     command = next((values[0] for name, values in options if name == "command" and values), "train")
     config, *others = _RECIPES.get(command, _RECIPES["train"])
-    planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
+    planned = type(
+        "Planned", (config,), {"_check_optimizer": lambda self: None}
+    )  # its package need not be installed here
     types = (ModelArguments, DataArguments, planned, PlanSettings, *others)
     *parts, settings = parse_settings(argv, types, command="plan", about=plan.__doc__, replaces=REPLACES)[:4]
     if settings.command != command:
-        raise SimpoError(f"command: give it on the command line, as --command {settings.command}")
-    from simpo.planning.search import Planner  # noqa: PLC0415 - slow, and --help and mistakes are fast
+        raise SimpoError(f"command: must be given on the command line, as --command {settings.command}")
+    from simpo.planning.search import Planner  # noqa: PLC0415 - slow, and --help does not need it
 
     planner = Planner(parts, settings)
-    own = planner.estimate(planner.own)
+    as_written = planner.estimate(planner.own)
     shardings = () if settings.sharding is None else (settings.sharding,)
     best = planner.fastest(shardings)
     if best is None:
         raise SimpoError(planner.remedy(shardings))
-    found = {"recipe": planner.described(own), "fastest": planner.described(best)}
-    print(json.dumps(found, indent=2)) if settings.json else _print(found)
+    estimates = {"recipe": planner.described(as_written), "fastest": planner.described(best)}
+    print(json.dumps(estimates, indent=2)) if settings.json else _print_table(estimates)
 
 
 def check_fit(command: Any, parts: Sequence[Any]) -> None:
-    """Print what a run on this machine takes; raise :class:`SimpoError`, with keys that fit, if that is too much."""
+    """Print the memory a run needs on this machine; if it does not fit, raise :class:`SimpoError` with keys that do."""
     from simpo.planning.search import Planner  # noqa: PLC0415
 
     config = parts[2]
     sharding = sharding_of(config) if config.world_size > 1 else None
     planner = Planner(parts[:3], PlanSettings(command, gpus=config.world_size, sharding=sharding))
-    own = planner.estimate(planner.own)
-    needs = f"{own.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, tightest in {own.tightest}"
-    if planner.fits(own):
+    estimate = planner.estimate(planner.own)
+    needs = f"{estimate.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, peak in {estimate.tightest}"
+    if planner.fits(estimate):
         print(f"plan: needs {needs}")
         return
-    best = planner.fastest((own.choice.sharding,)) or planner.fastest()
+    best = planner.fastest((estimate.choice.sharding,)) or planner.fastest()
     if best is None:
         raise SimpoError(planner.remedy())
     keys = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.choice.keys.items())
@@ -80,9 +82,9 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
 
 
 def sharding_of(config: Any) -> Sharing:
-    """The way in which a run's processes share the model, by its recipe or by ``accelerate launch``."""
+    """Return how a run shards the model across its processes, as set by the recipe or by ``accelerate launch``."""
     if config.deepspeed_plugin is not None:
-        # Stage 1 shards the optimizer alone, which is not planned; without sharding a run takes more.
+        # ZeRO stage 1 only shards the optimizer, which is not modeled; "ddp" overestimates it.
         return {2: "zero2", 3: "zero3"}.get(config.deepspeed_plugin.zero_stage, "ddp")  # type: ignore[return-value]
     return "fsdp" if config.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") else "ddp"
 
@@ -91,28 +93,28 @@ def _calibrate(argv: list[str]) -> None:
     from simpo.planning.cards import measure_rates, store_rates  # noqa: PLC0415
 
     if argv != ["--calibrate"]:
-        raise SimpoError("--calibrate: measures this machine and plans nothing; give it alone")
+        raise SimpoError("--calibrate: only measures this machine; give it without other arguments")
     measured = measure_rates(print)
     for name, rates in measured.items():
         print(
-            f"{name}: products {rates.product / 1e9:,.4g} GFLOP/s, attention {rates.attention / 1e9:,.4g} GFLOP/s, "
-            f"memory {rates.moved / 1e9:,.4g} GB/s, an operation {rates.overhead * 1e6:.3g} us"
+            f"{name}: matmul {rates.product / 1e9:,.4g} GFLOP/s, attention {rates.attention / 1e9:,.4g} GFLOP/s, "
+            f"memory {rates.moved / 1e9:,.4g} GB/s, overhead {rates.overhead * 1e6:.3g} us per operation"
         )
     print(f"stored: {store_rates(measured)}")
 
 
-def _print(found: dict[str, Any]) -> None:
-    table = Table("", *found, box=None, header_style="bold")
-    for name in found["recipe"]:
-        table.add_row(name, *(_shown(name, part[name]) for part in found.values()))
+def _print_table(estimates: dict[str, Any]) -> None:
+    table = Table("", *estimates, box=None, header_style="bold")
+    for name in estimates["recipe"]:
+        table.add_row(name, *(_format(name, estimate[name]) for estimate in estimates.values()))
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
 
 
-def _shown(name: str, value: Any) -> str:
+def _format(name: str, value: Any) -> str:
     if value is None:
         return "unknown"
     if isinstance(value, dict):
-        return "\n".join(f"{key}: {_shown(name, one)}" for key, one in value.items())
+        return "\n".join(f"{key}: {_format(name, one)}" for key, one in value.items())
     if name.endswith("seconds"):
         return duration(value) if value >= 60 else f"{value:.3g} s"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

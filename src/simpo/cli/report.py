@@ -1,4 +1,4 @@
-"""simpo report, apart from other commands because what these import takes seconds."""
+"""``simpo report``, in a module of its own because other commands take seconds to import."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from simpo.config import parse_settings, required, setting
 
 @dataclass(kw_only=True)
 class ReportSettings:
-    """The report."""
+    """Report."""
 
     runs: list[Path] = required("Folders of runs, finished or not.", positional="RUN")
-    output: Path | None = setting(None, "The page (default: report.html in the first run's folder).")
+    output: Path | None = setting(None, "HTML file to write (default: report.html in the first run's folder).")
 
 
 def report(argv: list[str]) -> None:
-    """A page that explains a run, or several next to one another.
+    """Write an HTML page that explains a run, or several runs next to each other.
 
     examples:
       simpo report outputs/llama-3-simpo

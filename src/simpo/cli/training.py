@@ -1,4 +1,4 @@
-"""The commands that train one model: simpo train, sft, reward and online."""
+"""Commands that train one model: simpo train, sft, reward and online."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from simpo.models.settings import ModelArguments
 from simpo.training.configs import OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 from simpo.training.settings import REPLACES, DataArguments
 
-# Trainers and engines take seconds to import, and --help and mistakes in recipes do not need them: they are imported
-# where they are used.
+# Trainers and engines take seconds to import, so they are imported where they are used: --help and errors in recipes
+# stay fast.
 if TYPE_CHECKING:
     from simpo.training.callbacks import RunCallback
     from simpo.training.packed import PackedTrainer
     from simpo.training.run import TrainingJob
 
-# Trains only if the run fits this machine.
-PLAN_FIRST = "--plan"
-# What transformers calls the folder if nobody does.
-_UNNAMED = "trainer_output"
+PLAN_FIRST = "--plan"  # check that the run fits this machine before training
+_DEFAULT_OUTPUT_DIR = "trainer_output"  # transformers' default
 
 
 def train(argv: list[str]) -> None:
@@ -39,7 +37,7 @@ def train(argv: list[str]) -> None:
     parts = parse(argv, PreferenceConfig, GenerationArguments, command="train", about=train.__doc__)
     from simpo.training.preference import PreferenceTrainer  # noqa: PLC0415
 
-    _run(PreferenceTrainer, parts, argv, following="simpo chat {folder}")
+    _run(PreferenceTrainer, parts, argv, next_command="simpo chat {folder}")
 
 
 def sft(argv: list[str]) -> None:
@@ -52,7 +50,7 @@ def sft(argv: list[str]) -> None:
     parts = parse(argv, SFTConfig, GenerationArguments, command="sft", about=sft.__doc__)
     from simpo.training.sft import SFTTrainer  # noqa: PLC0415
 
-    _run(SFTTrainer, parts, argv, following="simpo train --model_name_or_path {folder} --dataset_name PAIRS")
+    _run(SFTTrainer, parts, argv, next_command="simpo train --model_name_or_path {folder} --dataset_name PAIRS")
 
 
 def reward(argv: list[str]) -> None:
@@ -65,11 +63,11 @@ def reward(argv: list[str]) -> None:
     parts = parse(argv, RewardConfig, command="reward", about=reward.__doc__)
     from simpo.training.reward import RewardTrainer  # noqa: PLC0415
 
-    _run(RewardTrainer, parts, argv, following="simpo annotate RESPONSES --annotator reward:{folder}")
+    _run(RewardTrainer, parts, argv, next_command="simpo annotate RESPONSES --annotator reward:{folder}")
 
 
 def online(argv: list[str]) -> None:
-    """Train a model on its own answers, scored by an annotator: policy gradients, or preference objectives.
+    """Train a model online, on its own answers scored by an annotator: PPO, RLOO, GRPO and others.
 
     examples:
       simpo online recipes/tiny/rloo.yaml
@@ -80,11 +78,11 @@ def online(argv: list[str]) -> None:
     from simpo.evaluation.during_training import Annotation  # noqa: PLC0415
     from simpo.training.online import OnlineTrainer  # noqa: PLC0415
 
-    _run(OnlineTrainer, parts, argv, following="simpo chat {folder}", callbacks=[Annotation(annotator, parts[0])])
+    _run(OnlineTrainer, parts, argv, next_command="simpo chat {folder}", callbacks=[Annotation(annotator, parts[0])])
 
 
 def parse(argv: list[str], config_type: type, *more: type, command: str = "", about: str | None = None) -> Any:
-    """Model, data and configuration of a training recipe and command line, and instances of ``more`` dataclasses."""
+    """Parse a training recipe and command line into model, data and configuration, plus any ``more`` dataclasses."""
     types = (ModelArguments, DataArguments, config_type, *more)
     if command:
         argv = [argument for argument in argv if argument != PLAN_FIRST]
@@ -94,19 +92,19 @@ def parse(argv: list[str], config_type: type, *more: type, command: str = "", ab
 
 
 def check_named(config: Any) -> None:
-    """Raise :class:`SimpoError` unless the user named the folder of the run."""
-    if config.output_dir == _UNNAMED:
-        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
+    """Raise :class:`SimpoError` unless the user named an output folder."""
+    if config.output_dir == _DEFAULT_OUTPUT_DIR:
+        raise SimpoError("output_dir is missing: set it in the recipe or with --output_dir")
 
 
 def make_job(parts: Sequence[Any], argv: list[str], callbacks: Sequence[RunCallback] = ()) -> TrainingJob:
-    """The job of the parsed ``parts`` of a training recipe and command line, with further ``callbacks``."""
+    """Build the training job for parsed settings (the result of :func:`parse`), with additional ``callbacks``."""
     from simpo.evaluation.during_training import Generations  # noqa: PLC0415
     from simpo.training.run import TrainingJob  # noqa: PLC0415
 
     model, data, config, *more = parts
     generations = [Generations(more[0], model)] if more and more[0].eval_generations else []
-    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress there
+    config.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()  # the log shows progress there
     return TrainingJob(model, data, config, argv, recipe_of(argv), [*callbacks, *generations])
 
 
@@ -115,12 +113,12 @@ def _run(
     parts: Sequence[Any],
     argv: list[str],
     *,
-    following: str,
+    next_command: str,
     callbacks: Sequence[RunCallback] = (),
 ) -> None:
-    """Train with the settings ``parts``, print the results and the command that may follow.
+    """Train with the settings ``parts``, then print the results and a command to run next.
 
-    ``following`` is that command, with ``{folder}`` for the output folder; ``callbacks`` are further parts of the run.
+    In ``next_command``, ``{folder}`` stands for the output folder.
     """
     from simpo.cli.plan import check_fit  # noqa: PLC0415
     from simpo.runs.results import print_results  # noqa: PLC0415
@@ -137,4 +135,4 @@ def _run(
         print_results(results)
         print(f"saved: {folder}")
         trackers.publish(Path(folder), print_report(Path(folder)))
-        print(f"next:  {following.format(folder=shlex.quote(folder))}")
+        print(f"next:  {next_command.format(folder=shlex.quote(folder))}")
