@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from simpo.cli import main
-from simpo.labeling.session import Judgment, Session, Store, items_of_one, items_of_two
+from simpo.labeling.session import Judgment, Session, Store, pair_items, read_items
 from simpo.runs.files import read_lines, write_lines
 from simpo.runs.folder import RunRecord
 from simpo.runs.results import read_results
@@ -56,7 +56,7 @@ def answers(tmp_path):
 def test_pairs_become_verdicts_and_a_reward_model(answers, tmp_path) -> None:
     folder = tmp_path / "labels"
     folder.mkdir()
-    items, _ = items_of_two(*answers)
+    items, _ = pair_items(*answers)
 
     def ranks(shown: list[str]) -> list[int] | None:
         """The first prompt is skipped, and two wrong answers are a tie."""
@@ -82,7 +82,7 @@ def test_rankings_become_a_reward_model(tmp_path) -> None:
     folder.mkdir()
     texts = zip(PROMPTS, RIGHT, WRONG, strict=True)
     write_lines(path, [{"id": p, "prompt": p, "responses": [wrong, "No.", right]} for p, right, wrong in texts])
-    items, _ = items_of_one(path, pairs=False)
+    items, _ = read_items(path, pairs=False)
     labeled(folder, items, lambda shown: [1 if text in RIGHT else 2 if text in WRONG else 3 for text in shown])
     assert [row["scores"] for row in read_lines(folder / "preferences.jsonl")] == [[1.0, 0.0, 2.0]] * 6
     assert trained_on(folder, tmp_path)["data/train/used"] == 6

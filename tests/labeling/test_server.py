@@ -20,7 +20,7 @@ from simpo.cli import main
 from simpo.errors import SimpoError
 from simpo.labeling.run import export_run
 from simpo.labeling.server import listen
-from simpo.labeling.session import Item, Judgment, Session, Store, items_of_one, items_of_two
+from simpo.labeling.session import Item, Judgment, Session, Store, pair_items, read_items
 from simpo.runs.files import read_lines, write_lines
 
 _HEADERS = {"x-simpo-token": TOKEN}
@@ -152,20 +152,20 @@ def test_what_is_on_a_screen_is_nobody_elses_also_after_a_restart(tmp_path: Path
 
 def test_items_of_files(tmp_path: Path):
     one = _rows(tmp_path / "one.jsonl", [["x", "y", "x", "z"], ["x", "x"], ["x", "y"]])
-    items, dropped = items_of_one(one, pairs=False)
+    items, dropped = read_items(one, pairs=False)
     assert [(item.id, item.responses) for item in items] == [("p0", ("x", "y", "z")), ("p2", ("x", "y"))]
     assert dropped == {"answers_the_same_as_another_one": 2, "prompts_fewer_than_two_different_answers": 1}
-    items, _ = items_of_one(one, pairs=True)
+    items, _ = read_items(one, pairs=True)
     assert [item.id for item in items] == ["p0/0-1", "p0/0-2", "p0/1-2", "p2/0-1"]
     a, b = (_rows(tmp_path / f"{name}.jsonl", [[name], ["same"]]) for name in "ab")
-    items, dropped = items_of_two(a, b)
+    items, dropped = pair_items(a, b)
     assert [(item.id, item.responses, item.is_tie) for item in items] == [
         ("p0", ("a", "b"), False),
         ("p1", ("same", "same"), True),
     ]
     assert dropped == {"pairs_of_identical_answers": 1}
     with pytest.raises(SimpoError, match="p0: 10 answers"):
-        items_of_one(_rows(tmp_path / "many.jsonl", [[str(n) for n in range(10)]]), pairs=False)
+        read_items(_rows(tmp_path / "many.jsonl", [[str(n) for n in range(10)]]), pairs=False)
 
 
 def _error(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -178,7 +178,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture)
     single = _rows(tmp_path / "single.jsonl", [["x"], ["y"]])
     good = _rows(tmp_path / "good.jsonl", [["x", "y"]])
     out = ("--output_dir", tmp_path / "out")
-    assert "one answer to every prompt" in _error(capsys, single, *out)
+    assert "only one answer per prompt" in _error(capsys, single, *out)
     assert "all answers are identical" in _error(capsys, single, "--against", single, *out)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -190,7 +190,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "overlap" in _error(capsys, good, *out, "--overlap", 1.5)
     assert "output_dir" in _error(capsys, good)
     assert "answers" in _error(capsys, *out)
-    assert "no run of simpo label" in _error(capsys, "--export", tmp_path)
+    assert "not a run of simpo label" in _error(capsys, "--export", tmp_path)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,1 +1,1 @@
-"""Human judgments: a local page on which people compare answers, and what their judgments are worth."""
+"""Human judgments: a local web page for comparing answers, and how reliable the judgments are."""

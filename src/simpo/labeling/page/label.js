@@ -1,18 +1,18 @@
-// The label page. Whatever a model or a data set wrote is set as text, never as HTML.
+// The label page. Text from models and data sets is inserted as text, never as HTML.
 
 const query = new URLSearchParams(location.search);
 const token = query.get("token");
-const PENDING = "simpo-label-pending"; // a vote that the server has not confirmed; survives a reload of the page
+const PENDING = "simpo-label-pending"; // storage key of a request the server has not confirmed; survives a reload
 const $ = (id) => document.getElementById(id);
 
 let labeler = query.get("labeler");
-let item = null; // what is on the screen
-let ranking = []; // of several answers: their numbers from the best to the worst, in groups of equally good ones
-let tieNext = false; // whether the next number joins the last group
-let busy = false; // a request is on its way
-let clock = { seconds: 0, since: null }; // for which the item was visible
+let item = null; // the item on the screen
+let ranking = []; // groups of equally good answers (their indices), from best to worst
+let tieNext = false; // whether the next answer joins the last group
+let busy = false; // whether a request is in flight
+let clock = { seconds: 0, since: null }; // how long the item has been visible
 
-// ---- Requests. The same one is sent until the server answers; its key makes it count once.
+// ---- Requests. A request is repeated until the server responds; its key makes it count once.
 
 async function send(action, body) {
   for (;;) {
@@ -23,9 +23,9 @@ async function send(action, body) {
         headers: { "content-type": "application/json", "x-simpo-token": token },
         body: JSON.stringify(body),
       });
-      reply = await response.text(); // which may break off as well
+      reply = await response.text(); // the connection may also break here
     } catch {
-      report("The server does not answer. Nothing is lost: this is sent again until it does.");
+      report("The server is not responding. Nothing is lost: your request is sent again until it does.");
       await new Promise((resolve) => setTimeout(resolve, 500));
       continue;
     }
@@ -34,7 +34,7 @@ async function send(action, body) {
       report("");
       return found;
     }
-    report(found?.error ?? `The server failed (${response.status}). Try again; if it stays so, restart simpo label.`);
+    report(found?.error ?? `Server error (${response.status}). Try again; if it persists, restart simpo label.`);
     return null;
   }
 }
@@ -43,7 +43,7 @@ function parsed(reply) {
   try {
     return JSON.parse(reply);
   } catch {
-    return null; // not from our server's actions, such as the text of an internal error
+    return null; // not from our API, for example the text of an internal server error
   }
 }
 
@@ -68,7 +68,7 @@ function report(text) {
   $("status").hidden = !text;
 }
 
-// ---- What is shown.
+// ---- The item on the screen.
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -93,11 +93,11 @@ function show(found) {
   if (!item) {
     const { done, judged_items, items } = found.progress;
     $("summary").textContent =
-      `You have judged ${done} items. ${judged_items} of all ${items} have a judgment. You can close this page.`;
+      `You have judged ${done} items. ${judged_items} of ${items} items have been judged. You can close this page.`;
     return;
   }
   const several = item.answers.length > 2;
-  $("question").textContent = several ? "Rank the answers, the best first." : "Which answer is better?";
+  $("question").textContent = several ? "Rank the answers, best first." : "Which answer is better?";
   $("prompt").replaceChildren(...item.prompt.map(shownMessage), ...shownTools());
   $("answers").className = ["", "", "two", "three"][item.answers.length] ?? "more";
   $("answers").replaceChildren(...item.answers.map(shownAnswer));
@@ -122,7 +122,7 @@ function shownTools() {
 function shownAnswer(content, index) {
   const title = element("h2", { textContent: `Answer ${index + 1}` });
   const shown = text(content);
-  shown.tabIndex = 0; // so that a long answer can be scrolled with the keyboard
+  shown.tabIndex = 0; // makes a long answer scrollable from the keyboard
   shown.setAttribute("role", "region");
   shown.setAttribute("aria-label", `Answer ${index + 1}`);
   const made = element("section", { className: "answer" }, title, shown);
@@ -144,7 +144,7 @@ function duration(seconds) {
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-// ---- Actions: what the keys and buttons do.
+// ---- Actions of keys and buttons.
 
 const BETTER = [
   { keys: ["ArrowLeft", "1"], sign: "←", label: "1 is better", meaning: "Answer 1 is better", run: () => choose(0) },
@@ -153,13 +153,13 @@ const BETTER = [
 const COMMON = {
   tie: { keys: ["t", "0"], sign: "T", label: "Tie", meaning: "Equally good", run: () => judge("tie", same()) },
   bad: { keys: ["b"], sign: "B", label: "Both bad", meaning: "None is acceptable", run: () => judge("both_bad", same()) },
-  skip: { keys: ["s"], sign: "S", label: "Skip", meaning: "Not to be judged by me", run: () => judge("skip", same()) },
+  skip: { keys: ["s"], sign: "S", label: "Skip", meaning: "I cannot judge this", run: () => judge("skip", same()) },
   note: { keys: ["n"], sign: "N", label: "Note", meaning: "Write a note", run: () => $("note").focus() },
-  undo: { keys: ["u", "z"], sign: "U", label: "Undo", meaning: "Take back the last judgment", run: undo },
+  undo: { keys: ["u", "z"], sign: "U", label: "Undo", meaning: "Undo the last judgment", run: undo },
 };
 const RANKING = [
-  { keys: ["="], sign: "=", label: "Equal", meaning: "The next one is as good as the last", run: joinNext },
-  { keys: ["Backspace"], sign: "⌫", label: "Remove", meaning: "Remove the last one", run: removeLast },
+  { keys: ["="], sign: "=", label: "Equal", meaning: "The next answer ties with the last", run: joinNext },
+  { keys: ["Backspace"], sign: "⌫", label: "Remove", meaning: "Remove the last answer", run: removeLast },
   { keys: ["Enter"], sign: "↵", label: "Submit", meaning: "Store the ranking", strong: true, run: submit },
 ];
 
@@ -212,7 +212,7 @@ function removeLast() {
 function submit() {
   const missing = item.answers.map((_, index) => index).filter((index) => !ranking.flat().includes(index));
   if (missing.length > 1) {
-    report(`Rank ${missing.length - 1} more: press their numbers, the better one first.`);
+    report(`Rank ${missing.length - 1} more: press the numbers of the answers, best first.`);
     return;
   }
   const groups = missing.length ? [...ranking, missing] : ranking;
@@ -259,7 +259,7 @@ document.addEventListener("keydown", (event) => {
   if (writing && event.key === "Escape") document.activeElement.blur();
   if (writing || $("guidelines").open || event.altKey || event.repeat) return;
   if ((event.ctrlKey || event.metaKey) && event.key !== "z") return;
-  if (event.key === "Enter" && document.activeElement.tagName === "BUTTON") return; // it presses that button
+  if (event.key === "Enter" && document.activeElement.tagName === "BUTTON") return; // Enter presses that button
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (key === "g" || key === "?") {
     openGuidelines();
@@ -286,7 +286,7 @@ document.addEventListener("visibilitychange", () => {
 async function begin(name) {
   labeler = name;
   query.set("labeler", labeler);
-  history.replaceState(null, "", `?${query}`); // a reload of the page goes on with the same labeler
+  history.replaceState(null, "", `?${query}`); // so that a reload keeps the labeler
   const kept = JSON.parse(sessionStorage.getItem(PENDING) ?? "null");
   if (kept && kept.body.labeler === labeler) await send(kept.action, kept.body);
   sessionStorage.removeItem(PENDING);
