@@ -1,1 +1,1 @@
-"""A built-in tiny world: a tokenizer, a model and preference pairs that need no download."""
+"""A built-in tiny world: questions with an exact judge, preference pairs, a tokenizer and a model, without downloads."""

@@ -1,4 +1,4 @@
-"""Data sets of the tiny world, made from a seed, and a small random model."""
+"""Seeded data sets of the tiny world, and a small randomly initialized model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from simpo.world.questions import draw_answer, draw_question, judge
 
 Row = dict[str, str]
 
-_ATTEMPTS = 50  # repeated questions in a row before the world's questions count as used up
+_ATTEMPTS = 50  # duplicate draws in a row after which the world's questions count as exhausted
 
 
 def _rng(purpose: str, seed: int) -> Random:
-    """The same seed gives different draws for different purposes."""
+    """Create a generator whose draws depend on the purpose as well as the seed."""
     return Random(f"{purpose} {seed}")  # noqa: S311 - sampling, not secrets
 
 
 def make_sft(count: int, seed: int) -> list[Row]:
-    """``count`` demonstrations ``{prompt, completion}`` on training questions; as in real data, not all are good."""
+    """Draw ``count`` demonstrations ``{prompt, completion}`` on training questions; as in real data, some are bad."""
     rng = _rng("sft", seed)
     questions = (draw_question(rng, held_out=False) for _ in range(count))
     return [{"prompt": question.prompt, "completion": draw_answer(question, rng)} for question in questions]
 
 
 def make_prompts(count: int, seed: int, *, held_out: bool = False) -> list[Row]:
-    """``count`` rows ``{prompt}``, all different."""
+    """Draw ``count`` distinct rows ``{prompt}``."""
     rng = _rng("prompts", seed)
     prompts: dict[str, None] = {}
     repeated = 0
@@ -41,18 +41,18 @@ def make_prompts(count: int, seed: int, *, held_out: bool = False) -> list[Row]:
         prompts[draw_question(rng, held_out=held_out).prompt] = None
         repeated = 0 if len(prompts) > before else repeated + 1
     if len(prompts) < count:
-        raise SimpoError(f"count: {count:,} different prompts requested; the tiny world has about {len(prompts):,}")
+        raise SimpoError(f"count: cannot draw {count:,} distinct prompts; the tiny world has about {len(prompts):,}")
     return [{"prompt": prompt} for prompt in prompts]
 
 
 def make_pairs(count: int, seed: int, *, held_out: bool = False, length_bias: float = 0.0) -> list[Row]:
-    """``count`` off-policy pairs ``{prompt, chosen, rejected}`` of answers that differ in score and in length.
+    """Draw ``count`` off-policy pairs ``{prompt, chosen, rejected}`` of answers that differ in score and length.
 
-    A question may come more than once. ``length_bias`` is the share of pairs whose longer answer is chosen regardless
-    of its quality; in the others the judge chooses the better one.
+    Questions may repeat. In a share ``length_bias`` of the pairs, the longer answer is chosen regardless of its
+    quality; in the others, the judge chooses.
     """
     if not 0 <= length_bias <= 1:
-        raise SimpoError(f"length_bias: {length_bias} is not a share; give a number from 0 to 1")
+        raise SimpoError(f"length_bias: {length_bias} is out of range; give a number from 0 to 1")
     rng = _rng("pairs", seed)
     rows = []
     for _ in range(count):
@@ -68,24 +68,24 @@ def make_pairs(count: int, seed: int, *, held_out: bool = False, length_bias: fl
 
 
 def write_sft(path: Path, count: int, seed: int) -> None:
-    """Write :func:`make_sft` as JSON lines."""
+    """Write the rows of :func:`make_sft` as JSON Lines."""
     write_lines(path, make_sft(count, seed))
 
 
 def write_prompts(path: Path, count: int, seed: int, *, held_out: bool = False) -> None:
-    """Write :func:`make_prompts` as JSON lines."""
+    """Write the rows of :func:`make_prompts` as JSON Lines."""
     write_lines(path, make_prompts(count, seed, held_out=held_out))
 
 
 def write_pairs(path: Path, count: int, seed: int, *, held_out: bool = False, length_bias: float = 0.0) -> None:
-    """Write :func:`make_pairs` as JSON lines."""
+    """Write the rows of :func:`make_pairs` as JSON Lines."""
     write_lines(path, make_pairs(count, seed, held_out=held_out, length_bias=length_bias))
 
 
-# ---- A tiny chat model with its own tokenizer and template, made from a seed.
+# ---- A tiny chat model with its own tokenizer and chat template.
 
 _SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>")
-_TEXTS, _VOCABULARY = 4000, 640  # with these, every word of the world is one token
+_TEXTS, _VOCABULARY = 4000, 640  # large enough that every word of the world is one token
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -94,7 +94,7 @@ _TEMPLATE = (
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learnt from ``texts``, with a chat template."""
+    """Train a byte-level BPE tokenizer on ``texts`` and give it a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,7 +115,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTok
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of about 400 thousand random weights for ``tokenizer``'s vocabulary."""
+    """Create a randomly initialized Llama with about 400,000 parameters for ``tokenizer``'s vocabulary."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -124,7 +124,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=512,
-        initializer_range=0.06,  # a narrow model learns to attend several times sooner than from 0.02
+        initializer_range=0.06,  # a model this narrow learns to attend several times faster than with 0.02
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -136,12 +136,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the tiny world's own text: always the same."""
+    """Train the tiny world's tokenizer on its own text; the result is always the same."""
     return make_tokenizer((text for row in make_sft(_TEXTS, seed=0) for text in row.values()), _VOCABULARY)
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Save the world's tokenizer, its template and a random model in ``folder``, which is new, as any model on disk."""
+    """Save the world's tokenizer, chat template and a random model in a new ``folder``, like any model on disk."""
     tokenizer = world_tokenizer()
     with staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)

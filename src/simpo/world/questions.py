@@ -1,4 +1,4 @@
-"""The questions of the tiny world, of ten kinds, answers to them, and an exact judge of any text."""
+"""The tiny world's ten kinds of questions, answers to them, and an exact judge for any text."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _TASTES = {
 }
 _NAMES = ("Abo", "Bima", "Cedo", "Dulu", "Etta", "Fira", "Gomo", "Hani")
 
-Value = tuple[str, ...]  # the words of an answer, as in ("7",) or ("d", "o", "g")
+Value = tuple[str, ...]  # the words of an answer, e.g. ("7",) or ("d", "o", "g")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a question asks for."""
+    """One thing a question asks for."""
 
-    subject: str  # how a statement of it begins, as in `"the sum"` of "The sum is 7."
+    subject: str  # the start of a statement, e.g. `"the sum"` in "The sum is 7."
     value: Value  # the right answer
-    mistakes: tuple[Value, ...]  # wrong answers that somebody might give
-    verb: str = "is"  # what stands between subject and value
-    separator: str = ", "  # what stands between the words of the value
+    mistakes: tuple[Value, ...]  # plausible wrong answers
+    verb: str = "is"  # between subject and value
+    separator: str = ", "  # between the words of the value
 
     def statement(self, value: Value) -> str:
-        """A sentence that gives ``value`` as the answer."""
+        """Write a sentence that gives ``value`` as the answer."""
         return f"{self.subject[0].upper()}{self.subject[1:]} {self.verb} {self.separator.join(value)}."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with what it asks for, part by part."""
+    """A prompt and the parts it asks for."""
 
     kind: str
     prompt: str
@@ -54,7 +54,7 @@ class Question:
 
 
 def read_question(prompt: str) -> Question:
-    """The question whose text is ``prompt``; its answer is computed from the words."""
+    """Parse ``prompt`` as a question of the tiny world; the answer is computed from its words."""
     for name, pattern in _PATTERNS.items():
         if (match := pattern.fullmatch(prompt)) and (parts := _KINDS[name].parts(*match.groups())):
             return Question(name, prompt, tuple(parts))
@@ -64,14 +64,14 @@ def read_question(prompt: str) -> Question:
 def is_held_out(prompt: str) -> bool:
     """Whether a question belongs to the held-out quarter.
 
-    A hash of its words in alphabetical order decides, so that "7 plus 5" and "5 plus 7" are on the same side.
+    This is decided by a hash of its sorted words, so that "7 plus 5" and "5 plus 7" end up on the same side.
     """
     words = sorted(re.findall(r"\w+", prompt.casefold()))
     return sha256(" ".join(words).encode()).digest()[0] < 64
 
 
 def draw_question(rng: Random, *, held_out: bool) -> Question:
-    """A random question of the training or of the held-out side, with every kind equally likely."""
+    """Draw a random training or held-out question; every kind is equally likely."""
     kind = _KINDS[rng.choice(KINDS)]
     while True:
         values = iter(kind.draw(rng))
@@ -80,17 +80,17 @@ def draw_question(rng: Random, *, held_out: bool) -> Question:
             return read_question(prompt)
 
 
-# ---- What each kind asks for. A kind returns no parts where the values that it was given make no question.
+# ---- The parts that each kind asks for; none if the given values do not make a valid question.
 
 
 def _part(subject: str, values: Iterable[Value], **wording: str) -> Part:
-    """The first of ``values`` is right; those that differ from it are mistakes."""
+    """Create a part: the first of ``values`` is the right answer, and those that differ from it are mistakes."""
     value, *others = values
     return Part(subject, value, tuple(dict.fromkeys(other for other in others if other != value)), **wording)
 
 
 def _numbers(value: int, *mistakes: int) -> list[Value]:
-    """A number, then mistakes: the given ones, or else its neighbors."""
+    """Return the right number followed by mistakes: the given ones or, without any, its neighbors."""
     others = mistakes or (value - 2, value - 1, value + 1, value + 2)
     return [(str(number),) for number in (value, *others) if number >= 0]
 
@@ -151,17 +151,17 @@ def _spelling(*words: str) -> list[Part]:
 
 
 def _tastes(*names: str) -> list[Part]:
-    """``names`` are a person and what is liked, twice. Everybody's tastes are fixed facts of the world."""
+    """Ask for two favorites; ``names`` holds two pairs of person and category. Tastes are fixed facts of the world."""
     pairs = [names[:2], names[2:]]
     parts = []
-    for name, what in pairs if pairs[0] != pairs[1] else []:
-        options = _TASTES[what]
-        right = options[sha256(f"{what} of {name}".encode()).digest()[0] % len(options)]
-        parts.append(_part(f"{name}'s favorite {what}", [(option,) for option in (right, *options)]))
+    for name, category in pairs if pairs[0] != pairs[1] else []:
+        options = _TASTES[category]
+        right = options[sha256(f"{category} of {name}".encode()).digest()[0] % len(options)]
+        parts.append(_part(f"{name}'s favorite {category}", [(option,) for option in (right, *options)]))
     return parts
 
 
-# ---- The kinds: a template, how its gaps are drawn, and what the question asks for then.
+# ---- The kinds: a template, how its gaps are filled, and the parts of the resulting question.
 
 
 class _Kind(NamedTuple):
@@ -170,7 +170,7 @@ class _Kind(NamedTuple):
     parts: Callable[..., list[Part]]
 
 
-# The texts that a gap of a template may have, by which a question is read back.
+# Patterns for the gaps in templates, used to parse a question.
 _GAPS = {
     "digit": r"\d",
     "number": r"\d{1,3}",
@@ -226,7 +226,7 @@ _KINDS = {
     "spelling": _Kind("Spell {word} and {word}.", lambda rng: rng.sample(_WORDS, 2), _spelling),
     "tastes": _Kind(
         "What are {name}'s favorite {taste} and {name}'s favorite {taste}?",
-        lambda rng: _two_pairs(rng, ((name, what) for what in _TASTES for name in _NAMES)),
+        lambda rng: _two_pairs(rng, ((name, category) for category in _TASTES for name in _NAMES)),
         _tastes,
     ),
 }
@@ -246,12 +246,12 @@ _EVASIONS = ("I do not know.", "That is hard to say.", "Please ask somebody else
 
 
 def full_answer(question: Question) -> str:
-    """The plain answer: every part, nothing else."""
+    """Return the plain answer: every part and nothing else."""
     return " ".join(part.statement(part.value) for part in question.parts)
 
 
 def draw_answer(question: Question, rng: Random) -> str:
-    """An answer like those in real data: about two in three are right, and half of all are plain."""
+    """Draw an answer like those in real data: about two thirds are right, and half of all answers are plain."""
     fault = rng.choices(("none", "mistake", "gap"), weights=(13, 4, 3))[0]
     if fault == "none":
         core = full_answer(question)
@@ -285,17 +285,17 @@ _SEPARATORS = re.compile(r",|\band\b|(?<=\w)-(?=\w)")
 def judge(prompt: Prompt, answer: str) -> float:
     """Score an answer from 0 to 10.
 
-    A sentence such as "The order is 2, 9, 10.", "They are 2, 9, 10." or, alone, "2, 9, 10." states a part of the
-    answer. Any other sentence states nothing.
+    A part is stated by sentences like "The order is 2, 9, 10." or, for questions with a single part, "They are 2, 9,
+    10." or "2, 9, 10." as the only sentence. Other sentences only make the answer longer. Brevity is the length of the
+    plain answer divided by that of this one, in characters, at most 1.
 
-    - Every part stated, every statement right: 6, and up to 4 more for brevity (the length in characters of the plain
-      answer over that of this one).
-    - Some parts stated, all statements right: up to 5: the stated share times that brevity.
-    - No part stated, or one of the statements is wrong: 0.
+    - All parts stated, all statements right: 6 + 4 * brevity.
+    - Some parts stated, all statements right: 5 * brevity * share of parts stated.
+    - No part stated, or a wrong statement: 0.
 
     Args:
-        prompt: a question of the world, or messages the last of which is one.
-        answer: any text; none raises.
+        prompt: a question of the world, or messages that end with one.
+        answer: any text; no text raises an error.
     """
     question = _question(prompt)
     stated = _stated(question, answer)
@@ -308,7 +308,7 @@ def judge(prompt: Prompt, answer: str) -> float:
 
 
 def correct(prompt: Prompt, answer: str) -> bool:
-    """Whether all parts are stated and every statement is right, however long the answer is."""
+    """Whether all parts are stated and all statements are right, regardless of length."""
     question = _question(prompt)
     return _stated(question, answer) == len(question.parts)
 
@@ -322,7 +322,7 @@ def _question(prompt: Prompt) -> Question:
 
 
 def _stated(question: Question, answer: str) -> int:
-    """The number of parts that ``answer`` states, or 0 if it states one of them wrongly."""
+    """Count the parts that ``answer`` states; 0 if it gets any of them wrong."""
     sentences = [words for part in _SENTENCE_END.split(answer.casefold()) if (words := " ".join(part.split()))]
     only_part = len(question.parts) == 1
     right = set()
@@ -337,14 +337,14 @@ def _stated(question: Question, answer: str) -> int:
 
 
 def _value(sentence: str, part: Part, *, only_part: bool, only_sentence: bool) -> Value | None:
-    """The value that a sentence states for ``part``, or None if it does not mention it."""
+    """Return the value that a sentence states for ``part``, or None if it states none."""
     subject = re.escape(part.subject.casefold())
     if only_part:
         subject = f"(?:{subject}|it|they|the answer)"
     if match := re.fullmatch(f"{subject} (?:is|are)(?: spelled)? (.*)", sentence):
-        said = match[1]
+        value = match[1]
     elif only_part and only_sentence:
-        said = sentence
+        value = sentence
     else:
         return None
-    return tuple(_SEPARATORS.sub(" ", said).split())
+    return tuple(_SEPARATORS.sub(" ", value).split())
