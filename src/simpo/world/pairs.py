@@ -41,7 +41,7 @@ def make_prompts(count: int, seed: int, *, held_out: bool = False) -> list[Row]:
         prompts[draw_question(rng, held_out=held_out).prompt] = None
         repeated = 0 if len(prompts) > before else repeated + 1
     if len(prompts) < count:
-        raise SimpoError(f"count: cannot draw {count:,} distinct prompts; the tiny world has about {len(prompts):,}")
+        raise SimpoError(f"count: {count:,} distinct prompts requested, but the tiny world has about {len(prompts):,}")
     return [{"prompt": prompt} for prompt in prompts]
 
 
