@@ -309,7 +309,7 @@ def test_annotators_that_cannot_serve(annotator, options, said, sampled, capsys,
         ('{"prompt": "p"}\n', "responses.jsonl:1: id: expected text"),
         (
             '{"id": "1", "prompt": [1], "responses": ["a"]}\n',
-            "responses.jsonl:1: prompt holds something other than mess",
+            "responses.jsonl:1: prompt contains something other than mess",
         ),
         ('{"id": "1", "prompt": [], "responses": ["a"]}\n', "responses.jsonl:1: prompt has no messages"),
         ('{"id": "1", "prompt": "p", "responses": []}\n', "responses.jsonl:1: responses: expected one or more texts"),

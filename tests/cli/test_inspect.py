@@ -69,7 +69,7 @@ def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):
     inspect([path, "--model", model, "--max_length=100", "--max_prompt_length=40"])
     printed = capsys.readouterr().out
     assert "cut 1: prompt cut to max_prompt_length (a.jsonl:5)" in printed
-    assert "dropped 1: longer than max_length even if its prompt is cut (a.jsonl:6)" in printed
+    assert "dropped 1: longer than max_length even after its prompt is cut (a.jsonl:6)" in printed
 
 
 def test_options_reach_the_tokenization(model, data, capsys):

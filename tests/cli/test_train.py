@@ -138,7 +138,7 @@ def lines(*rows):
         pytest.param(
             lines({"chosen": ANSWER, "rejected": OTHER}),
             {"chat_template": "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"},
-            ["data.jsonl:1", "not the beginning"],
+            ["data.jsonl:1", "not a prefix"],
             id="prompt no prefix",
         ),
         pytest.param(lines(GOOD), {"max_batch_tokens": 3}, ["max_batch_tokens", "row 0"], id="budget too small"),

@@ -57,5 +57,5 @@ def test_a_cache_that_cannot_be_written_is_replaced(prepared, tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     assert prepared()[:] == expected
-    assert "file: the cache of data sets cannot be used" in caplog.text
+    assert "file: the dataset cache cannot be used" in caplog.text
     assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary[0]

@@ -112,7 +112,7 @@ def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
     ("row", "reason"),
     [
         ({"completion": 3}, "completion is int, not text or messages"),
-        ({"completion": [*USER]}, "completion does not end with the assistant's message"),
+        ({"completion": [*USER]}, "completion does not end with an assistant message"),
         ({"prompt": 3}, "prompt is int, not text or messages"),
     ],
 )
@@ -124,7 +124,7 @@ def test_bad_rows_say_why(row, reason):
 @pytest.mark.parametrize("label", [True, False])
 def test_labels_that_are_all_alike_are_refused(label, build_tokenizer):
     rows = Dataset.from_list([row | {"label": label} for row in feedback()])
-    with pytest.raises(SimpoError, match=f"^train: the label of every row is {str(label).lower()}; desirable"):
+    with pytest.raises(SimpoError, match=f"^train: every row has the label {str(label).lower()}; both desirable"):
         prepare_feedback(rows, build_tokenizer("chatml"), TokenizeSettings())
 
 
@@ -148,7 +148,7 @@ def test_a_conversation_with_a_label_is_feedback_and_never_trained_on_as_it_is(n
     found, expected = (prepare_feedback(each, tokenizer, TokenizeSettings()).dataset for each in (rows, plain))
     columns = ["prompt_ids", "response_ids", "label"]
     assert found.select_columns(columns)[:] == expected.select_columns(columns)[:]
-    with pytest.raises(BadRow, match="label judges messages that do not end with the assistant's"):
+    with pytest.raises(BadRow, match="label judges messages that do not end with an assistant message"):
         read_feedback(canonical({"messages": turns[0] + USER, name: True})[0], "")
     with pytest.raises(SimpoError, match="unpaired feedback"):
         prepare_sft(rows, tokenizer, TokenizeSettings())

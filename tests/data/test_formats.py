@@ -101,7 +101,7 @@ HI = [user("Hi?"), assistant("A")]
         ({"prompt": "p", "chosen": "a", "rejected": 3}, "rejected is int, not text or messages"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is int, not text or messages"),
         ({"chosen": "a", "rejected": "b"}, "no prompt column, and the transcripts share no"),
-        ({"chosen": HI, "rejected": [user("Hi?")]}, "rejected does not end with the assistant's message"),
+        ({"chosen": HI, "rejected": [user("Hi?")]}, "rejected does not end with an assistant message"),
         ({"chosen": HI, "rejected": [user("Ho?"), assistant("B")]}, "the conversations differ in more than"),
         (
             {"chosen": HI, "rejected": [*HI, user("?"), assistant("B")]},
@@ -116,7 +116,7 @@ HI = [user("Hi?"), assistant("A")]
             "the conversations do not start with the prompt",
         ),
         ({"prompt": PROMPT, "chosen": [], "rejected": HI}, "chosen has no messages"),
-        ({"prompt": PROMPT, "chosen": ["A"], "rejected": HI}, "chosen holds something other than messages"),
+        ({"prompt": PROMPT, "chosen": ["A"], "rejected": HI}, "chosen contains something other than messages"),
         (
             {"chosen": [*PROMPT, {"role": "assistant", "content": [{"type": "text"}]}], "rejected": HI},
             "chosen has a content part without text",

@@ -166,15 +166,18 @@ def test_colors_that_png_does_not_have(folder, tmp_path):
         (pair("what?", images=[b"not an image"]), "cannot be read (UnidentifiedImageError)"),
         (pair("what?", images=["https://example.com/a.png"]), "a URL"),
         (pair("what?", images=[3]), "an image is a int"),
-        (pair("<image> and <image>", images=["0.png"]), "1 images and 2 places"),
-        (pair([{"role": "user", "content": PARTS}], images=["0.png", "1.png"]), "2 images and 1 places"),
-        (pair([{"role": "user", "content": PARTS}]), "0 images and 1 places"),
-        (pair("what?", images=["0.png"], image="1.png"), "give one of them"),
+        (pair("<image> and <image>", images=["0.png"]), "(1) differs from that of their places in the messages (2)"),
+        (
+            pair([{"role": "user", "content": PARTS}], images=["0.png", "1.png"]),
+            "(2) differs from that of their places in the messages (1)",
+        ),
+        (pair([{"role": "user", "content": PARTS}]), "(0) differs from that of their places in the messages (1)"),
+        (pair("what?", images=["0.png"], image="1.png"), "keep one of them"),
         (pair("what?", images=["0.png"], videos=["a.mp4"]), "column 'videos'"),
         (pair([{"role": "user", "content": [{"type": "image", "image": "0.png"}]}]), "an image with 'image'"),
         (
             {"prompt": "what?", "chosen": [{"role": "assistant", "content": PARTS}], "rejected": "b", "image": "0.png"},
-            "a message of the assistant",
+            "an assistant message contains an image",
         ),
     ],
 )
@@ -193,7 +196,7 @@ def test_images_without_a_processor(folder):
     processor = FAMILIES["llava"].processor()
     with pytest.raises(SimpoError, match="no processor"):
         prepared([pair("what?", images=["0.png"])], processor.tokenizer, folder)
-    with pytest.raises(SimpoError, match="images, and answers are sampled for text only"):
+    with pytest.raises(SimpoError, match="images, but answers are sampled for text only"):
         prepare_prompts(as_dataset([pair("what?", images=["0.png"])], "prompts"), processor.tokenizer)
 
 
@@ -202,7 +205,7 @@ def test_rows_with_images_are_never_cut(mode, processor, folder):
     rows = [pair("7 " * 60, images=["1.png"]), pair("7 " * 60), pair("a")]
     found = prepared(rows, processor, folder, max_length=60, max_prompt_length=40, truncation_mode=mode)
     assert list(found.report.dropped.values()) == [1]
-    assert "not cut" in next(iter(found.report.dropped))
+    assert "never cut" in next(iter(found.report.dropped))
     assert list(found.report.cut.values()) == [1]
     assert [len(images) for images in found.dataset["images"]] == [0, 0]
 

@@ -171,7 +171,7 @@ def test_text_after_the_end_of_turn_is_no_response(build_tokenizer):
 def test_prompt_that_is_no_prefix_names_the_row(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = CHATML_THAT_COUNTS
-    with pytest.raises(SimpoError, match="train row 0: the chat template renders a prompt that is not"):
+    with pytest.raises(SimpoError, match="train row 0: the rendered prompt is not a prefix of"):
         tokenized(tokenizer, PAIR)
 
 

@@ -56,7 +56,7 @@ def test_mixer_without_a_test_split(folders):
         (("all", 1), ["train"], "dataset_mixer: .*a: 'all' is not a fraction"),
         ((1, 1), ["train", "dev"], "dataset_splits: 'dev' has neither 'train' nor 'test' in its name"),
         ((1, 1), ["test"], "dataset_splits: no split with 'train'"),
-        ((0, 0), ["train"], "dataset_mixer: the fractions leave no training row"),
+        ((0, 0), ["train"], "dataset_mixer: the fractions leave no training rows"),
     ],
 )
 def test_mixer_mistakes(folders, fractions, splits, message):
@@ -65,7 +65,7 @@ def test_mixer_mistakes(folders, fractions, splits, message):
 
 
 def test_mixer_needs_as_many_configurations(folders):
-    with pytest.raises(SimpoError, match="dataset_configs: 1 configurations for 2 data sets"):
+    with pytest.raises(SimpoError, match="dataset_configs: 1 configurations for 2 datasets"):
         load_mixture(dict.fromkeys(folders, 1.0), ["train"], ["default"])
     with pytest.raises(SimpoError, match="dataset_mixer: not a mapping"):
         load_mixture({}, ["train"])
@@ -73,7 +73,7 @@ def test_mixer_needs_as_many_configurations(folders):
 
 def test_one_file_is_not_used_for_training_and_evaluation(folders):
     name = f"{folders[0]}/train.jsonl"
-    with pytest.raises(SimpoError, match=r"train\.jsonl is one file and cannot be split train and test"):
+    with pytest.raises(SimpoError, match=r"train\.jsonl is one file and cannot be both train and test"):
         load_mixture({name: 1.0}, ["train", "test"])
     assert len(load_mixture({name: 1.0}, ["train"])[0]) == 10
 
@@ -111,7 +111,7 @@ def test_mixture_list_defaults(folders):
         ({"datasets": [{"name": "x"}]}, "dataset_mixture: .* is not a mapping with 'id'"),
         ({"datasets": [{"id": "x.json", "frac": 1}]}, "dataset_mixture: unknown key 'frac'"),
         ({"seed": "x"}, "dataset_mixture: seed 'x' is not a whole number"),
-        ({"test_split_size": 99}, "dataset_mixture: test_split_size 99 does not split 10 rows"),
+        ({"test_split_size": 99}, "dataset_mixture: test_split_size 99 is not valid for 10 rows"),
     ],
 )
 def test_mixture_list_mistakes(folders, change, message):

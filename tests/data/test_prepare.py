@@ -78,8 +78,8 @@ def test_half_a_surrogate_pair_is_a_bad_row(chatml, tmp_path):
     lines = [json.dumps({**GOOD, "rejected": "no \ud83d"}), *[json.dumps(GOOD)] * 99]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     report = prepare(load_rows(str(tmp_path / "a.jsonl"), split="train"), chatml, TokenizeSettings()).report
-    assert report.bad == {"text that is not Unicode (half of a surrogate pair)": 1}
-    assert report.examples == {"text that is not Unicode (half of a surrogate pair)": ["a.jsonl:1"]}
+    assert report.bad == {"text is not valid Unicode (it contains a lone surrogate)": 1}
+    assert report.examples == {"text is not valid Unicode (it contains a lone surrogate)": ["a.jsonl:1"]}
 
 
 def test_template_that_refuses_a_row(chatml):
@@ -88,18 +88,18 @@ def test_template_that_refuses_a_row(chatml):
         "{{ m['content'] }}<|im_end|>{% endfor %}"
     )
     report = prepare(rows_with([{**GOOD, "prompt": "bad"}], 100), chatml, TokenizeSettings()).report
-    assert report.bad == {"the chat template refuses it: no bad words": 1}
+    assert report.bad == {"the chat template rejects it: no bad words": 1}
 
 
 def test_no_row_of_a_recognized_shape(chatml):
     dataset = Dataset.from_list([{"prompt": "p", "completion": "c"}] * 3)
-    message = r"no row of a recognized shape \(train row 0: .*supervised fine-tuning.*accepted are \{prompt, chosen"
+    message = r"no row has a recognized shape \(train row 0: .*supervised fine-tuning.*accepted are \{prompt, chosen"
     with pytest.raises(SimpoError, match=message):
         prepare(dataset, chatml, TokenizeSettings())
 
 
 def test_not_a_single_data_set(chatml):
-    with pytest.raises(SimpoError, match=r"train: a dict instead of a datasets\.Dataset; give one split"):
+    with pytest.raises(SimpoError, match=r"train: a dict instead of a datasets\.Dataset; pass one split"):
         prepare({"train": []}, chatml, TokenizeSettings())
     with pytest.raises(SimpoError, match="train: no rows"):
         prepare(Dataset.from_list([]), chatml, TokenizeSettings())
@@ -109,7 +109,7 @@ def test_tokenized_data_is_returned_as_it_is(chatml):
     first = prepare(Dataset.from_list([GOOD]), chatml, TokenizeSettings())
     second = prepare(first.dataset, chatml, TokenizeSettings(max_length=2))
     assert second.dataset is first.dataset
-    assert second.report.notices == ["already tokenized: taken as it is"] and second.report.used == 1
+    assert second.report.notices == ["already tokenized, used unchanged"] and second.report.used == 1
 
 
 @pytest.fixture

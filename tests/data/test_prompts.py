@@ -165,7 +165,7 @@ def test_no_prompts(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     with pytest.raises(SimpoError, match=r"^prompts: no rows"):
         prompts_of(tokenizer)
-    with pytest.raises(SimpoError, match=r"prompts: no row of a recognized shape .*columns topic.*instruction"):
+    with pytest.raises(SimpoError, match=r"prompts: no row has a recognized shape .*columns topic.*instruction"):
         prompts_of(tokenizer, {"topic": "?"})
     tokenizer.chat_template = None
     with pytest.raises(SimpoError, match="prompts row 0: a conversation, but the tokenizer has no chat template"):
@@ -192,5 +192,5 @@ def test_prompts_that_are_no_unicode_are_bad_rows_without_a_tokenizer(tmp_path):
     )
     prompts, report = read_prompts(load_rows(str(tmp_path / "a.jsonl"), split="train"))
     assert len(prompts) == 99 and report.examples == {
-        "text that is not Unicode (half of a surrogate pair)": ["a.jsonl:100"]
+        "text is not valid Unicode (it contains a lone surrogate)": ["a.jsonl:100"]
     }

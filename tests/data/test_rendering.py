@@ -167,7 +167,7 @@ def test_variables_that_the_template_never_reads(tokenizer):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (pair(images=["a.png"]), "images, but no processor"),
+        (pair(images=["a.png"]), "images, but there is no processor"),
         (
             pair({"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}),
             "content part of type 'image_url'",
@@ -178,7 +178,7 @@ def test_variables_that_the_template_never_reads(tokenizer):
         (pair(chat_template_kwargs={"tools": []}), "chat_template_kwargs has 'tools'"),
         (pair(assistant("Hm.", weight=0)), "chosen ends with a message that is not trained on"),
         (pair(assistant("Hm.", weight=0.5)), "weight: 0.5; only 0 and 1"),
-        (pair(assistant("Hm.", tool_calls=[{"function": {}}])), "a tool call without the name of a function"),
+        (pair(assistant("Hm.", tool_calls=[{"function": {}}])), "a tool call without a function name"),
     ],
 )
 def test_what_is_not_supported_is_a_bad_row(tokenizer, row, reason):
@@ -195,7 +195,7 @@ def test_columns_and_keys_without_effect_are_counted(build_tokenizer):
     assert report.ignored == {
         "column 'weight', which has no effect": 1,
         "tools, which the chat template does not render": 1,
-        "'name' of a message, which the chat template never reads": 1,
+        "message key 'name', which the chat template never reads": 1,
     }
     assert ("data/train/ignored", 3) in report.metrics()
 
@@ -277,9 +277,9 @@ def test_a_turn_without_weight_is_context(tokenizer, key):
     found, report = conversations(tokenizer, {"messages": last})
     assert found == [(fed(tokenizer, last[:1]), "Right.<|im_end|>")]
     assert report.cut == {UNANSWERED_CUT: 1}
-    with pytest.raises(SimpoError, match="no answer is trained on"):
+    with pytest.raises(SimpoError, match="no answer to train on"):
         conversations(tokenizer, {"messages": [user("Hi?"), assistant("WRONG", **key)]})
-    with pytest.raises(SimpoError, match="only the assistant is trained"):
+    with pytest.raises(SimpoError, match="only assistant messages count"):
         conversations(tokenizer, {"messages": [user("Hi?", weight=1), assistant("Right.")]})
 
 
@@ -307,13 +307,13 @@ def test_one_row_per_answer_where_earlier_answers_are_rendered_differently(token
 
 
 def test_reasoning_that_the_template_does_not_know_is_not_lost(build_tokenizer):
-    with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning that the chat template does not render"):
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: the chat template does not render the reasoning"):
         pairs(build_tokenizer("chatml"), pair(assistant("4", reasoning_content="Two and two.")))
 
 
 def test_reasoning_that_does_not_end_is_a_bad_row(tokenizer, build_tokenizer):
     """As of a sampled answer that was cut off: the template would close an empty reasoning before it."""
-    with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning that does not end"):
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning does not end"):
         pairs(tokenizer, pair("<think>\nTwo and"))
     earlier = [user("2 and 2?"), assistant("<think>\nTwo and"), user("Go on.")]  # as in a chat: context is not scored
     assert pairs(tokenizer, pair(prompt=earlier))[0][0][0] == fed(tokenizer, earlier)
@@ -327,7 +327,7 @@ def test_trimmed_white_space_is_counted(build_tokenizer):
     tokenizer.chat_template = TRIMMING
     found, report = pairs(tokenizer, pair(" It is 3 C.\n"), pair())
     assert found[0] == found[1]
-    assert report.cut == {"white space around an answer, which the chat template drops": 1}
+    assert report.cut == {"whitespace around an answer, which the chat template strips": 1}
 
 
 def test_a_template_that_loses_a_part_of_an_answer(build_tokenizer):
@@ -459,7 +459,7 @@ def test_a_template_that_opens_reasoning_in_prompts_only(build_tokenizer, reason
         ),
     ]
     assert list(report.split.values()) == [1]
-    with pytest.raises(SimpoError, match="the prompt that generation is fed already ends it"):
+    with pytest.raises(SimpoError, match="the generation prompt already closes it"):
         conversations(tokenizer, {"messages": [bare[0], reasoned]})
 
 
@@ -487,7 +487,7 @@ def test_a_message_that_is_left_out_is_noticed_where_others_have_its_text(build_
     asked = [user("yes"), assistant("yes"), user("yes")]
     assert pairs(tokenizer, pair(prompt=asked))[0][0][0] == fed(tokenizer, asked)
     tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages", "for m in messages[-2:]")
-    with pytest.raises(SimpoError, match="leaves out a message of role 'user'"):
+    with pytest.raises(SimpoError, match="does not render a message with role 'user'"):
         pairs(tokenizer, pair(prompt=asked))
 
 
@@ -513,7 +513,7 @@ def test_a_turn_whose_header_the_template_leaves_out_is_a_bad_row(build_tokenize
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
     )
     assert pairs(tokenizer, pair())[0][0][1][0] == "\n</think>\n\nIt is 3 C.<|im_end|>"
-    with pytest.raises(SimpoError, match=r"rows.jsonl:1: .* not the beginning of the rendered conversation"):
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: .* not a prefix of the rendered conversation"):
         pairs(tokenizer, pair() | {"prompt": [user("Hi?"), assistant("Hello."), user("Weather?")]})
 
 
@@ -566,7 +566,7 @@ def test_all_system_messages_at_the_beginning_are_folded(build_tokenizer):
     rules = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
     found, _ = pairs(tokenizer, pair() | {"prompt": [*rules, user("Hi?")]}, rendering=RenderSettings({}, "fold"))
     assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nBe kind.\n\nHi?")])
-    with pytest.raises(SimpoError, match=r"rows.jsonl:1: a system message that no user message follows"):
+    with pytest.raises(SimpoError, match=r"rows.jsonl:1: a system message cannot be folded"):
         pairs(
             tokenizer,
             pair() | {"prompt": [*rules, {"role": "tool", "content": "3 C"}]},

@@ -202,13 +202,16 @@ def test_rows_that_are_known_stay_as_they_are(row):
         ({**COMPARISONS["Arena"][0], "winner": "tie (bothbad)"}, "winner is a tie"),
         ({**COMPARISONS["Arena"][0], "winner": "both_bad"}, "winner is a tie"),
         ({**COMPARISONS["SafeRLHF"][0], "better_response_id": -1}, "better_response_id does not"),
-        ({"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 4}, "one response a row, rated by helpf"),
+        ({"prompt": "p", "response": "r", "helpfulness": 4, "correctness": 4}, "one response per row, rated by helpf"),
         ({"instruction": "q", "context": "A text.", "response": "r"}, "column context next to instruction"),
         ({"instruction": "q", "history": [["a", "b"]], "output": "r"}, "column history next to instruction"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "conversations has a message from 'narrator'"),
         ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "conversations has a function_call that"),
         ({"input": "x", "preferred_output": [], "non_preferred_output": []}, "input has no messages"),
-        ({"prompt": "p", "completions": [{"response": "a", "score": 1}, {"response": "b"}]}, "completions without a"),
+        (
+            {"prompt": "p", "completions": [{"response": "a", "score": 1}, {"response": "b"}]},
+            "completions has items without a",
+        ),
         ({"tools": "get_weather", "prompt": "p", **PAIR}, "tools is text that is neither"),
     ],
 )
@@ -222,7 +225,7 @@ def test_ties_are_dropped_and_counted(build_tokenizer):
     rows = [row | {"overall_preference": value} for value in (1, 0, -2, 0)]
     report = prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report
     assert (report.used, report.dropped, report.bad) == (2, {"overall_preference is a tie": 2}, {})
-    with pytest.raises(SimpoError, match="no row is left; dropped are overall_preference is a tie"):
+    with pytest.raises(SimpoError, match="every row was dropped: overall_preference is a tie"):
         prepare(Dataset.from_list(rows[1:2]), build_tokenizer("chatml"), TokenizeSettings())
     assert len(prepare_prompts(Dataset.from_list(rows), build_tokenizer("chatml"))) == 1
 
@@ -334,7 +337,7 @@ def test_quotes_line_breaks_and_byte_order_marks_in_csv(tmp_path):
         ('prompt,chosen\na,"b"c\n', r"a\.csv:2: not a readable csv file"),
         (b"prompt,chosen\na,\xff\n", r"a\.csv: cannot be read: .*UTF-8"),
         ("prompt,chosen\n", r"a\.csv: no rows"),
-        ("prompt, chosen\na, b\n", r"a\.csv:1: the column name ' chosen' has white space around it"),
+        ("prompt, chosen\na, b\n", r"a\.csv:1: the column name ' chosen' has whitespace around it"),
     ],
 )
 def test_csv_files_that_are_not_tables(tmp_path, text, message):
@@ -375,7 +378,7 @@ def test_column_mapping(kind, tmp_path, build_tokenizer):
         load_rows(str(path), split="train", column_mapping={"asked": "prompt"})
     with pytest.raises(SimpoError, match=r"column_mapping: .* would have two columns 'chosen'"):
         load_rows(str(path), split="train", column_mapping={"ask": "chosen"})
-    with pytest.raises(SimpoError, match=r"column_mapping: .* is not"):
+    with pytest.raises(SimpoError, match=r"column_mapping: .* does not map"):
         load_rows(str(path), split="train", column_mapping=["ask"])
 
 
@@ -422,7 +425,7 @@ def test_transcripts_that_start_with_something_else_are_bad_rows(opening, build_
     """They cannot be split into turns, and would become one user message that ends with the cue."""
     rows = Dataset.from_list([{name: f"{opening}\n\nAssistant: {text}" for name, text in PAIR.items()}])
     tokenizer = build_tokenizer("chatml")
-    with pytest.raises(SimpoError, match="chosen is rendered with a chat template already"):
+    with pytest.raises(SimpoError, match="chosen is already rendered with a chat template"):
         prepare(rows, tokenizer, TokenizeSettings())
     tokenizer.chat_template = None
     assert prepare(rows, tokenizer, TokenizeSettings()).report.used == 1
@@ -454,11 +457,11 @@ RENDERED = {
 def test_rendered_prompts_are_not_rendered_again(name, build_tokenizer):
     tokenizer, text = build_tokenizer("chatml"), RENDERED[name]
     for row in ({"prompt": text, **PAIR}, {"prompt": chat(text), **PAIR}):
-        with pytest.raises(SimpoError, match=r"train row 0: prompt is rendered .*chat_template: none"):
+        with pytest.raises(SimpoError, match=r"train row 0: prompt is already rendered .*chat_template: none"):
             prepare(Dataset.from_list([row]), tokenizer, TokenizeSettings())
-    with pytest.raises(SimpoError, match="prompt is rendered"):
+    with pytest.raises(SimpoError, match="prompt is already rendered"):
         prepare_prompts(Dataset.from_list([{"prompt": text}]), tokenizer)
-    with pytest.raises(SimpoError, match="prompt is rendered"):
+    with pytest.raises(SimpoError, match="prompt is already rendered"):
         read_prompts(Dataset.from_list([{"prompt": text}]))
     tokenizer.chat_template = None  # where the text is what the model reads
     assert prepare(Dataset.from_list([{"prompt": text, **PAIR}]), tokenizer, TokenizeSettings()).report.used == 1
@@ -466,7 +469,7 @@ def test_rendered_prompts_are_not_rendered_again(name, build_tokenizer):
 
 def test_texts_in_the_models_own_template_are_noticed(tokenizer):
     prompt = tokenizer.apply_chat_template(chat("Hi?"), tokenize=False, add_generation_prompt=True)
-    with pytest.raises(SimpoError, match="prompt is rendered"):
+    with pytest.raises(SimpoError, match="prompt is already rendered"):
         prepare(Dataset.from_list([{"prompt": prompt, **PAIR}]), tokenizer, TokenizeSettings())
 
 
@@ -478,9 +481,9 @@ def test_questions_about_special_tokens_are_text(build_tokenizer):
     assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 8
     rows = [{"prompt": chat(f"{example}\nExplain this."), **PAIR} for example in examples]
     assert prepare(Dataset.from_list(rows), build_tokenizer("chatml"), TokenizeSettings()).report.used == 2
-    with pytest.raises(SimpoError, match="chosen is rendered"):
+    with pytest.raises(SimpoError, match="chosen is already rendered"):
         row = {"prompt": "Hi?", "chosen": "<|im_start|>assistant\nyes<|im_end|>", "rejected": "no"}
         prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())
-    with pytest.raises(SimpoError, match="rejected is rendered"):
+    with pytest.raises(SimpoError, match="rejected is already rendered"):
         row = {"prompt": "Hi?", "chosen": "yes", "rejected": "<|channel|>analysis<|message|>Hm.<|end|>"}
         prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())

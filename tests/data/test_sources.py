@@ -138,7 +138,7 @@ BROKEN = [
     ("a.parquet", b"plain", r"a\.parquet: not a readable parquet file: "),
     ("a.arrow", b"plain", r"a\.arrow: not a readable arrow file: "),
     ("a.csv", b"", r"a\.csv: not a readable csv file: "),
-    ("a.xlsx", b"", r"a\.xlsx: unknown kind of file; known are "),
+    ("a.xlsx", b"", r"a\.xlsx: unsupported file type; supported are "),
 ]
 
 
@@ -165,7 +165,7 @@ def test_missing_files(name):
 
 def test_folders_without_the_split(tmp_path):
     write_lines(tmp_path / "some" / "train.jsonl")
-    with pytest.raises(SimpoError, match=r"some: no file of split 'test' in this folder; it has train\.jsonl"):
+    with pytest.raises(SimpoError, match=r"some: no file for split 'test' in this folder; it has train\.jsonl"):
         load(tmp_path / "some", "test")
     (tmp_path / "none").mkdir()
     with pytest.raises(SimpoError, match="none: no data files in this folder"):
@@ -174,7 +174,7 @@ def test_folders_without_the_split(tmp_path):
 
 def test_hub_errors_are_reworded(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SimpoError, match=r"^org/SimPO-v0\.2: neither a file .* nor a hub data set") as caught:
+    with pytest.raises(SimpoError, match=r"^org/SimPO-v0\.2: neither a local file .* nor a hub dataset") as caught:
         load("org/SimPO-v0.2")
     assert "\n" not in str(caught.value)
 
@@ -251,7 +251,7 @@ def test_slices_of_several_splits_of_a_folder(tmp_path):
     for name in ("train", "test"):
         write_lines(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{n}"} for n in range(3)])
     assert prompts(tmp_path, "train[:1]+test[2:]") == ["train0", "test2"]
-    with pytest.raises(SimpoError, match=r"no file of split 'dev'.* it has test\.jsonl, train\.jsonl"):
+    with pytest.raises(SimpoError, match=r"no file for split 'dev'.* it has test\.jsonl, train\.jsonl"):
         prompts(tmp_path, "dev[:1]")
 
 
@@ -316,7 +316,7 @@ def test_columns_with_the_names_of_our_own(name, kind, tmp_path):
     if kind != "parquet":
         assert load(path)[0][0] == row
         return
-    with pytest.raises(SimpoError, match=f"a.parquet: the column name '{name}' is used internally"):
+    with pytest.raises(SimpoError, match=f"a.parquet: the column name '{name}' is reserved"):
         load(path)
 
 
@@ -352,7 +352,7 @@ def test_rows_given_in_python():
     ("rows", "message"),
     [
         (DatasetDict(train=Dataset.from_list(FLAT)), "train_dataset: a DatasetDict with the splits 'train'; pass one"),
-        (Dataset.from_list(FLAT).to_iterable_dataset(), "train_dataset: a streaming data set; pass "),
+        (Dataset.from_list(FLAT).to_iterable_dataset(), "train_dataset: a streaming dataset; load "),
         ({"prompt": ["p"]}, "train_dataset: a dict; pass a datasets.Dataset"),
         ("train.jsonl", "train_dataset: a str; pass a datasets.Dataset"),
         ([1, 2], "train_dataset: a list; pass a datasets.Dataset"),
@@ -375,7 +375,7 @@ def test_a_copy_of_a_hub_repository(tmp_path):
     for split, count in (("train", 2), ("test", 1)):
         pd.DataFrame(FLAT[:1] * count).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     assert (len(load(tmp_path)), len(load(tmp_path, "test"))) == (2, 1)
-    with pytest.raises(SimpoError, match="data: no file of split 'dev' in this folder"):
+    with pytest.raises(SimpoError, match="data: no file for split 'dev' in this folder"):
         load(tmp_path, "dev")
 
 

@@ -241,9 +241,9 @@ def with_good(bad, count=100):
         (chat("Hi?"), "no assistant message"),
         (chat("Hi?", ""), "empty response"),
         (chat("Hi?", " <|im_end|>\n", "no?", "yes"), "empty response"),
-        (chat("", "Hi?")[1:], "the conversation starts with the assistant's message"),
-        ([*chat("Hi?", "a"), *chat("", "b")[1:]], "an assistant's message does not follow a user's or a tool's"),
-        ([{"role": "gpt", "content": "Hi?"}], "a message's role is 'gpt', not one of system,"),
+        (chat("", "Hi?")[1:], "the conversation starts with an assistant message"),
+        ([*chat("Hi?", "a"), *chat("", "b")[1:]], "an assistant message does not follow a user or tool message"),
+        ([{"role": "gpt", "content": "Hi?"}], "a message has the role 'gpt', which is neither one of system,"),
         ([], "messages has no messages"),
         (None, "messages is null, not a list of messages"),
     ],
@@ -264,8 +264,8 @@ def test_bad_rows_are_counted_and_named(build_tokenizer, messages, reason):
         ({"prompt": "Hi?", "completion": None}, "completion is null, not text or messages"),
         ({"prompt": None, "completion": "Yes."}, "prompt is null, not text or messages"),
         ({"prompt": "Hi?", "completion": ""}, "empty response"),
-        ({"prompt": "Hi?", "completion": chat("Hi?", "Yes.")}, "completion does not start with the assistant's"),
-        ({"prompt": chat("Hi?", "Yes."), "completion": "No."}, "an assistant's message does not follow"),
+        ({"prompt": "Hi?", "completion": chat("Hi?", "Yes.")}, "completion does not start with an assistant message"),
+        ({"prompt": chat("Hi?", "Yes."), "completion": "No."}, "an assistant message does not follow"),
     ],
 )
 def test_bad_completions(build_tokenizer, tmp_path, row, reason):
@@ -288,13 +288,13 @@ def test_messages_after_the_last_answer_are_counted(build_tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "comparisons: simpo train"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "comparisons: use simpo train"),
         ({"prompt": "p", "completion": "c", "label": False}, "unpaired feedback"),
         ({"question": "q"}, "columns question.*accepted are {messages}"),
     ],
 )
 def test_other_shapes_are_refused(build_tokenizer, row, message):
-    with pytest.raises(SimpoError, match=f"train: no row of a recognized shape .*{message}"):
+    with pytest.raises(SimpoError, match=f"train: no row has a recognized shape .*{message}"):
         tokenized(build_tokenizer("chatml"), row)
 
 
@@ -313,7 +313,7 @@ def test_tokenized_data(build_tokenizer):
     assert prepare_sft(first.dataset, tokenizer, TokenizeSettings()).dataset is first.dataset
     assert first.report.lines() == ["train: 100 conversations of 100 rows"]
     pairs = first.dataset.map(lambda row: {"response_ids": row["response_ids"] * 2})
-    with pytest.raises(SimpoError, match=r"train: tokenized comparisons with up to 2 responses \(simpo train\)"):
+    with pytest.raises(SimpoError, match=r"train: tokenized comparisons \(up to 2 responses\), not conversations"):
         prepare_sft(pairs, tokenizer, TokenizeSettings())
 
 
@@ -346,7 +346,7 @@ def test_a_template_that_writes_the_last_answer_otherwise(build_tokenizer):
 def test_a_prompt_that_is_no_prefix_names_the_row(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(SimpoError, match="train row 0: the chat template renders a prompt that is not"):
+    with pytest.raises(SimpoError, match="train row 0: the rendered prompt is not a prefix of"):
         tokenized(tokenizer, {"messages": chat(*THREE)})
 
 

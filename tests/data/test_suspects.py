@@ -92,7 +92,7 @@ def test_reasoning_and_variables_of_the_template_in_columns_of_their_own_are_cou
     found = report(chatml, row, PAIR | {"shout": None, "reasoning": ""})
     assert found.ignored == {
         "column 'reasoning', which has no effect": 1,
-        "column 'shout', a variable of the chat template; put it into chat_template_kwargs": 1,
+        "column 'shout', a variable of the chat template that belongs in chat_template_kwargs": 1,
     }
     assert not report(chatml, PAIR | {"chat_template_kwargs": {"shout": True}}).ignored
     assert not report(chatml, PAIR | {"messages": talk(QUESTION, "It is Paris.")}).ignored  # not only a variable
@@ -105,7 +105,9 @@ def test_a_column_named_like_a_variable_of_the_templates_own_is_not_counted(chat
     given = "{% if shout is not defined %}{% set shout = false %}{% endif %}{{ 'LOUD' if shout }}"
     chatml.chat_template = own + given + CHATML
     found = report(chatml, PAIR | dict.fromkeys(("content", "role", "text", "shout"), "x"))
-    assert list(found.ignored) == ["column 'shout', a variable of the chat template; put it into chat_template_kwargs"]
+    assert list(found.ignored) == [
+        "column 'shout', a variable of the chat template that belongs in chat_template_kwargs"
+    ]
 
 
 def test_system_prompts_of_single_responses_are_counted(chatml):
@@ -257,13 +259,13 @@ def test_roles_that_the_chat_template_names_are_rendered(chatml, how, template, 
         [turn(known, "Paris is a capital."), turn("user", "Which one?")], add_generation_prompt=True, tokenize=False
     )
     assert chatml.decode(ids) == expected
-    with pytest.raises(SimpoError, match=f"role is '{unknown}'"):
+    with pytest.raises(SimpoError, match=f"the role '{unknown}'"):
         prepared(unknown)
 
 
 def test_a_role_whose_content_the_chat_template_leaves_out_is_a_bad_row(chatml):
     chatml.chat_template = COMPARED
-    with pytest.raises(SimpoError, match="leaves out a message of role 'note'"):
+    with pytest.raises(SimpoError, match="does not render a message with role 'note'"):
         report(chatml, PAIR | {"prompt": [turn("note", "Paris is a capital."), turn("user", "Which one?")]})
 
 
@@ -272,10 +274,10 @@ def test_unknown_roles_are_bad_rows(chatml, how):
     row = PAIR | {"completion": "Paris.", "label": True, "prompt": [turn("bot", "Hi"), turn("user", "And?")]}
     if how is prepare_sft:
         row = {"messages": [*row["prompt"], turn("assistant", "Paris.")]}
-    with pytest.raises(SimpoError, match="role is 'bot'"):
+    with pytest.raises(SimpoError, match="the role 'bot'"):
         report(chatml, row, how=how)
     if how is prepare:
-        with pytest.raises(SimpoError, match="role is 'bot'"):
+        with pytest.raises(SimpoError, match="the role 'bot'"):
             prepare_prompts(as_dataset([{"prompt": row["prompt"]}], "rows"), chatml)
 
 

@@ -507,7 +507,7 @@ def test_single_responses_are_for_kto(judged, make_trainer, pairs):
         SimpoError, match=r"train: single responses with labels, and 'dpo' is trained on pairs; .* kto, bco$"
     ):
         make_trainer(judged, objective="dpo")
-    with pytest.raises(SimpoError, match="train: the label of every row is true; desirable"):
+    with pytest.raises(SimpoError, match="train: every row has the label true; both desirable"):
         make_trainer(judged.select([0, 3, 4]), objective="kto")
     with pytest.raises(SimpoError, match="eval_dataset: comparisons and single responses"):
         make_trainer(judged, objective="kto").evaluate(pairs(3))

@@ -327,7 +327,7 @@ def test_rows_of_other_types_work_or_say_what_to_pass(pairs, config, make_model)
     split = DatasetDict(train=rows, test=rows)
     for given, message in (
         (split, "^train_dataset: a DatasetDict with the splits 'train', 'test'; pass one"),
-        (rows.to_iterable_dataset(), "^train_dataset: a streaming data set; pass"),
+        (rows.to_iterable_dataset(), "^train_dataset: a streaming dataset; load"),
         (rows.to_pandas(), "^train_dataset: a DataFrame; pass a datasets.Dataset"),
     ):
         with pytest.raises(SimpoError, match=message):

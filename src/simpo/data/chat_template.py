@@ -56,9 +56,9 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[
     except MemoryError:
         raise SimpoError(f"chat_template: one conversation takes more than {_MEMORY >> 30} GiB to render") from None
     except Exception as error:
-        raise BadRow(f"the chat template refuses it: {one_line(error)}") from error
+        raise BadRow(f"the chat template rejects it: {one_line(error)}") from error
     if len(text) > _LONGEST:
-        raise SimpoError(f"chat_template: one conversation becomes {len(text):,} characters")
+        raise SimpoError(f"chat_template: one conversation renders to {len(text):,} characters")
     return text
 
 
@@ -114,8 +114,8 @@ SandboxedEnvironment.default_binop_table |= {
 SENTINEL = "\uf8ffresponse\uf8ff"
 _SENTINELS = tuple(f"\uf8ff{name}\uf8ff" for name in ("first", "second", "third"))
 NO_SYSTEM_ROLE = (
-    "the chat template has no system role; set system_message: fold, which writes the system message into the first "
-    "user message"
+    "the chat template has no system role; set system_message: fold to merge the system message into the first user "
+    "message"
 )
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # A role named in a template: a whole string, as in a comparison, or the word after the markup that starts a turn.
@@ -214,17 +214,17 @@ class ChatTemplate:
             header = answered.removeprefix(prompt).partition(_SENTINELS[0])[0]
             if prompt == self.render(asked, Context()) and answered.startswith(prompt) and header.strip():
                 found.append(
-                    f"the chat template has no generation prompt: the header {header.strip()!r} is a part of every "
-                    "answer, is scored, and has to be generated"
+                    f"the chat template has no generation prompt: the header {header.strip()!r} is part of every "
+                    "answer, so it is scored and has to be generated"
                 )
             if self._writes_date(prompt):
                 known = "date_string" in self.variables
-                advice = "; chat_template_kwargs: {date_string: ...} fixes it" if known else ""
-                found.append(f"the chat template writes the date of tokenization into the prompts{advice}")
+                advice = "; set chat_template_kwargs: {date_string: ...} to fix the date" if known else ""
+                found.append(f"the chat template writes the current date into prompts{advice}")
         if end.tail.strip() and end.text not in end.tail:
             found.append(
-                f"the chat template ends turns with {end.tail.strip()!r}, which is no token of this tokenizer: answers "
-                f"end with {end.text!r}"
+                f"the chat template ends turns with {end.tail.strip()!r}, which is not a token of this tokenizer; "
+                f"answers end with {end.text!r} instead"
             )
         return found
 
@@ -404,7 +404,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
             text, token_id = eos, tokenizer.eos_token_id
         return EndOfTurn(token_id, text, tail)
     if tokenizer.eos_token_id is None:
-        raise SimpoError("the tokenizer has no EOS and its chat template ends no turn; set an eos_token")
+        raise SimpoError("the tokenizer has no EOS and its chat template does not end turns; set an eos_token")
     return EndOfTurn(tokenizer.eos_token_id, tokenizer.eos_token, tail)
 
 
@@ -415,9 +415,9 @@ def _text_after_answer(tokenizer: PreTrainedTokenizerBase, *following: Message) 
     try:
         text = template.render([*messages, *following], Context())
     except BadRow as refused:
-        raise SimpoError(f"a user and an assistant message: {refused.reason}") from refused
+        raise SimpoError(f"cannot render a user and an assistant message: {refused.reason}") from refused
     if SENTINEL not in text:
-        raise SimpoError("the chat template leaves out the assistant's message; set chat_template to another")
+        raise SimpoError("the chat template does not render assistant messages; set chat_template to another one")
     return text.rpartition(SENTINEL)[2]
 
 

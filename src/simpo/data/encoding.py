@@ -35,7 +35,7 @@ class Encoder:
         if not tokenizer.is_fast:
             raise SimpoError(
                 f"{tokenizer.name_or_path or type(tokenizer).__name__}: not a fast tokenizer; "
-                "give a model with a tokenizer.json"
+                "use a model with a tokenizer.json"
             )
         self._tokenizer = tokenizer
         # Special tokens first: the first one is used to test whether a space is inserted after special tokens.
@@ -178,7 +178,7 @@ class LiteralText:
         used = set().union(*texts, *answers)
         unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
         if (marker := next(unused, None)) is None:
-            raise BadRow("text of special tokens, and all private-use characters, one of which would have to mark it")
+            raise BadRow("special-token text cannot be marked, because the row uses every private-use character")
         return marker
 
     def mark(self, value: Any, marker: str, role: str | None = None) -> Any:

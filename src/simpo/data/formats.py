@@ -83,11 +83,11 @@ def read_comparison(row: Mapping[str, Any], where: str, roles: Collection[str] =
     if not is_comparison(row):
         columns, hint = set(row), ""
         if {"prompt", "completion", "label"} <= columns:
-            hint = " (unpaired feedback, not comparisons: objective kto)"
+            hint = " (unpaired feedback, not comparisons: use objective: kto)"
         elif {"prompt", "responses"} <= columns:
-            hint = " (responses without scores, by which they are ranked: simpo annotate, then simpo pair)"
+            hint = " (responses without scores to rank them by: use simpo annotate, then simpo pair)"
         elif {"prompt", "completion"} <= columns or "messages" in columns:
-            hint = " (data for supervised fine-tuning, not comparisons: simpo sft)"
+            hint = " (data for supervised fine-tuning, not comparisons: use simpo sft)"
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}{hint}")
     scores, used = None, ("prompt", "chosen", "rejected")
     if {"chosen", "rejected"} <= set(row):
@@ -154,13 +154,13 @@ def _read_responses(
     # If the responses are whole transcripts, the prompt only repeats what they have in common.
     if prompt is not None and not all(map(is_transcript, texts)):
         if is_transcript(prompt) and any(text.lstrip().startswith(prompt.strip()) for text in texts):
-            raise BadRow("one response repeats the prompt's transcript, and another one does not")
+            raise BadRow("one response repeats the prompt's transcript, but another one does not")
         return prompt, texts
     split = split_transcripts(texts)
     if split is None:
         raise BadRow(
             "no prompt column, and the transcripts share no '\\n\\nAssistant:'; if another column has the prompt, "
-            "rename that one (column_mapping)"
+            "rename it with column_mapping"
         )
     return split
 
@@ -192,7 +192,7 @@ def _split_conversations(
     conversations = [_whole_conversation(prompt, opening, drop_train_key(ending)) for ending in endings]
     for conversation, name in zip(conversations, names, strict=True):
         if conversation[-1]["role"] != "assistant":
-            raise BadRow(f"{name} does not end with the assistant's message")
+            raise BadRow(f"{name} does not end with an assistant message")
     first = conversations[0]
     shared = min(map(len, conversations)) - 1
     shared = next((i for i in range(shared) if any(other[i] != first[i] for other in conversations)), shared)
@@ -225,9 +225,9 @@ def read_conversation(row: Mapping[str, Any], where: str, roles: Collection[str]
         extra = other_columns(row, "messages", *CONTEXT_COLUMNS)
         return _split_turns(row, [], _read_dialogue(row["messages"], roles), where, extra)
     if not {"prompt", "completion"} <= columns or "label" in columns:
-        hint = " (comparisons: simpo train)" if is_comparison(row) else ""
+        hint = " (comparisons: use simpo train)" if is_comparison(row) else ""
         if {"prompt", "completion", "label"} <= columns:
-            hint = " (unpaired feedback, which also holds what is not to be learned)"
+            hint = " (unpaired feedback, which includes undesirable responses)"
         raise UnknownShape(f"no recognized shape: columns {columns_of(row)}{hint}")
     extra = other_columns(row, "prompt", "completion", *CONTEXT_COLUMNS)
     for name in ("prompt", "completion"):
@@ -253,23 +253,23 @@ def _split_turns(
 ) -> Conversation:
     """Split messages before the first and after the last answer that is trained on."""
     if prompt and rest[0]["role"] != "assistant":
-        raise BadRow("completion does not start with the assistant's message")
+        raise BadRow("completion does not start with an assistant message")
     messages = [*prompt, *rest]
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None:
         raise BadRow("no assistant message")
     if not first and not prompt:
-        raise BadRow("the conversation starts with the assistant's message")
+        raise BadRow("the conversation starts with an assistant message")
     for before, message in pairwise(messages[max(0, len(prompt) - 1) :]):
         if message["role"] == "assistant" and before["role"] not in ASKING:
-            raise BadRow("an assistant's message does not follow a user's or a tool's")
+            raise BadRow("an assistant message does not follow a user or tool message")
     learned = [
         i
         for i, message in enumerate(messages)
         if i >= len(prompt) and message["role"] == "assistant" and message.get(TRAIN, True)
     ]
     if not learned:
-        raise BadRow("no answer is trained on: every one has weight 0 or train false")
+        raise BadRow("no answer to train on: all of them have weight 0 or train false")
     messages = drop_train_key(messages)
     start, end = learned[0], learned[-1] + 1
     opening, following, context = apply_context(row, messages[:start], messages[start:end])
@@ -316,7 +316,7 @@ def read_prompt(
 
 def _check_images(context: Context, accepted: bool) -> None:
     if context.images and not accepted:
-        raise BadRow("images, and answers are sampled for text only; leave the row out")
+        raise BadRow("the prompt has images, but answers are sampled for text only; remove the row")
 
 
 # ---- Rows that are used even though they are probably faulty, and question columns that are not used.
@@ -337,7 +337,7 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
     """
     for name, value in content.extra.items():
         if name in options and value is not None:
-            yield f"ignored: column {name!r}, a variable of the chat template; put it into chat_template_kwargs"
+            yield f"ignored: column {name!r}, a variable of the chat template that belongs in chat_template_kwargs"
     has_turns = isinstance(content, Conversation)
     following = _texts(content.responses)
     openings = [text.lstrip() for text in (following[:1] if has_turns else following)]
@@ -351,15 +351,15 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
     if not all(text.strip() for text in asked):
         yield "suspect: a user message is empty"
     if isinstance(content.prompt, str) and all(map(_LIST.fullmatch, [content.prompt, *openings])):
-        yield "suspect: prompt and answers are lists that were written as text"
+        yield "suspect: prompt and answers are lists serialized as text"
     question = asked[-1].replace(IMAGE, "").strip() if asked else ""
     if len(question) >= _LONG and openings and all(text.startswith(question) for text in openings):
-        yield "suspect: every answer begins with the whole prompt, which is scored with it"
+        yield "suspect: every answer starts with the whole prompt, which is scored as part of it"
     for better in () if has_turns else filter(_RATING.match, row):
         worse = better.replace("chosen", "rejected")
         scores = [row[name] for name in (better, worse) if is_number(row.get(name))]
         if len(scores) == 2 and scores[0] <= scores[1]:
-            yield f"suspect: {better} is not above {worse}"
+            yield f"suspect: {better} is not higher than {worse}"
 
 
 def _any_lost(given: list[str], texts: list[str]) -> bool:

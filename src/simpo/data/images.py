@@ -47,7 +47,7 @@ class ImageReader:
         self._folder = Path(folder or ".").expanduser()
         self.token: str = getattr(processor, "image_token", None) or ""
         if not self.token or not hasattr(processor, "image_processor"):
-            raise SimpoError(f"processing_class: a {type(processor).__name__} names no token that stands for an image")
+            raise SimpoError(f"processing_class: {type(processor).__name__} has no image token")
 
     # ---- From the cells of a row to text.
 
@@ -72,7 +72,7 @@ class ImageReader:
         expansions = [self._expansion(reference) for reference in references]
         counts = [rendered.texts[-1].count(self.token) for rendered in found]
         if counts[-1] != len(values):
-            raise BadRow(f"{len(values)} images, of which the chat template renders {counts[-1]}")
+            raise BadRow(f"the row has {len(values)} images, but the chat template renders {counts[-1]}")
         return [
             (self._expanded(rendered, expansions), {IMAGES: references[:count], DIGESTS: digests[:count]})
             for rendered, count in zip(found, counts, strict=True)
@@ -88,9 +88,9 @@ class ImageReader:
         if isinstance(content, bytes):
             return {"path": None, "bytes": content}
         if not isinstance(path, str):
-            raise BadRow(f"an image is a {type(value).__name__}; give the path of a file, or bytes")
+            raise BadRow(f"an image is a {type(value).__name__}; give a file path or bytes")
         if path.startswith(("http://", "https://")):
-            raise BadRow("an image is a URL, which is not downloaded; give the path of a file, or bytes")
+            raise BadRow("an image is a URL, which is not downloaded; give a file path or bytes")
         return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
 
     def _expansion(self, reference: Reference) -> str:
@@ -141,7 +141,7 @@ class ImageReader:
         for reference, digest in zip(references, digests, strict=True):
             try:
                 if _digest(_content(reference)) != digest:
-                    raise SimpoError(f"{reference['path']}: the image has changed since the run began; start it again")
+                    raise SimpoError(f"{reference['path']}: the image has changed since the run started; restart it")
                 inputs = self._process([reference], return_tensors="pt")
             except BadRow as bad:
                 raise SimpoError(f"{reference['path'] or 'images'}: {bad.reason}") from bad
@@ -160,7 +160,7 @@ class ImageReader:
             images = [load_image(Pillow.open(io.BytesIO(content))) for content in contents]
             return self.processor(text=[self.token * len(images)], images=images, **options)
         except Exception as error:  # damaged files can raise anything
-            raise BadRow(f"an image that cannot be read ({_kind(error)})") from error
+            raise BadRow(f"an image cannot be read ({_kind(error)})") from error
 
 
 def as_text(reference: Reference) -> str:
@@ -175,7 +175,7 @@ def _content(reference: Reference) -> bytes:
     try:
         return Path(reference["path"]).read_bytes()
     except (OSError, ValueError) as error:
-        raise BadRow(f"an image that cannot be read ({_kind(error)})") from error
+        raise BadRow(f"an image cannot be read ({_kind(error)})") from error
 
 
 def _kind(error: Exception) -> str:
@@ -187,7 +187,7 @@ def _decoded(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise BadRow("an image that is text, but not base64") from error
+        raise BadRow("an image is text that is not base64") from error
 
 
 def _digest(content: bytes) -> str:

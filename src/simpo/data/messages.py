@@ -58,14 +58,15 @@ def read_messages(
         raise BadRow(f"{name} has no messages")
     if roles is not None and (unknown := next((role for one in found if (role := one["role"]) not in roles), None)):
         raise BadRow(
-            f"a message's role is {unknown!r}, not one of {', '.join(ROLES)}, nor one that the chat template names"
+            f"a message has the role {unknown!r}, which is neither one of {', '.join(ROLES)} nor named in the chat "
+            "template"
         )
     return found
 
 
 def _read_message(item: object, name: str, images: bool) -> Message | None:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
-        raise BadRow(f"{name} holds something other than messages (role and content)")
+        raise BadRow(f"{name} contains something other than messages with role and content")
     message = {key: value for key, value in item.items() if value is not None and not (key in REASONING and not value)}
     if key := next((key for key in _UNSUPPORTED if message.get(key)), None):
         raise BadRow(f"{name} has a message with {key!r}, which is not supported")
@@ -87,7 +88,7 @@ def _read_message(item: object, name: str, images: bool) -> Message | None:
             raise BadRow(f"{name} has a message whose content is null, not text")
         content = ""
     if thoughts and content.lstrip().startswith("<think>"):
-        raise BadRow(f"{name} has a message with {next(iter(thoughts))} whose content has <think> too; leave one out")
+        raise BadRow(f"{name} has a message with both {next(iter(thoughts))} and <think>; keep one of them")
     return _normalize_train_key({**message, "content": content}, name)
 
 
@@ -110,7 +111,7 @@ def _text(content: object, name: str, key: str = "content", *, images: bool = Fa
         kind = part.get("type", "text")
         if kind == "image" and images:
             if other := next((key for key, value in part.items() if key != "type" and value), None):
-                raise BadRow(f"{name} has an image with {other!r}; put images into the column images, in their order")
+                raise BadRow(f"{name} has an image with {other!r}; put the images in the column images, in order")
             texts.append(IMAGE)
             continue
         if kind not in _TEXT_PARTS:
@@ -130,13 +131,13 @@ def _read_calls(value: object, older: object, name: str) -> list[Message]:
     for call in value:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f"{name} has a tool call without the name of a function")
+            raise BadRow(f"{name} has a tool call without a function name")
         outer = {key: item for key, item in call.items() if item is not None and "function" in call}
         inner = {key: item for key, item in function.items() if item is not None}
         inner["arguments"] = inner.get("arguments") or {}
         if not isinstance(inner["arguments"], str | dict):
             kind = kind_of(inner["arguments"])
-            raise BadRow(f"{name} has tool arguments that are {kind}, not an object or its JSON text")
+            raise BadRow(f"{name} has tool arguments that are {kind}, not an object or JSON text")
         calls.append({**outer, "type": outer.get("type", "function"), "function": inner})
     return calls
 
@@ -152,7 +153,7 @@ def _normalize_train_key(message: Message, name: str) -> Message:
         raise BadRow(f"{name} has a message whose {' and '.join(given)} contradict each other")
     if given and rest["role"] != "assistant":
         if any(given.values()):
-            raise BadRow(f"{name} has a {rest['role']} message with {next(iter(given))}: only the assistant is trained")
+            raise BadRow(f"{name} has a {rest['role']} message with {next(iter(given))}; only assistant messages count")
         return rest
     return {**rest, TRAIN: all(given.values())} if given else rest
 
@@ -303,7 +304,7 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     """Return a row's images as given; raise BadRow if several columns have some."""
     found = [value for name in IMAGE_COLUMNS if (value := row.get(name)) not in (None, [], "")]
     if len(found) > 1:
-        raise BadRow(f"columns {' and '.join(IMAGE_COLUMNS)}: give one of them")
+        raise BadRow(f"columns {' and '.join(IMAGE_COLUMNS)} both have images; keep one of them")
     return [] if not found else found[0] if isinstance(found[0], list) else found
 
 
@@ -320,7 +321,7 @@ def _place_images(
     """
     messages = [*prompt, *rest]
     if any(message["role"] == "assistant" and IMAGE in message["content"] for message in messages):
-        raise BadRow("an image in a message of the assistant, which has to be text")
+        raise BadRow("an assistant message contains an image; answers must be text")
     places = sum(message["content"].count(IMAGE) for message in messages)
     asking = [message["content"] for message in messages if message["role"] == "user"]
     if count and asking and not places:
@@ -333,7 +334,7 @@ def _place_images(
             {**message, "content": next(written)} if message["role"] == "user" else message for message in messages
         ]
     if places != count:
-        raise BadRow(f"{count} images and {places} places for them in the messages")
+        raise BadRow(f"the number of images ({count}) differs from that of their places in the messages ({places})")
     return messages[: len(prompt)], messages[len(prompt) :]
 
 
@@ -353,7 +354,7 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
 def context_of(row: Mapping[str, Any]) -> Context:
     """Read an answered prompt's context from its row; images make a bad row, because judges do not see them."""
     if images_of(row):
-        raise BadRow("images, and answers are judged by text only; leave the row out")
+        raise BadRow("the row has images, but judges only see text; remove the row")
     return _context(row)
 
 
@@ -395,7 +396,7 @@ def _take_tools(messages: list[Message], tools: list[Any] | None) -> tuple[list[
     for message in messages:
         message_tools = _read_tools(message.get("tools"))
         if message_tools is not None and tools not in (None, message_tools):
-            raise BadRow("tools of a message differ from the column tools")
+            raise BadRow("the tools in a message differ from the column tools")
         tools = message_tools or tools
     kept = [message for message in messages if message["content"] or "tools" not in message]
     return [{key: value for key, value in message.items() if key != "tools"} for message in kept], tools

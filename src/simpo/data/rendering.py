@@ -40,10 +40,10 @@ from simpo.data.settings import RenderSettings
 from simpo.errors import SimpoError
 
 _EMPTY = "empty response"
-_TRIMMED = "white space around an answer, which the chat template drops"
+_TRIMMED = "whitespace around an answer, which the chat template strips"
 _NO_PREFIX = (
-    "the chat template renders a prompt that is not the beginning of the rendered conversation; "
-    "set chat_template to one that does, or, if a system message is in the way, system_message: fold"
+    "the rendered prompt is not a prefix of the rendered conversation; "
+    "set chat_template to another one, or system_message: fold if a system message is the reason"
 )
 _SPLIT = "split: one row per scored answer, because earlier answers are rendered differently"
 _USUAL_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
@@ -143,7 +143,7 @@ class Renderer:
         self._insert_system = False
         if not tokenizer.chat_template:
             if self._settings != RenderSettings():
-                raise SimpoError("chat_template_kwargs, system_message: there is no chat template; leave them out")
+                raise SimpoError("chat_template_kwargs, system_message: there is no chat template; remove these keys")
         else:
             template = ChatTemplate(tokenizer, self._settings)
             self.notices = [] if paper else template.notices(self.end)
@@ -199,10 +199,10 @@ class Renderer:
         if not isinstance(prompt, str):
             raise SimpoError(
                 f"{comparison.where}: a conversation, but the tokenizer has no chat template; "
-                "set chat_template to one, or give strings"
+                "set chat_template, or give strings"
             )
         if context.columns:
-            raise BadRow(f"{next(iter(context.columns))}, but the tokenizer has no chat template")
+            raise BadRow(f"the row has {next(iter(context.columns))}, but the tokenizer has no chat template")
         texts = [self._given.text(str(text)) for text in comparison.responses]
         if not all(text.strip() for text in texts):
             raise BadRow(_EMPTY)
@@ -224,7 +224,7 @@ class Renderer:
             content = message["content"]
             opens = self._whole_answers and "</think>" in template.source and content.lstrip().startswith("<think>")
             if message["role"] == "assistant" and opens and "</think>" not in content:
-                raise BadRow("reasoning that does not end: <think> without </think>")
+                raise BadRow("reasoning does not end: <think> without </think>")
             said = content.strip() or message.get("tool_calls") or reasoning_of(message)
             if message["role"] == "assistant" and not said:
                 raise BadRow(_EMPTY)
@@ -258,7 +258,7 @@ def _fold_system_messages(messages: list[Message]) -> list[Message]:
         return messages
     asked = messages[len(system) :]
     if not asked or asked[0]["role"] != "user":
-        raise BadRow("a system message that no user message follows, so that it cannot be folded")
+        raise BadRow("a system message cannot be folded, because no user message follows it")
     content = "\n\n".join(message["content"] for message in [*system, asked[0]] if message["content"])
     return [{**asked[0], "content": content}, *asked[1:]]
 
@@ -319,8 +319,8 @@ class _AnswerCutter:
         closed = _ENDED_REASONING.search(prompt)
         if closed and thought:
             raise BadRow(
-                "reasoning, but the prompt that generation is fed already ends it; set chat_template_kwargs: "
-                "{enable_thinking: true} (some templates: {thinking: true}), or leave the reasoning out"
+                "an answer has reasoning, but the generation prompt already closes it; set chat_template_kwargs: "
+                "{enable_thinking: true} (some templates: {thinking: true}), or remove the reasoning"
             )
         if whole.startswith(prompt):
             return whole[len(prompt) :]
@@ -385,7 +385,7 @@ class _AnswerCutter:
         """Return status entries for an answer; raise BadRow if part of it is not rendered."""
         thought, content = split_reasoning(message)
         if thought not in text:
-            raise BadRow("reasoning that the chat template does not render; write it into the content, or leave it out")
+            raise BadRow("the chat template does not render the reasoning; move it into the content, or remove it")
         if content.strip() not in text:
             raise BadRow("the chat template does not render the whole content of an answer")
         if text.count("</think>") > 1 + content.count("</think>") + thought.count("</think>"):
@@ -410,7 +410,7 @@ class _AnswerCutter:
             arguments = as_object(function["arguments"])
             if arguments is None:
                 if str(function["arguments"]) not in text:
-                    raise BadRow("tool arguments that are not a JSON object and that the chat template changes")
+                    raise BadRow("tool arguments are not a JSON object, and the chat template changes them")
                 continue
             name = f"\uf8ff{number}\uf8ff"
             values = {key: f"\uf8ff{number}-{i}\uf8ff" for i, key in enumerate(arguments)}
@@ -453,7 +453,7 @@ def _status(
         elif not _is_rendered(template, prompt, asked, place, context):
             if message["role"] == "system" and not template.has_system_role:
                 raise BadRow(NO_SYSTEM_ROLE)
-            raise BadRow(f"the chat template leaves out a message of role {message['role']!r}")
+            raise BadRow(f"the chat template does not render a message with role {message['role']!r}")
     for messages in conversations:
         found += _unread_keys(template, messages, context)
     entries = [f"ignored: {what}" for what in found]
@@ -485,7 +485,7 @@ def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: C
             except BadRow:
                 unread = False
             if unread:
-                yield f"{key!r} of a message, which the chat template never reads"
+                yield f"message key {key!r}, which the chat template never reads"
 
 
 def _replaced(messages: Sequence[Message], place: int, message: Message) -> list[Message]:

@@ -107,7 +107,7 @@ def as_dataset(rows: object, name: str) -> Dataset:
         raise SimpoError(f"{name}: a {type(rows).__name__} with the splits {splits}; pass one of them, dataset[split]")
     if isinstance(rows, IterableDataset):
         raise SimpoError(
-            f"{name}: a streaming data set; pass Dataset.from_list(list(dataset.take(n))) or load it completely"
+            f"{name}: a streaming dataset; load it completely, or pass Dataset.from_list(list(dataset.take(n)))"
         )
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise SimpoError(f"{name}: a {type(rows).__name__}; pass a datasets.Dataset or a list of dictionaries")
@@ -121,7 +121,7 @@ def as_dataset(rows: object, name: str) -> Dataset:
 def check_dataset(dataset: object, label: str) -> None:
     """Raise an error for anything but a single dataset with at least one row."""
     if not isinstance(dataset, Dataset):
-        raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; give one split")
+        raise SimpoError(f"{label}: a {type(dataset).__name__} instead of a datasets.Dataset; pass one split")
     if not len(dataset):
         raise SimpoError(f"{label}: no rows")
 
@@ -129,7 +129,7 @@ def check_dataset(dataset: object, label: str) -> None:
 def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     """Add the column that names the source of each row of a columnar dataset: ``label row index``."""
     if taken := {ROW, WHERE} & set(dataset.column_names):
-        raise SimpoError(f"{label}: the column name {taken.pop()!r} is used internally; rename the column")
+        raise SimpoError(f"{label}: the column name {taken.pop()!r} is reserved; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
     return _with_class_names(dataset).add_column(WHERE, where, new_fingerprint=digest)
 
@@ -154,7 +154,7 @@ def check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("text that is not Unicode (half of a surrogate pair)") from error
+        raise BadRow("text is not valid Unicode (it contains a lone surrogate)") from error
 
 
 def other_columns(row: Mapping[str, Any], *used: str) -> Row:
@@ -216,14 +216,14 @@ def _as_json_rows(dataset: Dataset) -> Dataset:
         batched=True,
         remove_columns=[column for column in dataset.column_names if column != WHERE],
         features=JSON_FEATURES,
-        desc="Rows as JSON",
+        desc="Converting rows to JSON",
     )
 
 
 def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Dataset:
     """Keep only these columns (``columns`` in a ``dataset_mixture``)."""
     if ROW in dataset.column_names:
-        return dataset.map(_select_keys, fn_kwargs={"columns": list(columns)}, desc=f"Columns of {label}")
+        return dataset.map(_select_keys, fn_kwargs={"columns": list(columns)}, desc=f"Selecting columns of {label}")
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         found = ", ".join(column for column in dataset.column_names if column != WHERE)
@@ -241,7 +241,7 @@ def _select_keys(row: Row, columns: list[str]) -> Row:
 def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
     """Rename columns (``column_mapping``: old name -> new name) all at once, so that names can be swapped."""
     if not isinstance(mapping, Mapping) or not all(isinstance(item, str) for pair in mapping.items() for item in pair):
-        raise SimpoError(f"column_mapping: {mapping!r} is not {{column of the data: column of this toolkit}}")
+        raise SimpoError(f"column_mapping: {mapping!r} does not map columns of the data to columns of this toolkit")
     if ROW in dataset.column_names:
         found = set().union(*(json.loads(text) for text in dataset[ROW]))
     else:
@@ -252,7 +252,7 @@ def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> D
     if taken := [column for column in mapping.values() if kept.count(column) > 1]:
         raise SimpoError(f"column_mapping: {name} would have two columns {taken[0]!r}; rename the other one too")
     if ROW in dataset.column_names:
-        return dataset.map(_rename_keys, fn_kwargs={"mapping": dict(mapping)}, desc=f"Columns of {name}")
+        return dataset.map(_rename_keys, fn_kwargs={"mapping": dict(mapping)}, desc=f"Renaming columns of {name}")
     return dataset.rename_columns(dict(mapping))
 
 

@@ -24,11 +24,11 @@ class RenderSettings:
     """Settings for rendering conversations with a chat template."""
 
     chat_template_kwargs: Mapping[str, Any] = setting(
-        {}, 'Variables for the chat template, e.g. {"enable_thinking": false}; those of a row take precedence.'
+        {}, 'Variables for the chat template, e.g. {"enable_thinking": false}; a row can override them.'
     )
     system_message: Literal["template", "fold"] = setting(
         "template",
-        "template leaves system messages to the chat template; fold writes them into the first user "
+        "template leaves system messages to the chat template; fold merges them into the first user "
         "message, for templates without a system role.",
     )
 
@@ -45,32 +45,31 @@ class RenderSettings:
 class TokenizeSettings:
     """Settings for tokenizing comparisons and conversations."""
 
-    max_length: int = setting(2048, "Longest prompt with response, in tokens.", least=2)
+    max_length: int = setting(2048, "Maximum length of prompt plus response, in tokens.", least=2)
     max_prompt_length: int | None = setting(
         None,
-        "Length that the prompt of an overlong row is cut to (default: max_length * 1800 / 2048, the paper's ratio).",
+        "Truncate the prompt of an overlong row to this many tokens (default: max_length * 1800 / 2048, as in the "
+        "paper).",
         least=1,
     )
-    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt stays.")
+    truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt to keep.")
     truncation: Literal["prompt", "drop", "paper"] = setting(
         "prompt",
-        "Overlong rows: prompt cuts prompts and drops rows whose responses still do not fit; drop drops them all; "
-        "paper also cuts responses, which lose their end-of-turn token.",
+        "How to shorten overlong rows: prompt truncates prompts and drops rows that still do not fit; drop drops them "
+        "all; paper also truncates responses, which then lack an end-of-turn token.",
     )
     paper_tokenization: bool = setting(
-        False, "Score the assistant header and what follows the end-of-turn token, as the paper's code did."
+        False, "Also score the assistant header and the text after the end-of-turn token, like the paper's code."
     )
     auto_insert_empty_system_msg: bool = setting(
-        False, "Start conversations with an empty system message where the chat template supports one."
+        False, "Start conversations with an empty system message if the chat template supports one."
     )
     on_bad_row: Literal["skip", "error"] = setting(
-        "skip", "Skip and count bad rows (an error above 1%), or stop at the first."
+        "skip", "Skip and count bad rows (more than 1% is an error), or stop at the first one."
     )
-    image_folder: str | None = setting(
-        None, "Folder that relative paths of images start from (default: the working directory)."
-    )
+    image_folder: str | None = setting(None, "Base folder of relative image paths (default: the working directory).")
     num_proc: int | None = setting(
-        None, "Processes that tokenize (default: one per core, fewer for little data).", least=1
+        None, "Number of processes for tokenization (default: one per core, fewer for small datasets).", least=1
     )
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
@@ -99,7 +98,7 @@ PROMPT_CUT = "prompt cut to max_prompt_length"
 RESPONSE_CUT = "response cut to max_length - max_prompt_length, without its end"
 TURNS_CUT = "last turns"
 OVERLONG = "longer than max_length"
-STILL_OVERLONG = "longer than max_length even if its prompt is cut"
+STILL_OVERLONG = "longer than max_length even after its prompt is cut"
 
 
 def fit(

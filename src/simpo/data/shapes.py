@@ -163,7 +163,7 @@ def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
         found = parse_text(value)
     except ValueError:
         if any(all(re.search(rf"""["']{key}\\?["']\s*:""", value) for key in keys) for keys in _MESSAGE_KEYS):
-            raise BadRow(f"{name} is a conversation written as text that is neither JSON nor a Python list") from None
+            raise BadRow(f"{name} is a conversation serialized as neither JSON nor a Python list") from None
         return value
     if isinstance(found, str):
         return _unserialized(found, name, notes)
@@ -251,7 +251,7 @@ def _read_openai(row: Row) -> None:
         raise BadRow("input has no messages")
     row["chosen"], row["rejected"] = row.pop("preferred_output"), row.pop("non_preferred_output")
     if clash := sorted(set(given) & set(row)):
-        raise BadRow(f"ambiguous: {clash[0]} is a column and in input")
+        raise BadRow(f"ambiguous: {clash[0]} is both a column and a key of input")
     row.update({key: value for key, value in given.items() if key != "messages"})
     row["prompt"] = given["messages"]
 
@@ -281,7 +281,7 @@ def _keys_of(item: object) -> tuple[str | None, str | None]:
 def _read_scored(row: Row, name: str) -> None:
     items = row.pop(name)
     if len({_keys_of(item) for item in items}) > 1:
-        raise BadRow(f"{name} without a response or score each")
+        raise BadRow(f"{name} has items without a response or a score")
     text, score = _keys_of(items[0])
     if any(systems := [item.get("custom_system_prompt") for item in items]):  # one per response
         row["custom_system_prompt"] = systems
@@ -326,7 +326,7 @@ def _read_question(row: Row) -> str | None:
     if name is None:
         return None
     if unplaced := [column for column in _UNPLACED if row.get(column)]:
-        raise BadRow(f"column {unplaced[0]} next to {name}: write both into one column prompt, or rename it")
+        raise BadRow(f"column {unplaced[0]} next to {name}: combine both in a column prompt, or rename it")
     if not isinstance(row[name], str | list):
         raise BadRow(f"{name} is {kind_of(row[name])}, not text or messages")
     row["prompt"] = row.pop(name)
@@ -347,8 +347,8 @@ def _read_answer(row: Row) -> str | None:
         return None
     if rated := [column for column in _RATINGS if row.get(column) is not None]:
         raise BadRow(
-            f"one {name} a row, rated by {rated[0]} and others: for simpo train, make rows {{prompt, responses, "
-            "scores} of all responses to a prompt; for simpo sft, name the column completion (column_mapping)"
+            f"one {name} per row, rated by {rated[0]} and others: for simpo train, combine all responses to a prompt "
+            "in a row {prompt, responses, scores}; for simpo sft, rename the column to completion (column_mapping)"
         )
     row["completion"] = row.pop(name)
     return f"{name} as completion"
@@ -364,7 +364,7 @@ def _read_label(row: Row) -> str | None:
     if not isinstance(messages, list):
         return None
     if not _is_answer(messages[-1:]):
-        raise BadRow("label judges messages that do not end with the assistant's")
+        raise BadRow("label judges messages that do not end with an assistant message")
     row["prompt"], row["completion"] = messages[:-1], messages[-1:]
     del row["messages"]
     return "messages with a label as prompt and completion"
@@ -414,7 +414,7 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
                 unsplit = not is_transcript(text)
             if framed or unsplit or _OPENING.match(text):
                 raise BadRow(
-                    f"{name} is rendered with a chat template already: give the plain text or messages, or set "
+                    f"{name} is already rendered with a chat template: give the plain text or messages, or set "
                     "chat_template: none"
                 )
 

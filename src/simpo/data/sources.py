@@ -110,7 +110,7 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
     if has_one_split(str(path)) and not (any_split or split == "train" or _names_split(path, split)):
         raise SimpoError(
             f"{path}: no split {split!r}; a single file has only the split 'train': name a slice of it, "
-            "e.g. train[:90%] and train[90%:], or another file"
+            "e.g. train[:90%] and train[90%:], or use another file"
         )
     if path.is_file():
         return _load_file(path)
@@ -127,7 +127,7 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
 def _load_files(files: list[Path], folder: Path, split: str) -> Dataset:
     if not files:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-        has = f"it has the folders {inside}" if inside else f"known are {_KINDS}"
+        has = f"it has the folders {inside}" if inside else f"supported are {_KINDS}"
         raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {has}")
     return concatenate(list(map(_load_file, files)))
 
@@ -150,7 +150,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     if "train" in split and not any(_names_split(path, word) for path in files for word in _SPLIT_WORDS):
         return files
     raise SimpoError(
-        f"{folder}: no file of split {split!r} in this folder; it has {', '.join(path.name for path in files[:5])}"
+        f"{folder}: no file for split {split!r} in this folder; it has {', '.join(path.name for path in files[:5])}"
     )
 
 
@@ -178,7 +178,7 @@ def _load_saved(folder: Path, split: str) -> Dataset:
 
 def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     offline = " (offline mode is on)" if datasets.config.HF_HUB_OFFLINE else ""
-    with third_party(f"{name}: neither a file or folder here nor a hub data set that can be loaded{offline}"):
+    with third_party(f"{name}: neither a local file or folder nor a hub dataset that can be loaded{offline}"):
         dataset: Any = load_dataset(name, config, split=split)
     label = f"{name}[{split}]"
     if not len(dataset):
@@ -197,8 +197,8 @@ def _load_file(path: Path) -> Dataset:
     formats. The cells of CSV files are text.
     """
     if not path.name.endswith(SUFFIXES):
-        raise SimpoError(f"{path}: unknown kind of file; known are {_KINDS}")
-    with third_party(f"{path}: a name that is not UTF-8; rename the file"):
+        raise SimpoError(f"{path}: unsupported file type; supported are {_KINDS}")
+    with third_party(f"{path}: the file name is not UTF-8; rename the file"):
         path.name.encode()
     digest = _digest([path], path.name)
     if path.suffix in (".parquet", ".arrow"):
@@ -230,7 +230,7 @@ def _load_columnar(path: Path, digest: str) -> Dataset:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, io.SEEK_END) - 8))
             if not file.read().endswith(_ARROW_ENDS):  # a stream truncated between two batches would seem complete
-                raise SimpoError(f"{path}: not a readable arrow file: it does not end as one does")
+                raise SimpoError(f"{path}: not a readable arrow file: it is truncated or damaged at the end")
     named: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
     try:
         empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # the builder cannot read an empty one
@@ -268,7 +268,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, str]]:
                 items = ((f"{path.name}:{number}", _parsed(line, path, number)) for number, line in lines)
             for where, row in items:
                 if not isinstance(row, dict):
-                    raise SimpoError(f"{where}: not a JSON object; a row is an object of named columns")
+                    raise SimpoError(f"{where}: not a JSON object; every row must be an object with named columns")
                 count += 1
                 yield {ROW: as_json(row), WHERE: where}
     except damaged as error:
@@ -283,7 +283,7 @@ def _parsed(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         raise SimpoError(
             f"{path}:{first_line - 1 + error.lineno}: not JSON: {error.msg} (column {error.colno}); "
-            "the file holds one object per line, or one list of objects"
+            "the file must contain one object per line, or one list of objects"
         ) from error
     except (ValueError, RecursionError) as error:  # numbers with thousands of digits, or thousands of nested brackets
         raise SimpoError(f"{path}:{first_line}: JSON that cannot be read: {error}") from error
@@ -352,18 +352,18 @@ def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
     except csv.Error as error:
         raise SimpoError(f"{path}:{before + 1}: not a readable csv file: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SimpoError(f"{path}: cannot be read: {error}; a CSV file is UTF-8 text") from error
+        raise SimpoError(f"{path}: cannot be read: {error}; CSV files must be UTF-8") from error
     if not count:
         raise SimpoError(f"{path}: no rows")
 
 
 def _check_header(header: list[str], path: Path) -> None:
     if not header:
-        raise SimpoError(f"{path}: not a readable csv file: no header in its first line")
+        raise SimpoError(f"{path}: not a readable csv file: the first line has no header")
     if repeated := [name for name in header if header.count(name) > 1]:
         raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
     if padded := [name for name in header if name != name.strip()]:
-        raise SimpoError(f"{path}:1: the column name {padded[0]!r} has white space around it; remove it")
+        raise SimpoError(f"{path}:1: the column name {padded[0]!r} has whitespace around it; remove it")
     if other := next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None):
         raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
 
@@ -391,9 +391,9 @@ def load_mixture(
         Training and evaluation rows (``None`` without a test split), concatenated and shuffled with seed 42.
     """
     if not isinstance(mixer, Mapping) or not mixer:
-        raise SimpoError("dataset_mixer: not a mapping of data sets to fractions, e.g. {org/name: 1.0}")
+        raise SimpoError("dataset_mixer: not a mapping of datasets to fractions, e.g. {org/name: 1.0}")
     if configs and len(configs) != len(mixer):
-        raise SimpoError(f"dataset_configs: {len(configs)} configurations for {len(mixer)} data sets")
+        raise SimpoError(f"dataset_configs: {len(configs)} configurations for {len(mixer)} datasets")
     for split in splits:
         if "train" not in split and "test" not in split:
             raise SimpoError(f"dataset_splits: {split!r} has neither 'train' nor 'test' in its name")
@@ -405,8 +405,8 @@ def load_mixture(
         _check_fraction("dataset_mixer", name, fraction)
         if len(splits) > 1 and whole_splits and has_one_split(name):
             raise SimpoError(  # its rows would be used for both training and evaluation
-                f"dataset_mixer: {name} is one file and cannot be split {' and '.join(splits)}; give a folder "
-                "with one file per split, or set dataset_splits: [train]"
+                f"dataset_mixer: {name} is one file and cannot be both {' and '.join(splits)}; give a folder with one "
+                "file per split, or set dataset_splits: [train]"
             )
         for split in splits:
             rows = load_rows(name, split=split, config=config, column_mapping=column_mapping, any_split=True)
@@ -416,7 +416,7 @@ def load_mixture(
                 evaluation.append(rows)
     train = concatenate(training).shuffle(seed=42)
     if not len(train):
-        raise SimpoError("dataset_mixer: the fractions leave no training row; make them larger")
+        raise SimpoError("dataset_mixer: the fractions leave no training rows; increase them")
     return train, concatenate(evaluation).shuffle(seed=42) if evaluation else None
 
 
@@ -454,14 +454,14 @@ def load_mixture_list(
         parts.append(rows.shuffle(seed=seed).select(range(int(len(rows) * weight))))
     rows = concatenate(parts).shuffle(seed=seed)
     if not len(rows):
-        raise SimpoError("dataset_mixture: the weights leave no row; make them larger")
+        raise SimpoError("dataset_mixture: the weights leave no rows; increase them")
     size = mixture.get("test_split_size")
     if size is None:
         return rows, None
     try:
         split_rows = rows.train_test_split(test_size=size, seed=seed)
     except (ValueError, TypeError) as error:
-        raise SimpoError(f"dataset_mixture: test_split_size {size!r} does not split {len(rows)} rows") from error
+        raise SimpoError(f"dataset_mixture: test_split_size {size!r} is not valid for {len(rows)} rows") from error
     return split_rows["train"], split_rows["test"]
 
 

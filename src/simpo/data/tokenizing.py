@@ -55,12 +55,14 @@ from simpo.data.verification import cached, check_tokenized, map_cache_file
 from simpo.errors import SimpoError
 
 TOKENS = List(Value("int32"))
-OVERLONG_WITH_IMAGES = "longer than max_length, and rows with images are not cut"
-NO_PROCESSOR = "images, but no processor; use simpo train, sft or reward, or give a processor as processing_class"
+OVERLONG_WITH_IMAGES = "longer than max_length, and rows with images are never cut"
+NO_PROCESSOR = (
+    "the row has images, but there is no processor; use simpo train, sft or reward, or pass one as processing_class"
+)
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: increase it when the same rows and settings yield different ids or statuses than before.
-_FORMAT = 15
+_FORMAT = 16
 _BATCH = 256
 _EXAMINED = 1000  # rows checked for a known shape before tokenizing starts
 # Tokenizing fewer rows than this is faster than starting processes.
@@ -107,8 +109,7 @@ def prepare(
     if settings.truncation == "paper":
         prepared.report.notices.append(
             "truncation: paper cuts both responses of an overlong comparison to "
-            f"{settings.max_length - settings.prompt_limit} tokens, and responses that were cut have no end-of-turn "
-            "token"
+            f"{settings.max_length - settings.prompt_limit} tokens; truncated responses have no end-of-turn token"
         )
     return prepared
 
@@ -121,7 +122,7 @@ def prepare_feedback(
     found = pc.unique(prepared.dataset.with_format("arrow")["label"]).to_pylist()
     if len(found) < 2:
         raise SimpoError(
-            f"{label}: the label of every row is {str(found[0]).lower()}; desirable (true) and undesirable (false) "
+            f"{label}: every row has the label {str(found[0]).lower()}; both desirable (true) and undesirable (false) "
             "responses are needed"
         )
     return prepared
@@ -138,11 +139,11 @@ def prepare_sft(
     if settings.truncation == "paper":
         raise SimpoError("truncation: 'paper' is for comparisons, not for supervised fine-tuning; set prompt or drop")
     if settings.paper_tokenization:
-        raise SimpoError("paper_tokenization: for comparisons, not for supervised fine-tuning; leave it out")
+        raise SimpoError("paper_tokenization: for comparisons, not for supervised fine-tuning; remove this key")
     prepared = _prepare(Conversations, dataset, tokenizer, settings, label)
     most = pc.max(pc.list_value_length(prepared.dataset.with_format("arrow")["response_ids"])).as_py()
     if most != 1:
-        raise SimpoError(f"{label}: tokenized comparisons with up to {most} responses (simpo train), not conversations")
+        raise SimpoError(f"{label}: tokenized comparisons (up to {most} responses), not conversations; use simpo train")
     return prepared
 
 
@@ -404,7 +405,7 @@ def _prepare(
         return tokenize(undecoded(dataset), tokenizer, kind(tokenizer, settings, label, images))
     check_tokenized(dataset, label)
     report = DataReport(label, rows=len(dataset), used=len(dataset), noun=kind.noun)
-    report.notices.append("already tokenized: taken as it is")
+    report.notices.append("already tokenized, used unchanged")
     return Prepared(dataset, report)
 
 
@@ -436,7 +437,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     report.notices += tokenization.renderer.notices
     report.check(settings.on_bad_row)
     if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
-        raise SimpoError(f"{label}: no row is left; dropped are {', '.join(report.dropped)}")
+        raise SimpoError(f"{label}: every row was dropped: {', '.join(report.dropped)}")
     if not report.used:
         raise SimpoError(f"{label}: {tokenization.explain_all_dropped(mapped)}")
     if report.used < report.rows:
@@ -459,7 +460,7 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
         except BadRow:
             return
     raise SimpoError(
-        f"{label}: no row of a recognized shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
+        f"{label}: no row has a recognized shape ({unknown}); accepted are {tokenization.shapes}; also {FOREIGN_SHAPES}"
     )
 
 

@@ -45,7 +45,7 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
     try:
         dataset = make()
         if damaged := [path for path in _files(dataset) if not _is_intact(path)]:
-            logger.warning("%s: the cached data was damaged and is created again", damaged[0])
+            logger.warning("%s: the cached data is damaged; recreating it", damaged[0])
             for path in damaged:
                 _remove(path)
             dataset = make()
@@ -65,7 +65,7 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
             datasets.config.HF_DATASETS_CACHE = before
             _temporary.clear()
             raise
-        logger.warning("%s: the cache of data sets cannot be used (%s); a temporary one replaces it", before, fault)
+        logger.warning("%s: the dataset cache cannot be used (%s); using a temporary one instead", before, fault)
         return dataset
 
 
@@ -127,7 +127,7 @@ def check_tokenized(rows: Dataset, label: str) -> None:
         lengths = {name: _lengths(batch[name], name, f"{label} row", start) for name in names}
         responses, tokens = lengths["response_ids"]
         if "label" in lengths and len(wrong := np.flatnonzero(responses != 1)):
-            raise SimpoError(f"{label} row {start + wrong[0]}: response_ids: a label belongs to one response")
+            raise SimpoError(f"{label} row {start + wrong[0]}: response_ids: a row with a label must have one response")
         if (
             "scored" in lengths
             and (responses == 1).all()
@@ -149,17 +149,17 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
 
     for _ in range(depth):
         if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
-            raise SimpoError(f"{place} {start}: {name}: of type {column.type}; expected {expected}")
+            raise SimpoError(f"{place} {start}: {name}: has type {column.type}; expected {expected}")
         refuse(column.is_null(), "null")
         found.append(pc.list_value_length(column).to_numpy(zero_copy_only=False))
         refuse(found[-1] == 0, "an empty list")
         row, column = row[pc.list_parent_indices(column)], pc.list_flatten(column)
     refuse(column.is_null(), "null")
     if not has_type(column.type):
-        raise SimpoError(f"{place} {start}: {name}: of type {column.type}; expected {expected}")
+        raise SimpoError(f"{place} {start}: {name}: has type {column.type}; expected {expected}")
     if pa.types.is_integer(column.type):
         ids = column.to_numpy(zero_copy_only=False)
-        refuse((ids < 0) | (ids > _LARGEST_ID), "a number that no token has")
+        refuse((ids < 0) | (ids > _LARGEST_ID), "not a valid token id")
     return found
 
 
@@ -169,7 +169,7 @@ def check_rankings(rows: Dataset, label: str) -> None:
     scores = rows.with_format("arrow")["scores"].to_pylist() if "scores" in rows.column_names else [None] * len(rows)
     for row, (responses, row_scores) in enumerate(zip(counts, scores, strict=True)):
         if responses < 2:
-            raise SimpoError(f"{label} row {row} has one response; at least two are compared")
+            raise SimpoError(f"{label} row {row} has one response; a comparison needs at least two")
         if row_scores is None:
             if responses > 2:
                 raise SimpoError(f"{label} row {row} has {responses} responses but no scores to rank them by")
@@ -178,4 +178,4 @@ def check_rankings(rows: Dataset, label: str) -> None:
             all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
         )  # false if one of them is NaN
         if len(row_scores) != responses or not falling:
-            raise SimpoError(f"{label} row {row}: scores must be one per response, the best first, and not all equal")
+            raise SimpoError(f"{label} row {row}: scores must be one per response, best first, and not all equal")
