@@ -1,4 +1,4 @@
-"""Writes the file tree in architecture.md from the modules' docstrings: python docs/architecture.py"""
+"""Generate the file tree in architecture.md from the modules' docstrings: python docs/architecture.py"""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _START = "<!-- tree -->\n"
 
 
 def page() -> str:
-    """The page with a current tree: one line for every module, from the first line of its docstring."""
+    """Return the page with a current tree: one line per module, from the first line of its docstring."""
     text = PAGE.read_text(encoding="utf-8")
     return text.partition(_START)[0] + _START + _tree()
 
 
 def _tree() -> str:
-    """One table for each package, the packages in alphabetical order."""
+    """Return one table per package, in alphabetical order."""
     source = ROOT / "src" / "simpo"
     folders = sorted({path.parent for path in source.rglob("*.py")})
     return "\n".join(_table(folder, folder.relative_to(source.parent)) for folder in folders)

@@ -1,4 +1,4 @@
-"""Writes recipe-reference.md next to itself from what the code declares: python docs/recipe_reference.py"""
+"""Generate recipe-reference.md from the settings declared in the code: python docs/recipe_reference.py"""
 
 from __future__ import annotations
 
@@ -26,56 +26,56 @@ from simpo.workflows.pair import PairSettings
 
 PAGE = Path(__file__).with_name("recipe-reference.md")
 
-# Keys of transformers that most runs set, in the words of this project.
+# The TrainingArguments keys that most runs set, with our own descriptions.
 _COMMON = {
-    "output_dir": "The run's folder; the same one continues a killed run.",
+    "output_dir": "The run folder; use the same one to resume a killed run.",
     "learning_rate": "Peak learning rate.",
     "num_train_epochs": "Passes over the data.",
-    "max_steps": "Stop after so many optimizer steps; -1 leaves it to the epochs.",
-    "per_device_train_batch_size": "Rows of an optimizer step and device; memory follows `max_batch_tokens` instead.",
-    "gradient_accumulation_steps": "Multiplies the former, and is the same here.",
-    "per_device_eval_batch_size": "Rows that are evaluated together on a device.",
+    "max_steps": "Stop after this many optimizer steps; -1: train for `num_train_epochs`.",
+    "per_device_train_batch_size": "Rows per optimizer step on each device; memory depends on `max_batch_tokens`.",
+    "gradient_accumulation_steps": "Multiplies `per_device_train_batch_size`; both have the same effect here.",
+    "per_device_eval_batch_size": "Rows evaluated together on each device.",
     "lr_scheduler_type": "Learning-rate schedule.",
-    "warmup_steps": "Warm-up steps, or below 1 their share of all steps.",
+    "warmup_steps": "Warm-up steps; a value below 1 is a share of all steps.",
     "optim": "Optimizer.",
     "weight_decay": "Weight decay.",
     "max_grad_norm": "Gradients are clipped to this norm.",
-    "bf16": "Compute in bfloat16 from weights that stay float32.",
-    "gradient_checkpointing": "Compute activations again in backward: less memory, more time.",
-    "logging_steps": "Log every so many optimizer steps.",
-    "eval_strategy": "When held-out rows are evaluated while training: `no`, `steps` or `epoch`.",
-    "eval_steps": "How often with `steps`; as `logging_steps` if not set.",
-    "save_strategy": "When checkpoints are saved: `no`, `steps`, `epoch` or `best`.",
-    "save_steps": "How often with `steps`.",
-    "save_total_limit": "Checkpoints that are kept.",
-    "resume_from_checkpoint": "A checkpoint to start from where `output_dir` has none.",
-    "seed": "Of the rows' order and of dropout.",
-    "data_seed": "Of the rows' order alone; as `seed` if not set.",
+    "bf16": "Compute in bfloat16; the weights stay in float32.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "logging_steps": "Optimizer steps between log entries.",
+    "eval_strategy": "When to evaluate held-out rows during training: `no`, `steps` or `epoch`.",
+    "eval_steps": "How often to evaluate with `steps`; by default `logging_steps`.",
+    "save_strategy": "When to save checkpoints: `no`, `steps`, `epoch` or `best`.",
+    "save_steps": "How often to save with `steps`.",
+    "save_total_limit": "Maximum number of checkpoints to keep.",
+    "resume_from_checkpoint": "A checkpoint to start from if `output_dir` has none.",
+    "seed": "Seed of the order of rows and of dropout.",
+    "data_seed": "Seed of the order of rows only; by default `seed`.",
     "train_sampling_strategy": "Order of the rows: `random` or `sequential`.",
-    "report_to": "Loggers, such as `wandb` or `tensorboard`.",
-    "run_name": "The run's name there.",
-    "deepspeed": "DeepSpeed's configuration.",
-    "fsdp": "Shard the model over the devices.",
-    "use_cache": "Generation's cache, in the saved model's configuration; training has none.",
+    "report_to": "Experiment trackers, such as `wandb` or `tensorboard`.",
+    "run_name": "Name of the run in the trackers.",
+    "deepspeed": "DeepSpeed configuration.",
+    "fsdp": "Shard the model across devices.",
+    "use_cache": "Value of `use_cache` in the saved model's configuration; training uses no cache.",
     "torch_compile": "Compile the model.",
 }
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page in Markdown."""
     return "\n".join([*_from_model_to_loss(), *_sampling(), *_trainer()])
 
 
 def _from_model_to_loss() -> list[str]:
-    """The sections on models, data, batches, objectives and reward models."""
+    """Return the sections on models, data, batches, objectives and reward models."""
     inherited = keys_of([TrainingArguments]).keys()
     return [
         "# Recipe reference",
         "",
         "<!-- Written by docs/recipe_reference.py from the code; change the code and run it again. -->",
         "",
-        "The keys of the commands that train, the same in a recipe (`key: value`) and on the command line",
-        "(`--key value`), which wins. An empty default is `null`: not set.",
+        "Every key of the training commands. Set a key in a recipe (`key: value`) or on the command line",
+        "(`--key value`), which takes precedence. An empty default means that the key is not set (`null`).",
         "",
         "## Model",
         "",
@@ -83,7 +83,7 @@ def _from_model_to_loss() -> list[str]:
         "",
         "## Data",
         "",
-        "One of `dataset_name`, `dataset_mixer` and `dataset_mixture`. See [Data formats](data-formats.md).",
+        "Set one of `dataset_name`, `dataset_mixer` and `dataset_mixture`. See [Data formats](data-formats.md).",
         "",
         *_table(DataArguments, _names(DataArguments)),
         "",
@@ -93,7 +93,7 @@ def _from_model_to_loss() -> list[str]:
         "",
         "## Objective",
         "",
-        "Of `simpo train` only. Which values to choose: [Choosing hyperparameters](choosing-hyperparameters.md).",
+        "For `simpo train` only. For good values, see [Choosing hyperparameters](choosing-hyperparameters.md).",
         "",
         *_table(
             PreferenceConfig, [n for n in _own(PreferenceConfig) if n not in {*inherited, *hyperparameter_names()}]
@@ -102,7 +102,7 @@ def _from_model_to_loss() -> list[str]:
         "",
         "## Reward models",
         "",
-        "Of `simpo reward` only: [Reward models](reward-models.md).",
+        "For `simpo reward` only. See [Reward models](reward-models.md).",
         "",
         *_table(RewardConfig, [n for n in _own(RewardConfig) if n not in inherited]),
         "",
@@ -110,10 +110,10 @@ def _from_model_to_loss() -> list[str]:
 
 
 def _sampling() -> list[str]:
-    """The sections on answers during training, online training and on-policy rounds."""
+    """Return the sections on answers during training, online training and on-policy rounds."""
     inherited = keys_of([TrainingArguments]).keys()
     return [
-        "## Answers while it trains",
+        "## Answers during training",
         "",
         "See [Training](training.md#answers-during-training).",
         "",
@@ -121,11 +121,11 @@ def _sampling() -> list[str]:
         "",
         "## Online training",
         "",
-        "Keys of `simpo online`, next to those of model, objective and training: [Online training](online.md).",
+        "For `simpo online`, besides the keys for model, objective and training. See [Online training](online.md).",
         "",
         *_table(OnlineConfig, [n for n in _own(OnlineConfig) if n not in inherited]),
         "",
-        "The [engine](online.md#vllm) that samples the answers, and vLLM's arguments:",
+        "The [engine](online.md#vllm) that samples the answers, and its arguments for vLLM:",
         "",
         *_table(EngineSettings, ["engine", *_names(VllmSettings)]),
         "",
@@ -135,11 +135,11 @@ def _sampling() -> list[str]:
         "",
         "## On-policy rounds",
         "",
-        "Keys of `simpo loop`, next to those of model, objective and training: [On-policy rounds](on-policy.md).",
+        "For `simpo loop`, besides the keys for model, objective and training. See [On-policy rounds](on-policy.md).",
         "",
         *_table(LoopSettings, _names(LoopSettings)),
         "",
-        "How answers are drawn, and what becomes of them, with the `seed` of training:",
+        "How answers are sampled and paired. The `seed` is that of training:",
         "",
         *_table(SamplingSettings, [name for name in _names(SamplingSettings) if name != "seed"]),
         "",
@@ -149,14 +149,14 @@ def _sampling() -> list[str]:
 
 
 def _trainer() -> list[str]:
-    """The section on the keys of ``TrainingArguments``."""
+    """Return the section on the keys of ``TrainingArguments``."""
     return [
         "## Training",
         "",
-        "All keys of transformers' `TrainingArguments` work here and are listed by `--help`, but",
-        f"{' and '.join(f'`{name}`' for name in UNSUPPORTED)}, which are refused. The most used ones, and",
-        "those whose default is not transformers'. In transformers 5.23 `gradient_checkpointing` is called",
-        "`activation_checkpointing`; both names are understood.",
+        "All keys of transformers' `TrainingArguments` work here and are listed by `--help`, except for",
+        f"{' and '.join(f'`{name}`' for name in UNSUPPORTED)}, which are rejected. The table lists common keys,",
+        "and those whose default differs from transformers'. transformers 5.23 renames `gradient_checkpointing` to",
+        "`activation_checkpointing`; both names work.",
         "",
         *_training_table(),
         "",
@@ -168,7 +168,7 @@ def _names(cls: type) -> list[str]:
 
 
 def _own(cls: type) -> list[str]:
-    """The fields that ``cls`` itself declares."""
+    """Return the fields that ``cls`` declares itself."""
     return [name for name in _names(cls) if name in inspect.get_annotations(cls)]
 
 
@@ -181,7 +181,7 @@ def _table(cls: type, names: Sequence[str]) -> list[str]:
 
 
 def _objective(row: Objective) -> list[str]:
-    """The loss, in the words of its docstring, and its hyperparameters."""
+    """Return the loss, as stated in its docstring, and its hyperparameters."""
     summary = str(row.__doc__).partition("\n")[0].replace("``", "`")
     rows = [
         (f"`{name}`", describe(known.type), _value(known.default), known.bound.text if known.bound else "", known.help)
@@ -189,7 +189,7 @@ def _objective(row: Objective) -> list[str]:
     ]
     for name, spelling in row.spellings.items():
         kind = describe(row.hyperparameters[spelling.of].type)
-        rows.append((f"`{name}`", kind, "", "", f"Another way to give `{spelling.of}`."))
+        rows.append((f"`{name}`", kind, "", "", f"Alternative spelling of `{spelling.of}`."))
     table = _markdown(("key", "takes", "default", "", "meaning"), rows) if rows else ["It has no hyperparameters."]
     return ["", f"### `{row.name}`", "", summary, f"({row.paper})", "", *table]
 
@@ -212,7 +212,7 @@ def _default(key: Key) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value as a recipe has it."""
+    """Return a value as written in a recipe."""
     if value is None:
         return ""
     plain = value.value if isinstance(value, Enum) else value

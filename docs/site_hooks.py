@@ -1,4 +1,4 @@
-"""Hooks of MkDocs (mkdocs.yml): navigation, API reference, linked files of the repository, and llms.txt."""
+"""MkDocs hooks (see mkdocs.yml): navigation, API reference, files that pages link to, and llms.txt."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mkdocs.structure.files import File, Files
 import simpo
 
 _ROOT = Path(__file__).resolve().parents[1]
-_INDEX = _ROOT / "docs/README.md"  # the list of all pages, in sections
+_INDEX = _ROOT / "docs/README.md"  # lists all pages by section
 _API = "api.md"
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)\)")
 
 
 def sections() -> dict[str, list[tuple[str, str, str]]]:
-    """The index: for each heading its pages, as title, address relative to ``docs``, and description."""
+    """Parse the index: the pages under each heading, as title, path relative to ``docs``, and description."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for line in _INDEX.read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"## (.+)", line):
@@ -28,7 +28,7 @@ def sections() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def on_config(config: Any) -> Any:
-    """Navigation in the order of the index."""
+    """Build the navigation in the order of the index."""
     config.nav = [{"Home": _INDEX.name}]
     for heading, pages in sections().items():
         config.nav.append({heading: [{title: path} for title, path, _ in pages if not path.startswith("../")]})
@@ -37,8 +37,8 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the API reference, and the files of the repository that pages link to."""
-    lines = ["# API", "", "Everything that `import simpo` offers; `simpo.compat` has TRL's names for it.", ""]
+    """Add the API reference, and the repository files that pages link to."""
+    lines = ["# API", "", "The public API of `import simpo`. `simpo.compat` provides the same under TRL's names.", ""]
     lines += [f"::: {module}.{name}\n" for name, module in simpo._PUBLIC.items()]
     files.append(File.generated(config, _API, content="\n".join(lines)))
     for page in files.documentation_pages():
@@ -49,19 +49,19 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to the repository lead to the copies of :func:`on_files`; other targets are only named."""
+    """Point links into the repository to the copies made by :func:`on_files`; write other targets as plain text."""
     return _OUTSIDE.sub(
         lambda link: f"[{link[1]}]({link[2]})" if _is_copied(link[2]) else f"{link[1]} (`{link[2]}`)", markdown
     )
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """In a table, GitHub reads an escaped bar inside of code as a bar; Python-Markdown keeps the backslash."""
+    """Unescape bars in code: inside a table, GitHub drops the backslash, but Python-Markdown keeps it."""
     return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace(r"\|", "|"), html)
 
 
 def on_post_build(config: Any) -> None:
-    """Write llms.txt (llmstxt.org): the index with addresses of the pages."""
+    """Write llms.txt (llmstxt.org), the index with the addresses of all pages."""
     lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
     for heading, pages in sections().items():
         lines += ["", f"## {heading}", ""]
