@@ -186,7 +186,7 @@ def test_what_is_refused(text, arguments, message, tmp_path):
 
 
 def test_something_has_to_be_asked_for():
-    with pytest.raises(SimpoError, match="--setting is missing"):
+    with pytest.raises(SimpoError, match="--setting: missing"):
         recipe(["--objective", "dpo"])
 
 

@@ -75,7 +75,7 @@ def test_what_is_not_published_says_so():
     assert "# published" not in compose_recipe("kto", "llama3-base")
     assert "lam: 0.5  # searched over {0.1, 0.5, 1.0, 2.0} in the paper" in compose_recipe("orpo", "llama3-base")
     assert "beta: 5.0  # the objective's default" in compose_recipe("dpo_norm", "llama3-base")
-    rate = "learning_rate: 5.0e-7  # of {3.0e-7, 5.0e-7, 8.0e-7, 1.0e-6}, the grid that the README of"
+    rate = "learning_rate: 5.0e-7  # from {3.0e-7, 5.0e-7, 8.0e-7, 1.0e-6}, the grid recommended in the README of"
     assert rate in compose_recipe("dpop", "llama3-base")
     assert "in the paper" not in compose_recipe("dpop", "llama3-base")
 
@@ -132,7 +132,7 @@ def test_the_command_writes_a_new_file(tmp_path, capsys):
     assert path.read_text() == compose_recipe("dpo", "gemma2")
     assert f"simpo train {path}" in capsys.readouterr().out
     assert main(given) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_command_writes_a_new_file(tmp_path, capsys):
     [
         (["--objective", "simpoo", "--setting", "gemma2"], "did you mean simpo?"),
         (["--objective", "dpo", "--setting", "lama3-base"], "did you mean llama3-base?"),
-        (["--objective", "dpo", "--setting", "x"], "there are mistral-base, "),
+        (["--objective", "dpo", "--setting", "x"], "choose from mistral-base, "),
         (["--objective", "dpo"], "--setting"),
     ],
 )

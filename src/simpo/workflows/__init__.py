@@ -1,1 +1,1 @@
-"""The work behind the commands: pair, loop, online, sweep, recipe."""
+"""Workflows behind the commands simpo pair, loop, sweep, recipe and reproduce."""

@@ -1,4 +1,4 @@
-"""A complete recipe for any objective in any of the paper's settings, and the published values behind it."""
+"""Complete recipes for any objective in any of the paper's settings, with the published values behind them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from simpo.config.fields import nearest
 from simpo.errors import SimpoError
 from simpo.objectives import OBJECTIVES
 
-_TEMPLATES = Path(__file__).parent / "templates"  # a whole recipe each, with gaps
-_TABLES = yaml.safe_load((_TEMPLATES / "settings.yaml").read_text(encoding="utf-8"))  # which explains its keys
+_TEMPLATES = Path(__file__).parent / "templates"  # complete recipes with $placeholders
+_TABLES = yaml.safe_load((_TEMPLATES / "settings.yaml").read_text(encoding="utf-8"))  # keys are explained in the file
 _TINY = "tiny"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A start model with its preference data."""
+    """A start model and its preference data."""
 
     stem: str
     title: str  # model and data in a few words
@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Searched:
-    """Values that were tried, and the one to start from."""
+    """The values of a published search, and the one to start from."""
 
     values: tuple[float, ...]
     start: float
@@ -50,51 +50,49 @@ SEARCHED: Mapping[str, Mapping[str, Searched]] = {
 }
 LEARNING_RATE = Searched(**_TABLES["learning_rate"])
 
-_OPTIONS = ("label_smoothing", "link", "length_normalized")  # variants of a loss, not written into recipes
+_OPTIONS = ("label_smoothing", "link", "length_normalized")  # loss variants; not written into recipes
+_ADVICE = "start here and tune with simpo sweep"
 
 
 def compose_recipe(objective: str, setting: str) -> str:
-    """The recipe, as YAML text with comments.
-
-    ``setting`` is one of :data:`~simpo.workflows.recipes.SETTINGS`.
-    """
+    """Return a recipe as YAML text with comments; ``setting`` is a key of :data:`SETTINGS`."""
     for option, name, known in (("objective", objective, OBJECTIVES), ("setting", setting, SETTINGS)):
         if name not in known:
-            hint = nearest(name, known) or f"; there are {', '.join(known)}"
+            hint = nearest(name, known) or f"; choose from {', '.join(known)}"
             raise SimpoError(f"--{option}: {name!r} is unknown{hint}")
     chosen = SETTINGS[setting]
     template = _TEMPLATES / ("tiny.yaml" if setting == _TINY else "paper.yaml")
-    gaps = vars(chosen) | {"objective": objective, "setting": setting, "paper": OBJECTIVES[objective].paper}
-    gaps["name"] = chosen.stem.format(objective)
-    gaps["hyperparameters"] = "\n".join(_hyperparameters(objective, setting))
-    return Template(template.read_text(encoding="utf-8")).substitute(gaps)
+    values = vars(chosen) | {"objective": objective, "setting": setting, "paper": OBJECTIVES[objective].paper}
+    values["name"] = chosen.stem.format(objective)
+    values["hyperparameters"] = "\n".join(_hyperparameters(objective, setting))
+    return Template(template.read_text(encoding="utf-8")).substitute(values)
 
 
 def _hyperparameters(objective: str, setting: str) -> Iterator[str]:
-    """A line for each of the objective's hyperparameters and for the learning rate, with the source of its value."""
+    """Yield a line for each hyperparameter and for the learning rate, with the source of its value as a comment."""
     published = PUBLISHED.get(objective, {}).get(setting, {})
-    searched = {} if setting == _TINY else SEARCHED.get(objective, {})  # for models of 7 to 9 billion weights
+    searched = {} if setting == _TINY else SEARCHED.get(objective, {})  # only apply to models with 7B to 9B parameters
     defaults = {name: known.default for name, known in OBJECTIVES[objective].hyperparameters.items()}
     for name in (*defaults, "learning_rate"):
         if name in published:
             yield f"{name}: {_number(published[name])}  # published: github.com/princeton-nlp/SimPO, README"
         elif name in searched:
-            start = _number(searched[name].start)
-            yield f"{name}: {start}  # searched over {searched[name]} in the paper; start here and use simpo sweep"
+            values = searched[name]
+            yield f"{name}: {_number(values.start)}  # searched over {values} in the paper; {_ADVICE}"
         elif name in defaults and name not in _OPTIONS:
-            yield f"{name}: {_number(defaults[name])}  # the objective's default; try others with simpo sweep"
+            yield f"{name}: {_number(defaults[name])}  # the objective's default; tune with simpo sweep"
     if setting == _TINY:
         rate = _number(_TABLES["tiny_learning_rate"])
-        yield f"learning_rate: {rate}  # for a model this small; try others with simpo sweep"
+        yield f"learning_rate: {rate}  # for a model this small; tune with simpo sweep"
     elif "learning_rate" not in published:
         yield (
-            f"learning_rate: {_number(LEARNING_RATE.start)}  # of {LEARNING_RATE}, the grid that the README "
-            "of github.com/princeton-nlp/SimPO advises; start here and use simpo sweep"
+            f"learning_rate: {_number(LEARNING_RATE.start)}  # from {LEARNING_RATE}, the grid recommended in "
+            f"the README of github.com/princeton-nlp/SimPO; {_ADVICE}"
         )
 
 
 def _number(value: float | str) -> str:
-    """A number as YAML reads it, with a decimal point even before an exponent; text as it is."""
+    """Format a number for YAML, which requires a decimal point before an exponent; return text unchanged."""
     if isinstance(value, str):
         return value
     return f"{value:.1e}".replace("e-0", "e-") if abs(value) < 1e-3 and value else repr(float(value))
