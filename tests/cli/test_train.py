@@ -233,7 +233,7 @@ def test_held_out_rows_that_are_training_rows_are_counted(world, tmp_path, capsy
     (tmp_path / "test.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *_held_out(world, 2)]))
     given = {"dataset_train_split": "train[:8]", "eval_dataset_name": tmp_path / "test.jsonl", "max_steps": 1}
     assert main(options(world, tmp_path / "out", **given)) == 0
-    assert "eval: 3 of 6 held-out pairs are training pairs, and 4 have a prompt of one" in capsys.readouterr().out
+    assert "eval: 3 of 6 held-out pairs are also training pairs, and 4 share a prompt" in capsys.readouterr().out
     figures = {metric.name: metric for metric in read_results(tmp_path / "out" / "results.json").metrics}
     assert (figures["data/eval/rows_in_train"].value, figures["data/eval/prompts_in_train"].value) == (3, 4)
     assert figures["data/eval/rows_in_train"].n == 6 and figures["data/train/rows"].value == 8
@@ -258,7 +258,7 @@ def test_training_rows_are_no_held_out_rows(command, world, tmp_path, capsys):
         same | {"dataset_test_split": "train[:10]"},
     ):
         assert main([command, *options(world, tmp_path / "out", **given)[1:]]) == 2
-        assert "are training" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert "are also training" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([command, *options(world, tmp_path / "out", **same, dataset_test_split="test")[1:]]) == 2
     assert "no split 'test'" in capsys.readouterr().err
 

@@ -43,8 +43,8 @@ def test_gamma_either_way(given, expected, config):
         ({"label_smoothing": 0.5, "objective": "simpo"}, "label_smoothing must be in"),
         ({"link": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss_type": "hinge", "gamma": 1.0, "label_smoothing": 0.1}, "label_smoothing"),
-        ({"loss_type": "hinge", "link": "sigmoid"}, "loss_type 'hinge' and link 'sigmoid' disagree"),
-        ({"objective": "no such"}, "objective: 'no such' is unknown; there are simpo"),
+        ({"loss_type": "hinge", "link": "sigmoid"}, "loss_type: 'hinge' contradicts link 'sigmoid'"),
+        ({"objective": "no such"}, "objective: 'no such' is unknown; choose from simpo"),
         ({"sft_weight": -0.1}, "sft_weight"),
         ({"sft_weight": float("nan")}, "sft_weight"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: not supported"),
@@ -138,20 +138,20 @@ def test_what_a_loss_type_means(given, objective, config):
     [
         (
             {"loss_type": "sigmoid", "beta": 0.01},
-            "loss_type: 'sigmoid' by itself .* add objective: dpo, or objective: simpo",
+            "loss_type: 'sigmoid' alone .* add objective: dpo, or objective: simpo",
         ),
-        ({"loss_type": "hinge"}, "loss_type: 'hinge' by itself"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' alone"),
         (
             {"loss_type": "hinge", "objective": "dpo"},
             "loss_type: 'hinge' is neither an objective nor a link of objective 'dpo'",
         ),
-        ({"loss_type": "aot", "objective": "ipo"}, "loss_type: 'aot' is neither an objective nor a link; there are"),
-        ({"loss_type": "kto_pair"}, "loss_type: 'kto_pair' is neither an objective nor a link; there are simpo"),
-        ({"loss_type": "ipo", "objective": "dpo"}, "loss_type 'ipo' and objective 'dpo' disagree"),
+        ({"loss_type": "aot", "objective": "ipo"}, "loss_type: 'aot' is neither an objective nor a link; choose from"),
+        ({"loss_type": "kto_pair"}, "loss_type: 'kto_pair' is neither an objective nor a link; choose from simpo"),
+        ({"loss_type": "ipo", "objective": "dpo"}, "loss_type: 'ipo' contradicts objective 'dpo'"),
         ({"kl_weight": -1.0}, "kl_weight: must be at least 0, not -1.0"),
         ({"kl_weight": float("inf")}, "kl_weight: must be finite, not inf"),
-        ({"objective": "orpo", "sft_weight": 0.1}, "sft_weight: objective 'orpo' has .* leave sft_weight out$"),
-        ({"objective": "cpo", "sft_weight": 0.1}, "sft_weight: objective 'cpo' has .*or set lam: 0"),
+        ({"objective": "orpo", "sft_weight": 0.1}, "sft_weight: objective 'orpo' already has .* leave sft_weight out$"),
+        ({"objective": "cpo", "sft_weight": 0.1}, "sft_weight: objective 'cpo' already has .*or set lam: 0"),
         ({"objective": "dpo", "gamma_beta_ratio": 0.5}, "gamma_beta_ratio is not a hyperparameter of objective 'dpo'"),
     ],
 )
@@ -171,7 +171,7 @@ def test_what_does_not_go_together_is_named(given, message, config):
     ],
 )
 def test_an_objective_that_would_be_a_guess_has_to_be_given(given, config):
-    with pytest.raises(SimpoError, match=r"^objective: not given, and .*write objective: dpo"):
+    with pytest.raises(SimpoError, match=r"^objective: not given, and .*add objective: dpo"):
         config(**given)
     for objective in ("simpo", "dpo"):
         assert config(**given, objective=objective).objective == objective
@@ -234,7 +234,7 @@ def test_an_anchor_without_a_weight_of_its_own(config, monkeypatch):
             return -w.avg
 
     monkeypatch.setitem(OBJECTIVES, "anchored", Anchored())
-    with pytest.raises(SimpoError, match=r"objective 'anchored' has a term .* leave sft_weight out$"):
+    with pytest.raises(SimpoError, match=r"objective 'anchored' already has a term .* leave sft_weight out$"):
         config(objective="anchored", sft_weight=0.1)
 
 
@@ -245,5 +245,5 @@ def test_weights_beside_an_objective(config):
 
 def test_one_process_has_nothing_to_spread(config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # set by the configuration; put back afterwards
-    with pytest.raises(SimpoError, match="fsdp: there is one process"):
+    with pytest.raises(SimpoError, match="fsdp: there is only one process"):
         config(fsdp=True)

@@ -89,5 +89,5 @@ def test_if_all_rows_are_named_the_model_is_suspected(make_trainer, make_model, 
     trainer = make_trainer(pairs(3), model=model, per_device_train_batch_size=3, max_steps=1)
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(float("nan"))
-    with pytest.raises(SimpoError, match="all rows of the step: look at the model"):
+    with pytest.raises(SimpoError, match="all rows of the step: check the model"):
         trainer.train()

@@ -59,4 +59,4 @@ def test_metrics_of_a_checkpoint_are_restored(tmp_path, caplog, damage):
         path.write_bytes(damage)
     MetricsFile(JsonLines(path), own=True).on_train_begin(None, TrainerState(global_step=2, log_history=logs), None)
     assert list(JsonLines(path)) == whole
-    assert ("those of the checkpoint" in caplog.text) == (damage is not None)
+    assert ("restored from the checkpoint" in caplog.text) == (damage is not None)

@@ -166,7 +166,7 @@ def test_a_recipe_and_the_command_line(tmp_path):
         ({"objective": {"dpp": 1.0}}, "objective: 'dpp' is unknown; there are simpo"),
         ({"objective": {"dpo": 1.0, "bco": 1.0}, "tau": 1.0}, "tau is not a hyperparameter of any of dpo, bco"),
         ({"objective": {"dpo": 1.0, "simpo": 1.0}, "beta": 0.0}, "beta must be > 0"),
-        ({"objective": {"dpo": 1.0}, "loss_type": "hinge"}, "loss_type: not with a mixture"),
+        ({"objective": {"dpo": 1.0}, "loss_type": "hinge"}, "loss_type: cannot be combined with a mixture"),
         ({"objective": {"dpo": 1.0, "orpo": 1.0}, "sft_weight": 0.1}, "sft_weight: objective '1 dpo . 1 orpo'"),
     ],
 )

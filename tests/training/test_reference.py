@@ -41,7 +41,7 @@ def test_it_is_what_the_start_model_says(counted, pairs, naive_responses, make_m
 
 
 def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
-    monkeypatch.setattr(reference, "_ROWS", 3)
+    monkeypatch.setattr(reference, "_ROWS_PER_FILE", 3)
     rows, held_out = pairs(8), pairs(3, seed=1)
     first, scored = counted(rows, eval_dataset=held_out)
     first.train()
@@ -58,7 +58,7 @@ def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
 
 
 def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(reference, "_ROWS", 2)
+    monkeypatch.setattr(reference, "_ROWS_PER_FILE", 2)
     rows = pairs(7)
     trainer, scored = counted(rows)
     expected = trainer.completed(rows)[REF_LOGPS][:]
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path
     assert again.completed(rows)[REF_LOGPS][:] == expected
     assert scored == [2, 2, 1]
     for number in (0, 1):
-        assert f"0000{number}.json is damaged and is computed again" in caplog.text
+        assert f"0000{number}.json is damaged; computing it again" in caplog.text
 
 
 def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatch, tmp_path, make_model):
@@ -86,9 +86,7 @@ def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatc
 
 def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_path):
     counted(pairs(3))[0].completed(pairs(3))
-    with pytest.raises(
-        SimpoError, match=f"reference_cache: {tmp_path}.* of another model, or in another precision; name"
-    ):
+    with pytest.raises(SimpoError, match=f"reference_cache: {tmp_path}.* of another model or precision; use"):
         counted(pairs(3), model=make_model("gpt2", std=0.2))
     (tmp_path / "reference" / "policy.json").write_text("{")
     with pytest.raises(SimpoError, match=r"reference_cache: .*policy.json cannot be read"):

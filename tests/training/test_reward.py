@@ -136,7 +136,7 @@ def test_losses_and_gradients_are_those_of_the_definition(settings, terms, path,
 def test_a_margin_that_is_not_used_is_reported(margin, noted, rankings, tmp_path):
     args = RewardConfig(**QUIET, output_dir=str(tmp_path), margin=margin)
     prepared = RewardTrainer.prepare(rankings.select([0, 2]), None, args, "train")
-    assert any("the column margin is not used" in notice for notice in prepared.report.notices) == noted
+    assert any("the margin column is not used" in notice for notice in prepared.report.notices) == noted
     plain = RewardTrainer.prepare(
         rankings.remove_columns("extra"), None, RewardConfig(**QUIET, output_dir=str(tmp_path)), "train"
     )
@@ -171,12 +171,12 @@ def test_held_out_scores_have_every_pair(make_reward_trainer, rankings):
 @pytest.mark.parametrize(
     ("rows", "margin", "extra", "said"),
     [
-        ([0], "column", {}, "made up:0: margin: column, and there is no number in the column margin"),
-        ([0], "column", {"margin": "much"}, "there is no number in the column margin"),
-        ([0], "column", {"margin": -0.5}, "margin: -0.5; it must be 0 or more"),
-        ([0], "scores", {"margin": 1}, "there is no number in the columns chosen_score and rejected_score"),
-        ([0], "scores", {"score_chosen": 1, "score_rejected": 2}, "margin: -1; it must be 0 or more"),
-        ([1], "column", {"margin": 1}, "more than two responses; use margin: scores"),
+        ([0], "column", {}, "made up:0: margin: column needs a number in the column margin"),
+        ([0], "column", {"margin": "much"}, "needs a number in the column margin"),
+        ([0], "column", {"margin": -0.5}, "margin: must be at least 0, not -0.5"),
+        ([0], "scores", {"margin": 1}, "needs a number in the columns chosen_score and rejected_score"),
+        ([0], "scores", {"score_chosen": 1, "score_rejected": 2}, "margin: must be at least 0, not -1"),
+        ([1], "column", {"margin": 1}, "more than two responses; use scores"),
     ],
 )
 def test_margins_that_are_not_there(rows, margin, extra, said, make_reward_trainer, rankings):
@@ -198,7 +198,7 @@ def test_what_cannot_be_trained(make_model, make_reward_trainer, rankings, tmp_p
     with pytest.raises(SimpoError, match="GPT2LMHeadModel is not a reward model; load it with AutoModelForSequence"):
         make_reward_trainer(rankings, model=make_model("gpt2"))
     feedback = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "label": [True]})
-    with pytest.raises(SimpoError, match="single responses with labels; a reward model is trained on comparisons"):
+    with pytest.raises(SimpoError, match="reward models are trained on comparisons, but these rows are labeled"):
         RewardTrainer.prepare(feedback, None, RewardConfig(str(tmp_path), use_cpu=True), "train")
     for settings, said in (
         ({"truncation": "paper"}, "truncation: 'paper'"),

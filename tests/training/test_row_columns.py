@@ -164,7 +164,7 @@ def test_columns_that_are_not_named_change_nothing(make_trainer, make_model, pai
     losses = [make_trainer(rows, model=copy.deepcopy(model)).score_rows(rows)["loss"] for rows in (plain, others)]
     assert losses[0].tolist() == losses[1].tolist()
     report = PreferenceTrainer.prepare(others, None, PreferenceConfig(use_cpu=True), "train").report
-    assert any("margin is not used" in notice for notice in report.notices)
+    assert any("margin column is not used" in notice for notice in report.notices)
 
 
 def test_held_out_rows_may_be_without_them(make_trainer, pairs):
@@ -256,15 +256,15 @@ def test_single_responses_have_weights_only(config):
     [
         (
             {"objective": "ipo", "row_columns": ["label_probability"]},
-            "label_probability .* 'ipo'; it is for simpo",
+            "label_probability .* 'ipo', only by simpo",
         ),
         ({"objective": "kto", "row_columns": ["label_probability"]}, "label_probability .* 'kto'"),
         ({"link": "hinge", "row_columns": ["label_probability"]}, "label_probability .* 'simpo' with link 'hinge'"),
-        ({"objective": "dpo", "row_columns": ["margin"]}, "margin .* 'dpo'; it is for simpo, alphapo, repo"),
-        ({"objective": "kto", "row_columns": ["beta"]}, "beta is not defined for objective 'kto'"),
-        ({"objective": "listwise", "row_columns": ["beta"]}, "beta is not defined for objective 'listwise'"),
+        ({"objective": "dpo", "row_columns": ["margin"]}, "margin .* 'dpo', only by simpo, alphapo, repo"),
+        ({"objective": "kto", "row_columns": ["beta"]}, "beta is not supported by objective 'kto'"),
+        ({"objective": "listwise", "row_columns": ["beta"]}, "beta is not supported by objective 'listwise'"),
         ({"objective": {"dpo": 1, "simpo": 1}, "row_columns": ["margin"]}, "margin .* '1 dpo \\+ 1 simpo'"),
-        ({"row_columns": ["weights"]}, "'weights' is unknown; there are weight, label_probability, margin"),
+        ({"row_columns": ["weights"]}, "'weights' is unknown; choose from weight, label_probability, margin"),
         (
             {"objective": "dpo", "label_smoothing": 0.1, "row_columns": ["label_probability"]},
             "label_smoothing: .* label_probability",

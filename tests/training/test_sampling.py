@@ -203,7 +203,7 @@ def test_an_engine_that_keeps_old_weights_is_started_anew(recipe, monkeypatch, c
     assert rollouts("out")[0] == rollouts("memory")[0] and differs(weights("memory"), weights("out")) == 0
     started = Path("started.txt").read_text().splitlines()
     assert len(started) == 3 and len(Path("asked.txt").read_text().splitlines()) == 4  # one of them in vain
-    assert sum("is started anew for every rollout" in record.getMessage() for record in caplog.records) == 1
+    assert sum("restarting it for every rollout" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_an_engine_with_other_weights_than_the_policys_is_an_error(recipe, monkeypatch, capsys):

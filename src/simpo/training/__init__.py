@@ -1,1 +1,1 @@
-"""Preference training on ``transformers.Trainer``."""
+"""Preference training, built on ``transformers.Trainer``."""

@@ -1,4 +1,4 @@
-"""From tokenized rows to the micro-batches of one optimizer step, on the device."""
+"""Turns tokenized rows into the micro-batches of one optimizer step, on the device."""
 
 from __future__ import annotations
 
@@ -35,53 +35,53 @@ from simpo.packing.rope import LengthRule
 from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.training.settings import TrainingSettings
 
-CONTENT = "content"  # the column of a data set's prompts, which distinguishes them from other rows
-# Optional columns of a tokenized data set that training adds.
+CONTENT = "content"  # holds a prompt as JSON; only rows of prompts have this column
+# Optional columns that training adds to a tokenized data set.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"
-# Columns of the data that change the loss of a row (simpo.training.preference).
+# Columns of the data that change a row's loss (see simpo.training.preference).
 WEIGHT, LABEL_PROBABILITY, MARGIN, BETA = "weight", "label_probability", "margin", "beta"
-# Columns of sampled answers: numbers for each token, and the logged metrics of each row.
+# Columns of sampled answers: one number per token, and in ROLLOUT the metrics logged for each row.
 BEHAVIOR, REF_TOKENS, ADVANTAGES, ROLLOUT = "behavior_logps", "ref_token_logps", "advantages", "rollout"
 VALUES, RETURNS = "values", "returns"
-# Columns that are attributes of PlannedBatch by the same name: lists of numbers, and numbers (of ROLLOUT, M each).
+# Columns that become PlannedBatch attributes of the same name: lists, and fixed-size values (M numbers in ROLLOUT).
 _LISTS = (REF_LOGPS, LEVELS, BEHAVIOR, REF_TOKENS, ADVANTAGES, VALUES, RETURNS)
 _NUMBERS = (LABEL_PROBABILITY, MARGIN, BETA, ROLLOUT)
 _COLUMNS = (
     "prompt_ids", "response_ids", "scored", "scores", "label",
     IMAGES, DIGESTS, MISMATCHED_IDS, MISMATCHED_REF_LOGP, *_LISTS, *_NUMBERS,
 )  # fmt: skip
-_ILLUSTRATED = 2  # rows with images that are added to those on which the fast path is checked
-_ROWS_NAMED = 5  # in an error message about several rows
+_ILLUSTRATED = 2  # rows with images to add when checking the fast path
+_ROWS_NAMED = 5  # rows an error message lists before it says "and N more"
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The type of sums over rows: wide enough that the split into ranks and micro-batches does not show in them."""
+    """Return the dtype for sums over rows, wide enough that splitting them over ranks and micro-batches is harmless."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class OrderedPairs(NamedTuple):
-    """Indices of the ``N`` ordered pairs of ``C`` comparisons with ``R`` responses in all."""
+    """Indices of the ``N`` ordered pairs in ``C`` comparisons with ``R`` responses in total."""
 
     better: Tensor  # `[N]` the preferred response of each pair
     worse: Tensor  # `[N]` the other one
-    comparison: Tensor  # `[N]` which comparison a pair belongs to
-    share: Tensor  # `[N]` one over the number of pairs of that comparison, float64
+    comparison: Tensor  # `[N]` which comparison the pair belongs to
+    share: Tensor  # `[N]` one over the number of pairs in that comparison, float64
     best: Tensor  # `[C]` the best response of each comparison
 
     @classmethod
     def of(cls, counts: Tensor, scores: Tensor | None = None) -> OrderedPairs:
-        """All pairs whose first response has the higher score; equal scores make no pair.
+        """Return all pairs whose first response has the higher score; ties form no pair.
 
         Args:
-            counts: ``[C]`` responses of each comparison, ``K``; they may differ.
-            scores: ``[R]``, the highest of each comparison first; None: the responses are in order, the best first.
+            counts: number of responses ``K`` in each comparison, ``[C]``; they may differ.
+            scores: ``[R]``, highest first in each comparison; None if the responses are in order, best first.
         """
         first = counts.cumsum(0) - counts
         owner = torch.repeat_interleave(counts)  # [R]
         scores = -torch.arange(len(owner)) if scores is None else scores
-        rivals = counts[owner]  # [R] responses of the same comparison, itself included
-        better = torch.repeat_interleave(rivals)  # every response with each of its rivals
+        rivals = counts[owner]  # [R] responses in the same comparison, itself included
+        better = torch.repeat_interleave(rivals)  # every response against each of its rivals
         worse = torch.arange(len(better)) - (rivals.cumsum(0) - rivals - first[owner])[better]
         ordered = scores[better] > scores[worse]
         better, worse = better[ordered], worse[ordered]
@@ -90,45 +90,43 @@ class OrderedPairs(NamedTuple):
         return cls(better, worse, comparison, share, first)
 
     def weighted(self, weights: Tensor) -> OrderedPairs:
-        """The pairs with weights, ``[N]``, which :meth:`mean` multiplies their values by."""
+        """Return the pairs with weights ``[N]``, by which :meth:`mean` multiplies their values."""
         return self._replace(share=self.share * weights)
 
     def mean(self, values: Tensor) -> Tensor:
-        """``[C, ...]`` means over the pairs of each comparison, of ``values`` ``[N, ...]``."""
+        """Average ``values`` ``[N, ...]`` over the pairs of each comparison, giving ``[C, ...]``."""
         shared = values * self.share.to(values).view(-1, *[1] * (values.dim() - 1))
         return values.new_zeros(len(self.best), *values.shape[1:]).index_add(0, self.comparison, shared)
 
 
 class PlannedBatch(NamedTuple):
-    """A micro-batch ready for the model; all after ``pairs`` are None where the data set has no such column."""
+    """A micro-batch ready for the model; each field after ``pairs`` is None if the data set lacks its column."""
 
-    packed: PackedBatch  # its `C` comparisons with `R` responses
+    packed: PackedBatch  # `C` comparisons with `R` responses and `S` scored tokens
     rows: tuple[int, ...]  # `C` row numbers in the data set
-    # Of all comparisons of the optimizer step, over its micro-batches and ranks: the loss's denominator.
+    # The denominator of the loss: the total weight of the optimizer step, over all micro-batches and ranks.
     step_weight: float
     pairs: OrderedPairs  # the ordered pairs of the comparisons; single responses have none
-    # `[R]` float64, scores of the responses; a pair without scores among rankings has 0 and minus infinity.
+    # `[R]` float64, scores of the responses; an unscored pair among rankings has 0 and minus infinity.
     scores: Tensor | None = None
     ref_logps: Tensor | None = None  # `[R]` float64, log-probabilities under the reference
     labels: Tensor | None = None  # `[C]` bool, whether a single response is desirable
-    mismatched: PackedBatch | None = None  # each prompt with one response to another prompt, `C` in all
-    # `[C]` float64, log-probabilities of these responses under the reference.
-    mismatched_ref_logps: Tensor | None = None
-    levels: Tensor | None = None  # `[R]` float64; a response should win over another by the difference
-    # `[S]` float64, log-probabilities of the tokens under the policy that sampled them.
-    behavior_logps: Tensor | None = None
-    ref_token_logps: Tensor | None = None  # `[S]` float64, those under the reference
-    advantages: Tensor | None = None  # `[S]` float64, advantages of the tokens
-    rollout: Tensor | None = None  # `[C, M]` float64, metrics of the answers that were sampled
-    # `[S]` float64, of the states in which the tokens were chosen, by the value function of that time.
+    mismatched: PackedBatch | None = None  # `C` comparisons: each prompt with a response to another prompt
+    mismatched_ref_logps: Tensor | None = None  # `[C]` float64, their log-probabilities under the reference
+    levels: Tensor | None = None  # `[R]` float64; the difference of two levels is the margin one response should win by
+    behavior_logps: Tensor | None = None  # `[S]` float64, token log-probabilities under the policy that sampled them
+    ref_token_logps: Tensor | None = None  # `[S]` float64, token log-probabilities under the reference
+    advantages: Tensor | None = None  # `[S]` float64, token advantages
+    rollout: Tensor | None = None  # `[C, M]` float64, metrics of the sampled answers
+    # `[S]` float64, the value function's estimates at sampling time, for the state in which each token was chosen.
     values: Tensor | None = None
-    returns: Tensor | None = None  # `[S]` float64, what the value function learns; NaN where there is nothing to learn
+    returns: Tensor | None = None  # `[S]` float64, targets of the value function; NaN where there is none
     label_probability: Tensor | None = None  # `[C]` float64, probability that the chosen response is the better one
-    margin: Tensor | None = None  # `[C]` float64, by how much the chosen response should win
+    margin: Tensor | None = None  # `[C]` float64, margin by which the chosen response should win
     beta: Tensor | None = None  # `[C]` float64, the objective's hyperparameter
 
     def to(self, device: torch.device | str) -> PlannedBatch:
-        """The batch with its tensors on ``device``."""
+        """Move the batch's tensors to ``device``."""
         widest = widest_float(torch.device(device))
 
         def move(tensor: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ class PlannedBatch(NamedTuple):
         return self._map(move, lambda packed: packed.to(device))
 
     def pin_memory(self) -> PlannedBatch:
-        """The batch in page-locked memory; ``DataLoader`` calls it."""
+        """Copy the batch to page-locked memory; called by ``DataLoader``."""
         return self._map(Tensor.pin_memory, PackedBatch.pin_memory)
 
     def _map(self, tensor: Callable[[Tensor], Tensor], packed: Callable[[PackedBatch], PackedBatch]) -> PlannedBatch:
@@ -154,7 +152,7 @@ class PlannedBatch(NamedTuple):
 
 
 class ComparisonRows(TorchDataset):
-    """Tokenized rows, indexed by planned micro-batches instead of single rows; its length is the number of rows."""
+    """Tokenized rows, indexed by planned micro-batch rather than by row; its length is the number of rows."""
 
     def __init__(self, rows: Dataset, reader: ImageReader | None = None) -> None:
         self._reader = reader
@@ -169,8 +167,8 @@ class ComparisonRows(TorchDataset):
         comparisons = _comparisons(columns, self._reader)
         counts = torch.tensor([len(responses) for responses in columns["response_ids"]])
         scores, mismatched = columns.get("scores"), None
-        if scores is not None:  # a pair among rankings has none, and its first response is the better one
-            scores = _flat([(0.0, -math.inf) if own is None else own for own in scores])
+        if scores is not None:  # a pair among rankings has no scores; its first response is the better one
+            scores = _flat([(0.0, -math.inf) if given is None else given for given in scores])
         if MISMATCHED_IDS in columns:
             prompts = zip(comparisons, columns[MISMATCHED_IDS], strict=True)
             others = [TokenizedComparison(one.prompt_ids, [ids], images=one.images) for one, ids in prompts]
@@ -189,7 +187,7 @@ class ComparisonRows(TorchDataset):
         )
 
     def unplanned_batch(self, rows: Sequence[int]) -> PlannedBatch:
-        """A micro-batch of these rows, each with weight 1, outside any optimizer step."""
+        """Return a micro-batch of ``rows`` outside any optimizer step, each with weight 1."""
         return self[MicroBatch(tuple(rows), (1.0,) * len(rows)), 1.0]
 
 
@@ -204,16 +202,16 @@ def _flat(lists: Sequence[Sequence[float]] | None) -> Tensor | None:
 def comparisons_of(
     rows: Dataset, numbers: Sequence[int], reader: ImageReader | None = None
 ) -> list[TokenizedComparison]:
-    """Rows ``numbers`` of a tokenized data set, with its masks if it has the column ``scored``, and their images."""
+    """Return rows ``numbers`` of a tokenized data set, with their images and any masks in its ``scored`` column."""
     return _comparisons(rows[list(numbers)], reader)
 
 
 def comparisons_to_check(
     model: nn.Module, datasets: Sequence[Dataset], reader: ImageReader | None = None
 ) -> list[TokenizedComparison]:
-    """The rows that the self-check chooses from: the first and the longest ones of the first data set.
+    """Return the rows the self-check chooses from: the first and the longest rows of the first data set.
 
-    A few rows with images are added from the first data set that has any, which may be one for evaluation only.
+    Also adds a few rows with images from the first data set that has any, even if it is only used for evaluation.
     """
     rows = datasets[0]
     numbers = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())
@@ -232,7 +230,7 @@ def _comparisons(columns: Mapping[str, Any], reader: ImageReader | None) -> list
 
 
 class PlanSampler(Sampler):
-    """Yields this rank's micro-batches for every step of an epoch; ``epoch()`` returns the one that starts."""
+    """Yields this rank's micro-batches for every step of an epoch; ``epoch()`` returns the epoch about to start."""
 
     def __init__(self, plan: StepPlan, epoch: Callable[[], int], rank: int) -> None:
         self.plan, self.epoch, self.rank = plan, epoch, rank
@@ -248,7 +246,7 @@ class PlanSampler(Sampler):
 
 
 def collate(batches: Sequence[PlannedBatch]) -> dict[str, Any]:
-    """The argument that Trainer passes to ``training_step``: ``{"micro_batches": [PlannedBatch, ...]}``."""
+    """Return the argument Trainer passes to ``training_step``: ``{"micro_batches": [PlannedBatch, ...]}``."""
     return {"micro_batches": list(batches)}
 
 
@@ -259,7 +257,7 @@ def step_loader(
     args: TrainingSettings,
     reader: ImageReader | None = None,
 ) -> DataLoader:
-    """This rank's micro-batches of every step; ``epoch()`` returns the epoch that starts.
+    """Return a loader of this rank's micro-batches for every step; ``epoch()`` returns the epoch about to start.
 
     accelerate must not prepare it: the plan has already distributed the rows, and none may be repeated.
     """
@@ -267,7 +265,7 @@ def step_loader(
         ComparisonRows(rows, reader),  # type: ignore[arg-type]
         batch_sampler=PlanSampler(plan, epoch, args.process_index),
         collate_fn=collate,
-        # its own generator, so that an evaluation between two steps does not change what dropout draws
+        # a separate generator, so that an evaluation between two steps does not change dropout's random numbers
         generator=torch.Generator(),
         num_workers=args.dataloader_num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
@@ -276,19 +274,19 @@ def step_loader(
     )
 
 
-# ---- What tokenized rows contain.
+# ---- Contents of tokenized rows.
 
 
 def prompts_from_rows(rows: Dataset) -> list[Prompt]:
-    """The prompts of rows that :meth:`~simpo.training.online.OnlineTrainer.prepare` has made."""
+    """Return the prompts in rows built by :meth:`~simpo.training.online.OnlineTrainer.prepare`."""
     found = [json.loads(text) for text in rows[CONTENT][:]]
     return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in found]
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token ids, of which are scored, of images, scores, labels and numbers, row by row in order.
+    """Return the SHA-256 of the rows in order: token ids, masks, images, scores, labels and numeric columns.
 
-    Of prompts whose answers are sampled, also of the rows' other columns, which an annotator may read.
+    For prompts whose answers are sampled, it also covers the other columns, because an annotator may read them.
     """
     columns = [name for name in ("prompt_ids", "response_ids", "scored") if name in rows.column_names]
     digest = hashlib.sha256()
@@ -307,22 +305,22 @@ def rows_digest(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-# ---- Lengths of tokenized rows, and rows that a model cannot read.
+# ---- Lengths of tokenized rows, and rows a model cannot read.
 
 
 def response_counts(rows: Dataset) -> np.ndarray:
-    """``[rows]`` number of responses of each comparison, ``K``."""
+    """Return the number of responses ``K`` in each comparison, ``[rows]``."""
     return pc.list_value_length(rows.with_format("arrow")["response_ids"]).to_numpy()
 
 
 def response_tokens(rows: Dataset) -> np.ndarray:
-    """``[rows]`` tokens of all responses of each comparison."""
+    """Return the number of response tokens in each comparison, ``[rows]``."""
     _, responses, first = _sizes(rows)
     return np.add.reduceat(responses, first)
 
 
 def scored_tokens(rows: Dataset) -> np.ndarray:
-    """``[rows]`` tokens that are scored: all of a row's responses, or those that the column ``scored`` marks."""
+    """Return the number of scored tokens per row, ``[rows]``: those marked by the ``scored`` column, or all."""
     tokens = response_tokens(rows)
     if "scored" not in rows.column_names:
         return tokens
@@ -331,7 +329,7 @@ def scored_tokens(rows: Dataset) -> np.ndarray:
 
 
 def _sizes(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``[rows]`` tokens of each prompt, ``[R]`` tokens of each response, ``[rows]`` each row's first response."""
+    """Return prompt lengths ``[rows]``, response lengths ``[R]``, and the index of each row's first response."""
     table = rows.with_format("arrow")
     prompts, answers = pc.list_value_length(table["prompt_ids"]).to_numpy(), table["response_ids"]
     responses = pc.list_value_length(pc.list_flatten(answers)).to_numpy()
@@ -346,9 +344,9 @@ def _mismatched_sizes(rows: Dataset) -> np.ndarray | int:
 
 
 def row_sizes(rows: Dataset, path: Path, rule: LengthRule | None = None) -> RowSizes:
-    """The tokens that rows take in a forward on a path.
+    """Return how many tokens each row takes in a forward pass on ``path``.
 
-    By ``rule`` responses with different rotary frequencies do not share their prompt.
+    Under ``rule``, responses with different rotary frequencies cannot share their prompt.
     """
     prompts, responses, first = _sizes(rows)
     packed = prompts + np.add.reduceat(responses, first)
@@ -361,7 +359,7 @@ def row_sizes(rows: Dataset, path: Path, rule: LengthRule | None = None) -> RowS
 
 
 def check_rows(limits: Limits, rows: Dataset, label: str) -> None:
-    """Check tokenized rows against what a model can read; a row's length is its prompt with its longest response."""
+    """Raise :class:`SimpoError` if a row, with its longest response, exceeds what the model can read."""
     if limits.positions is not None:
         prompts, responses, first = _sizes(rows)
         lengths = prompts + np.maximum(np.maximum.reduceat(responses, first), _mismatched_sizes(rows))
@@ -390,7 +388,7 @@ def _has_unknown_id(column: Any, embeddings: int | None) -> bool:
 
 
 def describe_rows(dataset: Dataset, rows: Sequence[int]) -> str:
-    """The origin of ``rows``, as text: the first few by file and line."""
+    """Describe where ``rows`` come from, listing the first few by file and line."""
     known = "where" in dataset.column_names
     named = [dataset[row]["where"] if known else f"row {row}" for row in rows[:_ROWS_NAMED]]
     more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
@@ -401,7 +399,7 @@ def describe_rows(dataset: Dataset, rows: Sequence[int]) -> str:
 
 
 def rows_with_images(rows: Dataset) -> np.ndarray:
-    """Numbers of the tokenized rows that have images."""
+    """Return the row numbers of the tokenized rows that have images."""
     if IMAGES not in rows.column_names:
         return np.array([], dtype=int)
     lengths = pc.list_value_length(rows.with_format("arrow")[IMAGES])
@@ -411,9 +409,9 @@ def rows_with_images(rows: Dataset) -> np.ndarray:
 def image_reader(
     model: nn.Module, processing_class: Any, datasets: Sequence[Dataset | None], args: Any
 ) -> ImageReader | None:
-    """The reader of the images of tokenized rows; None if there are none, and the parts for images are frozen then.
+    """Return a reader for the images in the rows; without images, freeze the model's image parts and return None.
 
-    ``processing_class`` is the model's processor; anything else is an error if there are images.
+    Rows with images require ``processing_class`` to be the model's processor.
     """
     given = [rows for rows in datasets if rows is not None]
     found = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
@@ -422,18 +420,20 @@ def image_reader(
         return None
     if not isinstance(processing_class, ProcessorMixin):
         raise SimpoError(
-            "images: simpo train, sft and reward take them, in Python with the model's processor as processing_class; "
-            "give it, or leave the images out"
+            "images: training on images needs the model's processor as processing_class; pass it, or remove the images "
+            "(from the command line, simpo train, sft and reward support images)"
         )
     launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
     if args.world_size > 1 and (launched or args.fsdp or args.deepspeed or args.gradient_checkpointing):
         raise SimpoError(
-            "images: several processes train on them with DDP and without activation checkpointing only, because not "
-            "every micro-batch has some"
+            "images: training on several processes requires DDP without activation checkpointing, because some "
+            "micro-batches have no images"
         )
     inner, reader = prepare_policy(model), ImageReader(processing_class)
     if state_of(inner).lengths is not None:
-        raise SimpoError(f"images: the rotary frequencies of {type(inner).__name__} depend on a row's length")
+        raise SimpoError(
+            f"images: not supported for {type(inner).__name__}, whose rotary frequencies depend on a row's length"
+        )
     rows, number = found[0]
     row = rows[int(number)]
     (image, *_) = reader.tensors(row[IMAGES], row[DIGESTS])
@@ -442,9 +442,9 @@ def image_reader(
 
 
 def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> list[tuple[ImageTensors, ...]]:
-    """The images of each row of a batch.
+    """Return the images of each row in a batch.
 
-    ``reader`` is None if the rows that the trainer was made with have no images.
+    Raise :class:`SimpoError` if a row has images and ``reader`` is None: the trainer was created without images.
     """
     count = len(columns["prompt_ids"])
     several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)
@@ -452,7 +452,7 @@ def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> lis
     for references, digests in several:
         if references and reader is None:
             raise SimpoError(
-                "images: none of the rows that the trainer was made with have some; give such rows from the start"
+                "images: the trainer was created with rows that have no images; include rows with images from the start"
             )
         found.append(reader.tensors(references, digests) if references and reader is not None else ())
     return found

@@ -1,4 +1,4 @@
-"""Callbacks of a run: the interface for what takes part in one, its log lines and ``metrics.jsonl``, and trackers."""
+"""Callbacks for a whole run: the base class, log lines, ``metrics.jsonl``, and experiment trackers."""
 
 # ruff: noqa: D102 - TrainerCallback documents the events
 
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 class RunCallback(TrainerCallback):
-    """A ``TrainerCallback`` with a part in a whole run, not only in its training loop.
+    """A ``TrainerCallback`` that takes part in the whole run, not just the training loop.
 
     :func:`~simpo.training.run.run_training` calls :meth:`prepare`, :meth:`check_trainer` and :meth:`before_training`
-    in this order, and the trainer calls :meth:`evaluate`; all on every rank. A callback leaves weights, training mode
-    and random state as they are, so that a run has the same bits without it. A :class:`~simpo.errors.SimpoError`
-    raised by any of these methods ends the run.
+    in this order, and the trainer calls :meth:`evaluate`, all on every rank. A callback must not change weights,
+    training mode or random state, so that a run is bit-identical with and without it. A
+    :class:`~simpo.errors.SimpoError` raised by any of these methods ends the run.
     """
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The callback's recipe keys with their values, which become part of the run's identity."""
+        """The callback's recipe keys and their values, which become part of the run's identity."""
         return {}
 
     def prepare(
@@ -51,61 +51,61 @@ class RunCallback(TrainerCallback):
         held_out: Dataset | None,
         log: Log,
     ) -> None:
-        """Check everything that can be checked before weights are read and anything is written.
+        """Check everything that can be checked before weights are loaded and anything is written.
 
         Args:
-            config: the configuration of the training.
+            config: the training configuration.
             processing: the model's tokenizer or, for rows with images, its processor.
-            held_out: the held-out rows as they were read, before tokenization; None if there are none.
-            log: prints a line for the user and keeps it in the run's log.
+            held_out: the held-out rows as read, before tokenization; None if there are none.
+            log: prints a line for the user and adds it to the run's log.
         """
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Check the trainer, which has the start model, before anything is written."""
+        """Check the trainer, which holds the start model, before anything is written."""
 
     def before_training(self, trainer: Trainer, *, resumed: bool) -> None:
-        """Examine the start model, before a checkpoint is loaded and before the first step.
+        """Measure the start model, before a checkpoint is loaded and before the first step.
 
         Args:
-            trainer: with the start model.
-            resumed: whether files that the callback wrote at an earlier start of the same run are still valid.
+            trainer: holds the start model.
+            resumed: whether files the callback wrote in an earlier start of the same run are still valid.
         """
 
     def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
-        """Metrics to add to an evaluation during training; they are logged with the prefix ``eval_``."""
+        """Return metrics to add to an evaluation during training; they are logged with the prefix ``eval_``."""
         return {}
 
 
 class CheckpointShare(TrainerCallback):
-    """Keeps ``activation_checkpointing`` on for a share of the layers, spread evenly.
+    """Keeps activation checkpointing on for only a share of the layers, spread evenly.
 
-    A layer without it keeps its activations, and its forward is not computed again in backward: memory is exchanged for
-    arithmetic only as far as it is needed.
+    The other layers store their activations instead of recomputing them in the backward pass, so no more compute is
+    traded for memory than necessary.
     """
 
     def __init__(self, share: float) -> None:
         self._share = share
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        # Trainer has switched it on for all layers.
+        # Trainer has enabled it for all layers.
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer, chosen in zip(layers, checkpointed_layers(len(layers), self._share), strict=True):
             layer.gradient_checkpointing = layer.gradient_checkpointing and chosen
 
 
 def checkpointed_layers(count: int, share: float) -> list[bool]:
-    """Whether each of ``count`` layers is chosen, so that the ``share`` of chosen ones is spread evenly."""
+    """Choose a ``share`` of ``count`` layers, spread evenly: True for each chosen layer."""
     return [int((number + 1) * share) > int(number * share) for number in range(count)]
 
 
-# ---- How a run's logs reach the user and ``metrics.jsonl``.
+# ---- Logs for the user and for ``metrics.jsonl``.
 
-# Suffixes of what Trainer logs about the duration of an evaluation or of the whole training.
+# Suffixes of the timings Trainer logs for an evaluation or for the whole training.
 _TIMES = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
 def log_as_lines(trainer: Trainer, log: Log) -> None:
-    """Report a trainer's logs as lines instead of dictionaries, above its progress bar if it has one."""
+    """Print a trainer's logs as lines instead of dictionaries, above the progress bar if there is one."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_ProgressBar)
     trainer.remove_callback(PrinterCallback)
@@ -113,14 +113,14 @@ def log_as_lines(trainer: Trainer, log: Log) -> None:
 
 
 class _ProgressBar(ProgressCallback):
-    """The progress bar without its log lines, which :class:`LogLines` writes."""
+    """The progress bar without its own log lines; :class:`LogLines` prints those."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         pass
 
 
 class LogLines(TrainerCallback):
-    """Reports every log of the trainer as one line, with an estimate of the time left."""
+    """Prints every log of the trainer as one line, with an estimate of the time left."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -141,16 +141,16 @@ class LogLines(TrainerCallback):
         done, left = state.global_step - self._first_step, state.max_steps - state.global_step
         seconds = (time.monotonic() - self._began) / max(done, 1) * left
         time_left = f", about {duration(seconds)} left" if done and left else ""
-        with tqdm.external_write_mode():  # removes a progress bar from the terminal while the line is written
+        with tqdm.external_write_mode():  # hides any progress bar while the line is printed
             self._log(f"step {state.global_step:,} of {state.max_steps:,}{time_left}: {shown}")
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the trainer to ``metrics.jsonl``, which begins with those of a resumed checkpoint.
+    """Appends every log of the trainer to ``metrics.jsonl``, after the logs of the checkpoint it resumes from.
 
     Args:
         lines: the file.
-        own: whether a checkpoint is of this run, so that its logs should be in the file.
+        own: whether the checkpoint belongs to this run, so that its logs should already be in the file.
     """
 
     def __init__(self, lines: JsonLines, *, own: bool) -> None:
@@ -160,37 +160,35 @@ class MetricsFile(TrainerCallback):
         history = [json_safe({"step": None, "epoch": None, **logs}) for logs in state.log_history]
         if list(islice(self._lines, len(history))) != history:
             if self._own:
-                logger.warning(
-                    "%s: lines were missing or damaged and are those of the checkpoint again", self._lines.path
-                )
+                logger.warning("%s: lines were missing or damaged; restored from the checkpoint", self._lines.path)
             self._lines.keep(0)
             self._lines.append(history)
-        # What was logged after the checkpoint will be logged again.
+        # Anything logged after the checkpoint will be logged again.
         self._lines.keep(len(history))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         self._lines.append([{"step": state.global_step, "epoch": state.epoch, **logs}])
 
 
-# ---- Trackers get the outcome of a run at its end: results, sampled answers as a table, the report as an artifact.
+# ---- The outcome of a finished run for trackers: results, a table of sampled answers, the report as an artifact.
 
 
 ANSWERS = "answers"
-_MOST_ANSWERS = 100  # rows of the table
+_MAX_ANSWERS = 100  # rows of the table
 _KINDS = (TensorBoardCallback, WandbCallback, MLflowCallback, TrackioCallback)
 
 
 class Trackers(RunCallback):
     """Sends the outcome of a run to the trackers that have its curves.
 
-    Transformers' callbacks send curves, and close their trackers at the end of training. Held-out rows are scored and
-    the report is written later, so each tracker is opened again. Trackers without a table or artifacts get text.
+    Transformers' callbacks send the curves and close their trackers when training ends. Held-out rows are scored and
+    the report is written later, so each tracker is reopened. Trackers without tables or artifacts get text.
     """
 
     def __init__(self, part: str | None = None) -> None:
-        """Track a run, or the ``part`` of a larger one, which is appended to its name and to TensorBoard's folder."""
+        """Track a run, or a ``part`` of a larger one whose name is added to the run name and TensorBoard folder."""
         self._part = part
-        self._callbacks: Sequence[Any] = ()  # none for a training that is not run, because it had finished before
+        self._callbacks: Sequence[Any] = ()  # stays empty if training had already finished and is not run again
         self._args: Any = None
         self._step = 0
         self._trackio_run: str | None = None
@@ -206,23 +204,23 @@ class Trackers(RunCallback):
 
     def before_training(self, trainer: Trainer, *, resumed: bool) -> None:
         self._args = trainer.args
-        if trainer.is_world_process_zero():  # no other callbacks, which may keep the model in memory
+        if trainer.is_world_process_zero():  # keep only trackers: other callbacks may keep the model in memory
             self._callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, _KINDS)]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         for callback in self._callbacks:
-            if isinstance(callback, TrackioCallback):  # it chooses the name of a run that has none
+            if isinstance(callback, TrackioCallback):  # trackio names a run that has no name
                 self._trackio_run = callback._trackio.context_vars.current_run.get().name
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         self._step = state.global_step
 
     def publish(self, folder: Path, report: Path | None) -> None:
-        """Send the outcome of the finished run in ``folder``; a tracker that fails does not undo the run.
+        """Send the outcome of the finished run in ``folder``; if a tracker fails, only warn.
 
         Args:
-            folder: of the run; nothing is sent for a run that had finished before.
-            report: the page that explains it, if it could be written.
+            folder: the run folder; nothing is sent if the run had already finished before this start.
+            report: the run's report, if it could be written.
         """
         senders: dict[type, Any] = {
             TensorBoardCallback: self._to_tensorboard,
@@ -236,12 +234,12 @@ class Trackers(RunCallback):
                 senders[kind](callback, _Outcome.read(folder, report))
             except Exception as error:
                 logger.warning(
-                    "%s did not accept the outcome of the run (%s: %s); it is in %s",
+                    "%s did not accept the results of the run (%s: %s); they are in %s",
                     *(kind.__name__.removesuffix("Callback"), type(error).__name__, one_line(error), folder),
                 )
 
     def close(self) -> None:
-        """End the runs that trackers leave open: W&B would add the next part's curves to the same run."""
+        """Close runs the trackers leave open: W&B would add the next part's curves to the same run."""
         for callback in self._callbacks:
             if isinstance(callback, WandbCallback) and callback._wandb.run is not None:
                 callback._wandb.finish()
@@ -251,14 +249,14 @@ class Trackers(RunCallback):
             key: value for key, value in self._args.to_sanitized_dict().items() if isinstance(value, int | float | str)
         }
         with callback._SummaryWriter(log_dir=callback.logging_dir) as writer:
-            writer.add_hparams(settings, outcome.figures, run_name=".", global_step=self._step)  # and the scalars
+            writer.add_hparams(settings, outcome.metrics, run_name=".", global_step=self._step)  # also adds scalars
             if outcome.answers:
                 writer.add_text(ANSWERS, outcome.markdown(), self._step)
             writer.add_text("files", "\n\n".join(f"`{path}`" for path in outcome.files), self._step)
 
     def _to_wandb(self, callback: Any, outcome: _Outcome) -> None:
         wandb = callback._wandb
-        wandb.run.summary.update(outcome.figures)
+        wandb.run.summary.update(outcome.metrics)
         if outcome.answers:
             table = wandb.Table(columns=list(outcome.columns), data=outcome.answers)
             wandb.run.log({ANSWERS: table, "train/global_step": self._step})
@@ -270,7 +268,7 @@ class Trackers(RunCallback):
     def _to_mlflow(self, callback: Any, outcome: _Outcome) -> None:
         mlflow, now = callback._ml_flow, int(time.time() * 1000)
         client, run = mlflow.MlflowClient(), mlflow.last_active_run().info.run_id
-        metrics = [mlflow.entities.Metric(*figure, now, self._step) for figure in outcome.figures.items()]
+        metrics = [mlflow.entities.Metric(*metric, now, self._step) for metric in outcome.metrics.items()]
         client.log_batch(run, metrics=metrics)
         if outcome.answers:
             cells = zip(*outcome.answers, strict=True)
@@ -282,7 +280,7 @@ class Trackers(RunCallback):
         trackio, args = callback._trackio, self._args
         trackio.init(project=args.project, name=self._trackio_run, space_id=args.trackio_space_id, resume="must")
         table = {ANSWERS: trackio.Table(columns=list(outcome.columns), data=outcome.answers)} if outcome.answers else {}
-        trackio.log({**outcome.figures, **table})
+        trackio.log({**outcome.metrics, **table})
         for path in outcome.files:
             trackio.log_artifact(path, name=path.name, type="report")
         trackio.finish()
@@ -290,11 +288,11 @@ class Trackers(RunCallback):
 
 @contextmanager
 def track_part(name: str, folder: Path) -> Iterator[Trackers]:
-    """Track a part of a larger run, such as a trial of a sweep, as a run of its own.
+    """Track part of a larger run, such as one trial of a sweep, as a separate run.
 
     Args:
         name: the name of the part.
-        folder: the folder whose results are published when the body has ended without an error.
+        folder: the folder whose results are published if the body ends without an error.
     """
     trackers = Trackers(name)
     try:
@@ -306,35 +304,35 @@ def track_part(name: str, folder: Path) -> Iterator[Trackers]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A finished run: its results by name, a table of answers with its columns, and its report and results."""
+    """The outcome of a finished run: metrics by name, a table of answers, and the files to upload."""
 
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     columns: Sequence[str]
     answers: list[list[Any]]
     files: Sequence[Path]
 
     @classmethod
     def read(cls, folder: Path, report: Path | None) -> _Outcome:
-        figures = {
+        metrics = {
             "/".join(filter(None, ("results", metric.stage, metric.name))): metric.value
             for metric in read_results(folder / FILE_NAME).metrics
             if metric.value is not None
         }
         columns, answers = _answers(folder)
-        if len(answers) > _MOST_ANSWERS:
-            logger.warning("trackers get the first %d of %d answers", _MOST_ANSWERS, len(answers))
+        if len(answers) > _MAX_ANSWERS:
+            logger.warning("trackers get only the first %d of %d answers", _MAX_ANSWERS, len(answers))
         files = [folder / FILE_NAME] if report is None else [folder / FILE_NAME, report]
-        return cls(figures, columns, answers[:_MOST_ANSWERS], files)
+        return cls(metrics, columns, answers[:_MAX_ANSWERS], files)
 
     def markdown(self) -> str:
-        """The table of answers."""
+        """Format the answers as a Markdown table."""
         lines = [self.columns, ["---"] * len(self.columns), *self.answers]
         cells = [["<br>".join(str(cell).replace("|", "\\|").splitlines()) for cell in line] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _answers(folder: Path) -> tuple[Sequence[str], list[list[Any]]]:
-    """Columns and rows: answers before and after (eval_generations), or those of the last rollout with their scores."""
+    """Return columns and rows: answers before and after training, or those of the last rollout with their scores."""
     steps = sorted((folder / "generations").glob("step-*.jsonl"), key=lambda path: int(path.stem[5:]))
     if steps:
         pairs = zip(read_lines(folder / "generations/start.jsonl"), read_lines(steps[-1]), strict=True)

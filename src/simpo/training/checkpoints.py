@@ -1,4 +1,4 @@
-"""Exact resume: checkpoints that are whole or absent, means that continue, and signals that save before they stop."""
+"""Exact resume: atomic checkpoints, running means that carry over, and signals that save before stopping."""
 
 # ruff: noqa: D102 - TrainerCallback documents the events
 
@@ -40,75 +40,75 @@ _MEANS_NAME = "running_means.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, newest first, whole or not."""
+    """Return the checkpoint folders in ``folder``, newest first, including damaged ones."""
     found = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _NAME.fullmatch(path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step of a checkpoint's folder."""
+    """Return the optimizer step in the name of a checkpoint folder."""
     return int(path.name.rpartition("-")[2])
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; a warning names each newer one that is damaged."""
+    """Return the newest undamaged checkpoint in ``folder``, or None; warn about each damaged one it skips."""
     for path in checkpoints(folder):
         fault = find_damage(path)
         if fault is None:
             return path
-        logger.warning("%s is damaged (%s) and is skipped", path, fault)
+        logger.warning("%s is damaged (%s); skipping it", path, fault)
     return None
 
 
 def check_complete(path: Path) -> None:
-    """Raise :class:`SimpoError` unless ``path`` is a checkpoint in which nothing is missing or changed."""
+    """Raise :class:`SimpoError` unless ``path`` is a checkpoint with no missing or modified files."""
     if not path.is_dir():
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
     if fault := find_damage(path):
-        raise SimpoError(f"resume_from_checkpoint: {path} is damaged ({fault}); name another checkpoint")
+        raise SimpoError(f"resume_from_checkpoint: {path} is damaged ({fault}); use another checkpoint")
 
 
 def check_checkpoint(path: Path, model: nn.Module) -> None:
-    """Raise :class:`SimpoError` unless ``path`` is a whole checkpoint of a model with ``model``'s weights."""
+    """Raise :class:`SimpoError` unless ``path`` is an undamaged checkpoint of a model like ``model``."""
     check_complete(path)
-    if fault := _difference(path, model):
+    if fault := _mismatch(path, model):
         raise SimpoError(
-            f"resume_from_checkpoint: {path} belongs to another model ({fault}); name a checkpoint of this model"
+            f"resume_from_checkpoint: {path} belongs to another model ({fault}); use a checkpoint of this model"
         )
 
 
-def _difference(path: Path, model: nn.Module) -> str | None:
-    """The difference from the checkpoint's model, as text; weights with other names are checked when loaded."""
+def _mismatch(path: Path, model: nn.Module) -> str | None:
+    """Describe how ``model`` differs from the checkpoint's model, or return None; names are checked on loading."""
     if isinstance(model, PeftModel):
         if not has_adapter_weights(path):
-            return "a whole model there, an adapter here"
+            return "the checkpoint is a full model, this run trains an adapter"
         return adapter_fault(model, read_adapter_tensors(str(path)))
     if has_adapter_weights(path):
-        return "an adapter there, a whole model here"
-    config, here = path / "config.json", getattr(getattr(model, "config", None), "model_type", None)
-    there = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
-    if there not in (None, here):
-        return f"{there} there, {here} here"
+        return "the checkpoint is an adapter, this run trains a full model"
+    config, expected = path / "config.json", getattr(getattr(model, "config", None), "model_type", None)
+    saved = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if saved not in (None, expected):
+        return f"the checkpoint is a {saved} model, this run's is {expected}"
     shapes = {name: shape_of(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, stored in stored_tensors(path):
         shape = tuple(stored.get_shape())
         if shapes.get(name, shape) != shape:
-            return f"{name} is {list(shape)} there, {list(shapes[name])} here"
+            return f"{name} is {list(shape)} in the checkpoint, {list(shapes[name])} in this run"
     return None
 
 
 @contextmanager
 def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """A folder in which all ranks write a checkpoint as a folder named like ``final``; it becomes ``final`` when whole.
+    """Yield a staging folder in which all ranks write a subfolder named like ``final``; rename it once complete.
 
-    A damaged checkpoint at ``final``, which this run has reached again, is replaced. The ``main`` rank makes and
-    renames folders; the others write into them. ``wait`` returns when every rank has called it.
+    An existing ``final``, which a resumed run has reached again, is replaced. The ``main`` rank creates and renames
+    folders; the others only write into them. ``wait`` is a barrier across ranks.
     """
     if main and final.exists():
         remove_folder(final)
     with shared_staging(staged_folder(final), provisional(final), main=main, wait=wait) as partial:
         yield partial
-        wait()  # the other processes may still be writing their random states
+        wait()  # other ranks may still be writing their random states
         if main:
             written = partial / final.name
             for path in written.iterdir():
@@ -121,7 +121,7 @@ def staged_checkpoint(final: Path, *, main: bool, wait: Callable[[], None]) -> I
 def shared_staging(
     staged: AbstractContextManager[Path], name: Path, *, main: bool, wait: Callable[[], None]
 ) -> Iterator[Path]:
-    """``staged`` as the main rank enters it, and for the other ranks the folder ``name`` that it makes there."""
+    """Enter ``staged`` on the main rank and yield its folder on all ranks, where ``name`` is that folder's path."""
     with staged if main else nullcontext(name) as folder, disk_errors(name):
         wait()
         yield folder
@@ -129,9 +129,9 @@ def shared_staging(
 
 
 def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -> None:
-    """Remove all but ``limit`` checkpoints: the one just written, the best, and the latest before it are kept.
+    """Delete all but ``limit`` checkpoints, keeping the newest, the best, and then the latest ones before the newest.
 
-    Those of later steps, which a run that went back to an earlier checkpoint has left, go first.
+    Checkpoints of later steps, left over when a run went back to an earlier checkpoint, are deleted first.
     """
     if limit is None or limit <= 0:
         return
@@ -145,7 +145,7 @@ def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -
 
 @contextmanager
 def _stored_state(checkpoint: str | None) -> Iterator[None]:
-    """Refuse pickles that are not what a training saved, without torch's advice to load them unsafely."""
+    """Reject files that training did not save, without torch's advice to load them unsafely."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
@@ -154,37 +154,37 @@ def _stored_state(checkpoint: str | None) -> Iterator[None]:
         raise
     except Exception as error:
         raise SimpoError(
-            f"resume_from_checkpoint: {checkpoint}: its optimizer, schedule or random state is not what a training "
-            "saved; name another checkpoint"
+            f"resume_from_checkpoint: cannot load the optimizer, schedule or random state in {checkpoint}; use another "
+            "checkpoint"
         ) from error
 
 
 class ResumableTrainer(ShardedTrainer):
-    """A ``Trainer`` whose logs and checkpoints are exact across a resume, however a run was stopped.
+    """A ``Trainer`` whose logs and checkpoints are exact across a resume, however the run was stopped.
 
-    Overrides of ``Trainer``: what is logged (``log``), where training starts (``train``), and how a checkpoint is
-    written (``_save_checkpoint``: staged, listed, renamed, rotated). Subclasses add their rows' metrics to ``_means``,
-    and what else is logged as a mean to ``_other_means``.
+    Overrides ``log`` (what is logged), ``train`` (where training starts) and ``_save_checkpoint`` (checkpoints are
+    staged, hashed, renamed and rotated). Subclasses add the metrics of rows to ``_means`` and any other averaged
+    values to ``_other_means``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._means = RunningMeans(self.metric_names, self.args.device)
-        self._other_means: dict[str, RunningMeans] = {}  # of other values than rows' metrics
-        self._tokens = 0  # that this rank has trained on; after a resume the main rank's include those of all ranks
+        self._other_means: dict[str, RunningMeans] = {}  # means of values that are not metrics of rows
+        self._tokens = 0  # trained on this rank; after a resume, the main rank also holds the total up to then
         self._staging: Path | None = None
-        self._saved: int | None = None  # the step whose checkpoint this training has written or read
-        # Hidden from Trainer, whose rotation does not know about staging and may remove the newest checkpoint.
+        self._saved: int | None = None  # step of the last checkpoint written or resumed from
+        # Hidden from Trainer, whose rotation does not know about staging and may delete the newest checkpoint.
         self._save_total_limit: int | None = None
         self.add_callback(SaveAfterEpoch())
 
     @property
     @abstractmethod
     def metric_names(self) -> tuple[str, ...]:
-        """Names of a row's metrics, the loss first."""
+        """Names of the metrics of a row, the loss first."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put the means since the last log, over all ranks, into the training log."""
+        """Add the means since the last log, over all ranks, to the training log."""
         for means in (self._means, *self._other_means.values()) if "loss" in logs else ():
             logs |= means.take(self._sum_over_ranks)
         if "train_loss" in logs:
@@ -192,23 +192,23 @@ class ResumableTrainer(ShardedTrainer):
         super().log(logs, start_time)
 
     def mean_loss(self) -> float:
-        """The mean over the whole training, including the part before a resume."""
+        """Return the mean loss over the whole training, including the part before a resume."""
         return self._means.overall(self._sum_over_ranks).get("loss", math.nan)
 
     def trained_tokens(self) -> int:
-        """Tokens of all forwards of training, a shared prompt counted once; all ranks call."""
+        """Return the number of tokens trained on, counting a shared prompt once. Every rank must call this."""
         return int(self._sum_over_ranks(torch.tensor(self._tokens, device=self.args.device)))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint`` is a checkpoint, or True for the newest whole one in the output folder."""
+        """Train, optionally from a checkpoint folder or, given True, the newest undamaged one in the output folder."""
         checkpoint = self._starting_point(resume_from_checkpoint)
         self._saved = None
         if checkpoint is not None:
             self._restore(checkpoint)
-        reshard(self.model)  # an evaluation may have left it gathered, and an optimizer takes its parameters
+        reshard(self.model)  # an evaluation may have left it gathered, and the optimizer needs the sharded parameters
         self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
@@ -221,21 +221,21 @@ class ResumableTrainer(ShardedTrainer):
             return Path(requested)
         found = last_good_checkpoint(folder) if requested or self.args.save_strategy != "no" else None
         if requested and found is None:
-            raise SimpoError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
+            raise SimpoError(f"resume_from_checkpoint: there is no undamaged checkpoint in {folder}")
         if found is not None and not requested:
             raise SimpoError(
-                f"output_dir: {folder} holds checkpoints of another training; continue it with "
-                "resume_from_checkpoint=True, or name a new folder"
+                f"output_dir: {folder} already holds checkpoints; continue from them with resume_from_checkpoint=True, "
+                "or name a new folder"
             )
         return found
 
     def _restore(self, checkpoint: Path) -> None:
-        """Check the checkpoint, and restore what ``Trainer`` does not."""
+        """Check the checkpoint and restore the state that ``Trainer`` does not."""
         check_checkpoint(checkpoint, self.model)
         with third_party(f"resume_from_checkpoint: {checkpoint}: {TRAINER_STATE_NAME} or {_MEANS_NAME}"):
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
-                raise TypeError("no state of a training")
+                raise TypeError("not a trainer state")
             means = json.loads((checkpoint / _MEANS_NAME).read_text(encoding="utf-8"))
             self._means.restore(means, main=self.is_world_process_zero())
             for name in self._other_means.keys() & means.keys():
@@ -244,14 +244,14 @@ class ResumableTrainer(ShardedTrainer):
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
             newest = checkpoints(Path(self.args.output_dir))[0].name == checkpoint.name
-            if newest and self.is_world_process_zero():  # a run that was killed may not have removed the others yet
+            if newest and self.is_world_process_zero():  # a killed run may not have deleted the old ones yet
                 best = state.best_model_checkpoint
                 rotate(Path(self.args.output_dir), self.args.save_total_limit, newest=checkpoint, best=best)
         saved_by = len(list(checkpoint.glob("rng_state*.pth")))  # every process saves its random state
         self.check_engine(checkpoint, saved_by)
         if saved_by not in (0, self.args.world_size) and self.is_world_process_zero():
             logger.warning(
-                "%s was saved by %d processes and continues on %d: exactly, except for random numbers (dropout)",
+                "%s was saved by %d processes and continues on %d; only random numbers (dropout) will differ",
                 *(checkpoint, saved_by, self.args.world_size),
             )
 
@@ -264,14 +264,14 @@ class ResumableTrainer(ShardedTrainer):
             super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
-        """As in ``Trainer``, which takes one step too many after the last one of a run that ends within an epoch."""
+        """Keep ``Trainer`` from taking one step too many when resuming from the last step of a run ending mid-epoch."""
         started = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
         if self.state.global_step > max_steps:
             raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} was saved at step {self.state.global_step}, beyond the last "
-                f"step ({max_steps}) of this training; raise max_steps or num_train_epochs, or name an earlier one"
+                f"resume_from_checkpoint: {checkpoint} was saved at step {self.state.global_step}, past the last step "
+                f"of this training ({max_steps}); raise max_steps or num_train_epochs, or use an earlier checkpoint"
             )
-        if self.state.best_global_step:  # the folder may have been moved since
+        if self.state.best_global_step:  # output_dir may have been moved since
             best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best.is_dir():
                 self.state.best_model_checkpoint = str(best)
@@ -281,15 +281,15 @@ class ResumableTrainer(ShardedTrainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint next to its final place, list its files with sizes and hashes, and only then rename it."""
+        """Write a checkpoint to a staging folder, record its files' sizes and hashes, and only then rename it."""
         folder = Path(self._get_output_dir(trial))
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         main = self.is_world_process_zero()
         means = self._means.state(self._sum_over_ranks) | {"tokens": self.trained_tokens()}
         means |= {name: other.state(self._sum_over_ranks) for name, other in self._other_means.items()}
-        # now every rank is here and sees the same folder
+        # The reductions above synchronized the ranks, so all of them see the same folder.
         if self._saved == self.state.global_step:
-            return  # the end of an epoch may follow a step that has just been saved
+            return  # the last step of an epoch may already have been saved
         with staged_checkpoint(final, main=main, wait=self.accelerator.wait_for_everyone) as staging:
             self._staging = staging
             try:
@@ -306,7 +306,7 @@ class ResumableTrainer(ShardedTrainer):
             rotate(folder, self._save_total_limit, newest=final, best=self.state.best_model_checkpoint)
 
     def _complete(self, staged: Path, means: dict[str, Any]) -> None:
-        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again, with the final name of the best
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # again, now with the best checkpoint's final name
         write_text(staged / _MEANS_NAME, json.dumps(means))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -315,28 +315,28 @@ class ResumableTrainer(ShardedTrainer):
         if isinstance(self.model, PeftModel) and self.args.should_save:
             move_named_adapter(self.model, folder)
             settings = getattr(self.model, "generation_config", None)
-            if settings:  # peft leaves them to the base model
+            if settings:  # peft saves them only with the base model
                 settings.save_pretrained(folder)
-        # a pickle that holds the hub token; the recipe has the same settings
+        # This pickle contains the hub token; the recipe already records the settings.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether ``save_strategy: best`` saves the model: also where training ends or is stopped."""
+        """Return whether ``save_strategy: best`` saves now: also when training ends or is stopped."""
         return super()._determine_best_metric(metrics, trial) or self.control.should_training_stop
 
 
-# ---- When checkpoints are saved: after everything else that is due at an epoch's end, and after a signal.
+# ---- When to save: after everything else at the end of an epoch, and after a signal.
 
 
 def ends_epoch(state: TrainerState) -> bool:
-    """Whether the step just taken is the last one of an epoch or of the run, which may end within an epoch."""
+    """Return whether the step just taken is the last of its epoch or of the run."""
     return (state.epoch or 0.0) % 1 == 0 or state.global_step >= state.max_steps
 
 
 class SaveAfterEpoch(TrainerCallback):
-    """Writes the checkpoint of an epoch's last step, or the run's, after everything else that is due there.
+    """Saves the last step of an epoch or run only after everything else due at that point.
 
-    A run that continues from it then has nothing left to do for that epoch: no evaluation is lost or repeated.
+    A run resumed from that checkpoint has nothing left to do for the epoch: no evaluation is lost or repeated.
     """
 
     def __init__(self) -> None:
@@ -352,9 +352,9 @@ class SaveAfterEpoch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint after the step in which SIGINT or SIGTERM came; a second signal ends it at once.
+    """Saves a checkpoint and stops after the step during which SIGINT or SIGTERM arrives; a second one stops at once.
 
-    Used as a context manager around ``trainer.train()``; on leaving it raises :class:`InterruptedRun` if a signal came.
+    Used as a context manager around ``trainer.train()``; on exit it raises :class:`InterruptedRun` after a signal.
     """
 
     def __init__(self) -> None:
@@ -371,23 +371,23 @@ class StopOnSignal(TrainerCallback):
         if kind is None and self.step is not None:
             name = signal.Signals(self._received[0]).name if self._received else "a signal to another process"
             raise InterruptedRun(
-                f"stopped by {name}; saved at step {self.step}: the same command continues",
+                f"stopped by {name}; saved at step {self.step}; run the same command to continue",
                 self._received[0] if self._received else signal.SIGTERM,
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         stopped = bool(self._received)
-        if args.world_size > 1:  # a signal to any process
+        if args.world_size > 1:  # a signal to any process stops all of them
             stopped = bool(reduce(torch.tensor(float(stopped), device=args.device), "sum"))
         if stopped:
             self.step = state.global_step
             control.should_training_stop = True
-            control.should_save = not ends_epoch(state)  # otherwise after what is due at the epoch's end
+            control.should_save = not ends_epoch(state)  # at the end of an epoch, on_epoch_end saves
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.step is None:
             return
         if ends_epoch(state):
             control.should_save = True
-        else:  # an epoch that was broken off is not evaluated as if it had ended
+        else:  # an interrupted epoch is not evaluated as if it had ended
             control.should_log = control.should_evaluate = control.should_save = False

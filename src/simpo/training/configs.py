@@ -1,6 +1,6 @@
 """``PreferenceConfig``, ``SFTConfig``, ``RewardConfig``, ``OnlineConfig``: the settings of each kind of training.
 
-They are separate from the trainers, which take seconds to import, so that ``--help`` and errors in recipes are fast.
+Kept apart from the trainers, which take seconds to import, so that ``--help`` and recipe errors are fast.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from simpo.training.settings import TrainingSettings
 
 _LINKS = ("sigmoid", "hinge")
 _DEFAULT = "simpo"
-_SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # one of them implies SimPO
-_SIMPO_BETA = 1.0  # the paper's values are 2 to 10; those of DPO and its relatives are 0.01 to 0.5
+_SIMPO_ONLY = ("gamma_beta_ratio", "gamma", "link")  # any of these implies SimPO
+_MIN_SIMPO_BETA = 1.0  # the paper uses 2 to 10 for SimPO; DPO and its relatives use 0.01 to 0.5
 
 
 @dataclass
 class SFTConfig(TrainingSettings):
     """Configuration of supervised fine-tuning.
 
-    All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`. Learning
-    rate and schedule are those of the models that the paper starts from (2e-5, cosine, one epoch).
+    Accepts all keys of ``transformers.TrainingArguments`` and :class:`~simpo.training.settings.TrainingSettings`. The
+    default learning rate and schedule are those of the paper's start models (2e-5, cosine, one epoch).
     """
 
-    learning_rate: float = setting(2e-5, "Peak learning rate; the paper's is 2e-5.")
+    learning_rate: float = setting(2e-5, "Peak learning rate; the paper uses 2e-5.")
 
 
 @dataclass
 class RewardConfig(TrainingSettings):
-    """Configuration of a reward model.
+    """Configuration of reward model training.
 
-    All keys of ``transformers.TrainingArguments`` and of :class:`~simpo.training.settings.TrainingSettings`.
+    Accepts all keys of ``transformers.TrainingArguments`` and :class:`~simpo.training.settings.TrainingSettings`.
     """
 
     learning_rate: float = setting(1e-5, "Peak learning rate.")
     margin: Literal["none", "column", "scores"] = setting(
-        "none", "By how much a reward has to win: by 0, by the pairs' column margin, or by the scores' difference."
+        "none", "Margin by which the chosen reward has to win: 0, the pair's margin column, or the score difference."
     )
     center_rewards_coefficient: float | None = setting(
-        None, "Weight of (chosen + rejected)**2, which centers rewards on 0, for example 0.01.", least=0
+        None, "Weight of (chosen + rejected)**2, which centers rewards around 0; for example 0.01.", least=0
     )
 
 
 def _hyperparameter(name: str) -> Any:
-    """The field of ``PreferenceConfig`` for a hyperparameter, whose meaning the objectives define."""
-    uses: dict[str, list[str]] = {}  # by meaning: the same name may mean different things to different objectives
+    """Return the ``PreferenceConfig`` field for a hyperparameter, with its help text taken from the objectives."""
+    uses: dict[str, list[str]] = {}  # by help text: a name may mean different things to different objectives
     for row in OBJECTIVES.values():
         if name in row.hyperparameters:
             known = row.hyperparameters[name]
@@ -69,31 +69,29 @@ def _hyperparameter(name: str) -> Any:
 class PreferenceConfig(TrainingSettings):
     """Configuration of a preference run.
 
-    All keys of ``transformers.TrainingArguments``, those of :class:`~simpo.training.settings.TrainingSettings`, and the
-    hyperparameters of the objectives (``beta``, ``gamma_beta_ratio``, ...), where None stands for the objective's own
-    default.
+    Accepts all keys of ``transformers.TrainingArguments`` and :class:`~simpo.training.settings.TrainingSettings`, and
+    the objectives' hyperparameters (``beta``, ``gamma_beta_ratio``, ...), where None means the objective's default.
 
-    Pairs per optimizer step are ``per_device_train_batch_size * gradient_accumulation_steps * world_size``, as
-    everywhere in transformers; the first two are folded into one, because micro-batches are cut by
-    ``max_batch_tokens``.
+    An optimizer step takes ``per_device_train_batch_size * gradient_accumulation_steps * world_size`` pairs, as always
+    in transformers; the first two are merged into one, because ``max_batch_tokens`` sets the size of micro-batches.
     """
 
     truncates_as_paper = True
-    learning_rate: float = setting(1e-6, "Peak learning rate; the paper's are 3e-7 to 1e-6.")
+    learning_rate: float = setting(1e-6, "Peak learning rate; the paper uses 3e-7 to 1e-6.")
 
     objective: dict[str, float] | str | None = setting(
         None,
-        f"The loss: one of {', '.join(OBJECTIVES)} (default: simpo), or several with weights: {{dpo: 1, bco: 0.2}}.",
+        f"The loss: {', '.join(OBJECTIVES)} (default: simpo), or a weighted mixture such as {{dpo: 1, bco: 0.2}}.",
     )
-    loss_type: str | None = setting(None, "Alias for link (in the paper's recipes) or objective (in TRL's).")
+    loss_type: str | None = setting(None, "Alias for link (as in the paper's recipes) or objective (as in TRL).")
     sft_weight: float = setting(
         0.0, "Weight of an SFT term: the chosen response's average negative log-probability.", least=0
     )
     kl_weight: float = setting(
-        0.0, "Weight of KL(policy || start model), exact, mean over the response tokens.", least=0
+        0.0, "Weight of the exact KL(policy || start model), averaged over the response tokens.", least=0
     )
     wpo_weights: bool = setting(
-        False, "Weigh every pair by how likely the policy is to answer like this (WPO, arXiv 2406.11827)."
+        False, "Weight every pair by how likely its responses are under the policy (WPO, arXiv 2406.11827)."
     )
     ld_alpha: float | None = setting(
         None,
@@ -102,15 +100,15 @@ class PreferenceConfig(TrainingSettings):
         most=1,
     )
     precompute_ref_log_probs: bool | None = setting(
-        None, "Compute the reference's log-probabilities once and keep them (default: true); false: at every step."
+        None, "Compute the reference log-probabilities once and store them (default: true), or at every step (false)."
     )
-    reference_cache: str | None = setting(None, "Folder for the reference's log-probabilities (default: in HF_HOME).")
+    reference_cache: str | None = setting(None, "Folder for stored reference log-probabilities (default: in HF_HOME).")
     paper_tokenization: bool = setting(False, "Score the assistant header with the response, as the paper's code does.")
 
     row_columns: list[str] | None = setting(
         None,
-        "Columns of the data that change the loss of their row: weight (all objectives), label_probability (those with "
-        "label_smoothing: the probability that chosen is better), margin (added to gamma), beta.",
+        "Data columns that set a row's loss: weight (all objectives), label_probability (objectives with "
+        "label_smoothing; the probability that chosen is better), margin (added to gamma), beta.",
     )
 
     beta: float | None = _hyperparameter("beta")
@@ -133,12 +131,12 @@ class PreferenceConfig(TrainingSettings):
 
     @property
     def row(self) -> Objective:
-        """The chosen objective with its default hyperparameters."""
+        """The configured objective with its default hyperparameters."""
         return Mixture.of(self.objective) if isinstance(self.objective, dict) else OBJECTIVES[str(self.objective)]
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """All hyperparameters of the objective, defaults filled in."""
+        """All hyperparameters of the objective, with defaults filled in."""
         return self.row.resolve(self._given_hyperparameters)
 
     @property
@@ -146,24 +144,24 @@ class PreferenceConfig(TrainingSettings):
         return {name: getattr(self, name) for name in hyperparameter_names() if getattr(self, name) is not None}
 
     def _reject(self) -> None:
-        check_all(super()._reject, self._reject_guess)
+        check_all(super()._reject, self._reject_ambiguous_objective)
 
-    def _reject_guess(self) -> None:
-        """Reject keys that do not make clear which objective is meant."""
+    def _reject_ambiguous_objective(self) -> None:
+        """Reject keys that leave open which objective is meant."""
         if any(getattr(self, key) is not None for key in ("objective", "loss_type", *_SIMPO_ONLY)):
             return
         beta = self.beta
-        if isinstance(beta, int | float) and 0 < beta < _SIMPO_BETA:
+        if isinstance(beta, int | float) and 0 < beta < _MIN_SIMPO_BETA:
             raise SimpoError(
-                f"objective: not given, and beta {beta:g} is on DPO's scale (SimPO's is 2 to 10); write objective: "
-                f"dpo or kto with it, orpo with lam: {beta:g} or ipo with tau: {beta:g} in its place, or simpo"
+                f"objective: not given, and beta {beta:g} looks like DPO's (SimPO uses 2 to 10); add objective: dpo, "
+                f"kto or simpo, or replace beta by objective: orpo with lam: {beta:g}, or ipo with tau: {beta:g}"
             )
-        unclear = {
+        ambiguous = {
             "precompute_ref_log_probs": self.precompute_ref_log_probs is not None,
             "label_smoothing": beta is None and self.label_smoothing,
         }
-        for key in (key for key, given in unclear.items() if given):
-            raise SimpoError(f"objective: not given, and {key} is not only SimPO's; write objective: dpo, or simpo")
+        for key in (key for key, given in ambiguous.items() if given):
+            raise SimpoError(f"objective: not given, and {key} applies to several; add objective: dpo, or simpo")
 
     def _check(self) -> None:
         check_all(self._check_objective, super()._check)
@@ -171,9 +169,9 @@ class PreferenceConfig(TrainingSettings):
     def _check_objective(self) -> None:
         mixed = isinstance(self.objective, dict)
         if not mixed and self.objective not in (None, *OBJECTIVES):
-            raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
+            raise SimpoError(f"objective: {self.objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
         if mixed and self.loss_type is not None:
-            raise SimpoError("loss_type: not with a mixture of objectives; leave it out")
+            raise SimpoError("loss_type: cannot be combined with a mixture of objectives; leave it out")
         self._resolve_loss_type()
         self.objective = _DEFAULT if self.objective is None else self.objective
         self.precompute_ref_log_probs = self.precompute_ref_log_probs is not False
@@ -183,16 +181,18 @@ class PreferenceConfig(TrainingSettings):
             raise SimpoError(str(error)) from error
         self._check_row_columns()
         if self.wpo_weights and not self.row.adds_up_pairs:
-            raise SimpoError(f"wpo_weights: objective {self.row.name!r} has no loss of a pair to weigh; leave it out")
+            raise SimpoError(f"wpo_weights: objective {self.row.name!r} has no per-pair loss to weight; leave it out")
         if self.ld_alpha is not None and (not self.row.needs_reference or "z_ref" in self.row.needs):
-            raise SimpoError(f"ld_alpha: objective {self.row.name!r} compares no sums with a reference's; leave it out")
+            raise SimpoError(
+                f"ld_alpha: objective {self.row.name!r} does not compare a pair's log-ratios; leave it out"
+            )
         if self.ld_alpha is not None and self.sft_weight:
-            raise SimpoError("ld_alpha: the SFT term of sft_weight takes all tokens alike; leave one of them out")
+            raise SimpoError("ld_alpha: sft_weight adds a term that weights all tokens equally; leave one of them out")
         if self.sft_weight and self._has_anchor(self.hyperparameters):
             weighted = "lam" in self.row.hyperparameters and not self._has_anchor(self.hyperparameters | {"lam": 0.0})
             remedy = ", or set lam: 0" if weighted else ""
             raise SimpoError(
-                f"sft_weight: objective {self.row.name!r} has a term on the chosen response already; leave sft_weight "
+                f"sft_weight: objective {self.row.name!r} already has a term on the chosen response; leave sft_weight "
                 f"out{remedy}"
             )
 
@@ -202,57 +202,59 @@ class PreferenceConfig(TrainingSettings):
             takers = [row.name for row in OBJECTIVES.values() if name in row.row_columns]
             if not takers:
                 known = ", ".join(OBJECTIVES[_DEFAULT].row_columns)
-                raise SimpoError(f"row_columns: {name!r} is unknown; there are {known}")
+                raise SimpoError(f"row_columns: {name!r} is unknown; choose from {known}")
             if name not in objective.row_columns:
                 link = f" with link {self.link!r}" if self.objective in takers else ""
                 raise SimpoError(
-                    f"row_columns: {name} is not defined for objective {objective.name!r}{link}; it is for "
+                    f"row_columns: {name} is not supported by objective {objective.name!r}{link}, only by "
                     f"{', '.join(takers)}"
                 )
         if "label_probability" in (self.row_columns or ()) and self.label_smoothing:
-            raise SimpoError("label_smoothing: row_columns has label_probability, which replaces it; leave one out")
+            raise SimpoError("label_smoothing: label_probability in row_columns replaces it; leave one of them out")
 
     def _has_anchor(self, hyperparameters: dict[str, Any]) -> bool:
-        """Whether the objective has a term on the chosen response alone that is not 0."""
+        """Return whether the objective has a nonzero term on the chosen response alone."""
         response = Responses(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([-1.0]))
         anchor = self.row.with_hyperparameters(**hyperparameters).anchor(response)
         return anchor is not None and bool(anchor.any())
 
     def _resolve_loss_type(self) -> None:
-        """Read ``loss_type`` as the objective, or as the link of one."""
+        """Interpret ``loss_type`` as an objective, or as the link of one."""
         given, self.loss_type = self.loss_type, None
         if given is None:
             return
         if given in OBJECTIVES:
             if self.objective not in (None, given):
-                raise SimpoError(f"loss_type {given!r} and objective {self.objective!r} disagree; give one of them")
+                raise SimpoError(
+                    f"loss_type: {given!r} contradicts objective {self.objective!r}; leave one of them out"
+                )
             self.objective = given
             return
         assert not isinstance(self.objective, dict)
         if given not in _LINKS:
             known = ", ".join((*OBJECTIVES, *_LINKS))
-            raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link; there are {known}")
+            raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link; choose from {known}")
         if self.objective is None and not any(getattr(self, key) is not None for key in _SIMPO_ONLY):
             raise SimpoError(
-                f"loss_type: {given!r} by itself may mean DPO's or SimPO's; add objective: dpo, or objective: simpo "
-                "with gamma_beta_ratio"
+                f"loss_type: {given!r} alone could mean DPO or SimPO; add objective: dpo, or objective: simpo with "
+                "gamma_beta_ratio"
             )
         name = self.objective or _DEFAULT
         keys = OBJECTIVES[name].hyperparameters
         if "link" in keys:
             if self.link not in (None, given):
-                raise SimpoError(f"loss_type {given!r} and link {self.link!r} disagree; give one of them")
+                raise SimpoError(f"loss_type: {given!r} contradicts link {self.link!r}; leave one out")
             self.link = given  # type: ignore[assignment]
-        elif given != "sigmoid" or "label_smoothing" not in keys:  # others of the sigmoid family have no other link
+        elif given != "sigmoid" or "label_smoothing" not in keys:  # sigmoid is the only link
             raise SimpoError(f"loss_type: {given!r} is neither an objective nor a link of objective {name!r}")
 
 
 def hyperparameter_names() -> list[str]:
-    """Every name by which some objective's hyperparameter can be given."""
+    """Return every name under which a hyperparameter of some objective can be set."""
     return list(dict.fromkeys(name for row in OBJECTIVES.values() for name in (*row.hyperparameters, *row.spellings)))
 
 
-# ---- Training on the model's own answers.
+# ---- Online training, on the model's own answers.
 
 _PTX_KEYS = ("ptx_weight", "ptx_dataset_name", "ptx_batch_size")
 _GRADIENT_KEYS = (
@@ -261,16 +263,16 @@ _GRADIENT_KEYS = (
 )  # fmt: skip
 _PPO_KEYS = ("value_model", "value_learning_rate", *(field.name for field in fields(PPO)))
 _KL_COEF, _KL_HORIZON = 0.05, 10_000
-_EVALUATION_BETA = 0.1  # for the implied reward where there is no KL coefficient
+_EVALUATION_BETA = 0.1  # for the implicit reward if there is no KL coefficient
 
 
 @dataclass
 class OnlineConfig(EngineSettings, PreferenceConfig):
-    """Configuration of training a model on its own answers, which an annotator scores.
+    """Configuration of online training, on the model's own answers scored by an annotator.
 
-    All keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient. A step
-    has as many prompts as it has pairs there. A rollout consists of the answers to the prompts of ``sync_every`` steps,
-    or, with several passes, of ``sync_every / rollout_epochs`` steps.
+    Accepts all keys of :class:`~simpo.training.configs.PreferenceConfig`; ``objective`` can also be a policy gradient.
+    A step takes as many prompts as it would take pairs there. A rollout answers the prompts of ``sync_every`` steps
+    or, with several passes over it, of ``sync_every / rollout_epochs`` steps.
     """
 
     objective: str | None = setting(
@@ -278,40 +280,37 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
         f"A policy gradient ({', '.join(POLICY_GRADIENTS)}) or a preference objective ({', '.join(OBJECTIVES)}).",
     )
     sync_every: int = setting(
-        1, "Optimizer steps between rollouts: 1 is on-policy, a larger number semi-online (arXiv 2506.21495).", least=1
+        1, "Optimizer steps between rollouts: 1 is on-policy, more is semi-online (arXiv 2506.21495).", least=1
     )
     rollout_epochs: int = setting(1, "Passes over the answers of a rollout; must divide sync_every.", least=1)
-    num_generations: int = setting(4, "Answers to every prompt.", least=1)
-    temperature: float = setting(1.0, "Divides the logits; policy gradients are unbiased at 1.")
-    top_p: float = setting(1.0, "Draw from the smallest set of tokens with this probability; 1 is off.")
-    top_k: int = setting(0, "Draw from this many likeliest tokens; 0 is off.")
-    max_new_tokens: int | None = setting(None, "Longest answer in tokens (default: half of max_length).")
+    num_generations: int = setting(4, "Answers to sample per prompt.", least=1)
+    temperature: float = setting(1.0, "Sampling temperature; policy gradients are only unbiased at 1.")
+    top_p: float = setting(1.0, "Sample from the smallest set of tokens with this total probability; 1 disables it.")
+    top_k: int = setting(0, "Sample from this many most likely tokens; 0 disables it.")
+    max_new_tokens: int | None = setting(None, "Maximum answer length in tokens (default: half of max_length).")
     generation_batch_size: int | None = setting(
-        None, "Answers generated together by a process (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."
+        None, "Answers each process generates at a time (default: 32 on a CPU, 64 on a GPU, 1024 with vLLM)."
     )
     unfinished_score: float | None = setting(
-        None, "Score of an answer that max_new_tokens cut off (default: the annotator's)."
+        None, "Score for an answer cut off by max_new_tokens (default: the annotator's score)."
     )
     max_missing_scores: float = setting(
-        0.1,
-        "Share of a rollout's answers that the annotator may leave without a score; more is an error.",
-        least=0,
-        most=1,
+        0.1, "Share of a rollout's answers the annotator may leave unscored; more is an error.", least=0, most=1
     )
     pairs: Literal["best_worst", "all"] = setting(
-        "best_worst", "Preference objectives: the answers to a prompt that are compared."
+        "best_worst", "Preference objectives: which answers to a prompt form pairs."
     )
     soft_labels: bool = setting(
         False,
-        "Preference objectives: an answer is preferred with probability sigmoid(difference of the scores), as in the "
-        "Bradley-Terry model, instead of always; needs num_generations: 2.",
+        "Preference objectives: prefer an answer with probability sigmoid(score difference), as in the Bradley-Terry "
+        "model, instead of always; needs num_generations: 2.",
     )
 
     kl_coef: float | None = setting(
         None, f"Policy gradients: weight of KL(policy || start model), per answer (default: {_KL_COEF}).", least=0
     )
     kl_in: Literal["reward", "loss"] | None = setting(
-        None, "Policy gradients: the KL as a penalty on rewards (default: reinforce, rloo) or a term of the loss."
+        None, "Policy gradients: apply the KL as a penalty on rewards (default: reinforce, rloo) or as a loss term."
     )
     kl_estimator: KLEstimator | None = setting(
         None,
@@ -319,52 +318,52 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
     )
     kl_target: float | None = setting(
         None,
-        "Policy gradients: change kl_coef so that the KL of an answer stays near this, in nats (default: fixed).",
+        "Policy gradients: adapt kl_coef to keep the KL per answer near this value, in nats (default: fixed kl_coef).",
         above=0,
     )
     kl_horizon: int | None = setting(
         None,
-        f"With kl_target: answers in which kl_coef changes by a factor of at most e**0.2 (default: {_KL_HORIZON}).",
+        f"With kl_target: number of answers over which kl_coef changes at most e**0.2-fold (default: {_KL_HORIZON}).",
         above=0,
     )
     clip_low: float | None = setting(
-        None, "Policy gradients: ratios are clipped below 1 - clip_low (0.2; gspo 3e-4).", above=0
+        None, "Policy gradients: clip ratios below 1 - clip_low (default: 0.2; gspo 3e-4).", above=0
     )
     clip_high: float | None = setting(
-        None, "Policy gradients: ratios are clipped above 1 + clip_high (0.2; gspo 4e-4).", above=0
+        None, "Policy gradients: clip ratios above 1 + clip_high (default: 0.2; gspo 4e-4).", above=0
     )
     whiten_advantages: bool | None = setting(
-        None, "Policy gradients: scale a rollout's advantages to mean 0, variance 1 (default: true for ppo)."
+        None, "Policy gradients: scale a rollout's advantages to mean 0 and variance 1 (default: true for ppo)."
     )
     normalize_scores: bool = setting(
-        False, "Policy gradients: scale scores so that those of the first rollout have mean 0 and standard deviation 1."
+        False, "Policy gradients: scale scores so that the first rollout has mean 0 and standard deviation 1."
     )
     score_clip: float | None = setting(
-        None, "Policy gradients: scores, after normalize_scores, are kept within -score_clip and score_clip.", above=0
+        None, "Policy gradients: clip scores to [-score_clip, score_clip], after normalize_scores.", above=0
     )
-    entropy_coef: float = setting(
-        0.0, "Policy gradients: weight of the entropy of a token, exact, in the loss.", least=0
-    )
+    entropy_coef: float = setting(0.0, "Policy gradients: weight of the exact entropy per token in the loss.", least=0)
     ptx_weight: float | None = setting(
         None,
-        "Policy gradients: weight of the loss on ptx_dataset_name, per token, added to every step (PPO-ptx).",
+        "Policy gradients: weight of the per-token loss on ptx_dataset_name, added to every step (PPO-ptx).",
         above=0,
     )
     ptx_dataset_name: str | None = setting(None, "With ptx_weight: hub id, file or folder of demonstrations.")
     ptx_batch_size: int | None = setting(
-        None, "With ptx_weight: demonstrations of a step on each device (default: as many as prompts).", least=1
+        None, "With ptx_weight: demonstrations per step and device (default: as many as prompts).", least=1
     )
 
     value_model: str | None = setting(
-        None, "ppo: reward model that the value function starts from (default: a new layer on the policy's states)."
+        None, "ppo: reward model to initialize the value function from (default: a new head on the policy)."
     )
-    value_learning_rate: float | None = setting(None, "ppo: of the value function (default: learning_rate).", above=0)
+    value_learning_rate: float | None = setting(
+        None, "ppo: learning rate of the value function (default: learning_rate).", above=0
+    )
     value_weight: float | None = setting(None, f"ppo: weight of the value loss (default: {PPO.value_weight}).", above=0)
     value_clip: float | None = setting(
-        None, f"ppo: a value may differ by this from that of the rollout (default: {PPO.value_clip}).", above=0
+        None, f"ppo: most a value may move from its estimate in the rollout (default: {PPO.value_clip}).", above=0
     )
     discount: float | None = setting(
-        None, f"ppo: discount of later rewards, gamma (default: {PPO.discount:g}).", least=0, most=1
+        None, f"ppo: discount factor gamma of later rewards (default: {PPO.discount:g}).", least=0, most=1
     )
     gae_lambda: float | None = setting(
         None, f"ppo: 0 trusts the value function, 1 the rewards (default: {PPO.gae_lambda}).", least=0, most=1
@@ -380,29 +379,29 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
 
     @property
     def ppo(self) -> PPO | None:
-        """PPO's hyperparameters; None for another objective."""
+        """PPO's hyperparameters; None for any other objective."""
         values = {field.name: getattr(self, field.name) for field in fields(PPO)}
         given = {key: value for key, value in values.items() if value is not None}
         return PPO(**given) if self.objective == "ppo" else None
 
     @property
     def row(self) -> Objective:
-        """The preference objective; for a policy gradient DPO, whose implied reward is that of the KL-regularized task.
+        """The preference objective; for a policy gradient, DPO, used only to evaluate held-out pairs.
 
-        Only evaluations on held-out pairs use DPO then.
+        DPO's implicit reward is that of the KL-regularized task.
         """
         return OBJECTIVES["dpo"] if self.gradient is not None else super().row
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """As in the base class; for a policy gradient those of DPO, with ``kl_coef`` for ``beta``."""
+        """All hyperparameters of the objective; for a policy gradient those of DPO, with ``kl_coef`` as ``beta``."""
         if self.gradient is None:
             return super().hyperparameters
         return self.row.resolve({"beta": self.kl_coef or _EVALUATION_BETA})
 
     @property
     def sampling(self) -> SamplingSettings:
-        """The sampling settings of answers; the trainer sets the seed and the size of a chunk."""
+        """The settings for sampling answers; the trainer sets the seed and chunk size."""
         return SamplingSettings(
             n=self.num_generations,
             temperature=self.temperature,
@@ -420,44 +419,44 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
     def _check_objective(self) -> None:
         known = (*POLICY_GRADIENTS, *OBJECTIVES)
         if self.objective is not None and self.objective not in known:
-            raise SimpoError(f"objective: {self.objective!r} is unknown; there are {', '.join(known)}")
+            raise SimpoError(f"objective: {self.objective!r} is unknown; choose from {', '.join(known)}")
         for key in ("precompute_ref_log_probs", "row_columns", "ld_alpha"):
-            if (value := getattr(self, key)) not in (None, []) and value is not False:  # an ld_alpha of 0 is given
-                raise SimpoError(f"{key}: it is for the rows of a data set, not for sampled answers; leave it out")
+            if (value := getattr(self, key)) not in (None, []) and value is not False:  # ld_alpha: 0 counts as set
+                raise SimpoError(f"{key}: applies to the rows of a data set, not to sampled answers; leave it out")
         if self.gradient is None:
             super()._check_objective()
             if "z_ref" in self.row.needs:
                 raise SimpoError(f"objective: {self.objective} needs answers to other prompts; use simpo loop")
             self._refuse(_GRADIENT_KEYS, f"only policy gradients ({', '.join(POLICY_GRADIENTS)}) use it; leave it out")
             if self.num_generations < 2:
-                raise SimpoError(f"num_generations: {self.num_generations} answer cannot be compared; set 2 or more")
+                raise SimpoError(f"num_generations: {self.num_generations} leaves nothing to compare; set 2 or more")
             self._check_soft_labels()
         else:
             keys = (*hyperparameter_names(), "loss_type", "sft_weight", "kl_weight", "wpo_weights", "soft_labels")
             used = [key for key in keys if getattr(self, key)]
             self._refuse(used, f"only preference objectives use it, not {self.objective}; leave it out")
         if self.objective == "ppo" and self.fp16:
-            raise SimpoError("fp16: not with ppo, whose value function's gradients it would scale; use bf16")
+            raise SimpoError("fp16: cannot be used with ppo, whose value gradients would be loss-scaled; use bf16")
         if self.objective != "ppo":
-            self._refuse(_PPO_KEYS, f"only ppo has a value function, not {self.objective}; leave it out")
+            self._refuse(_PPO_KEYS, f"applies only to ppo, not to {self.objective}; leave it out")
         self.precompute_ref_log_probs = False
 
-    def _refuse(self, keys: Iterable[str], why: str) -> None:
-        """Raise :class:`SimpoError` for the first of ``keys`` that has another value than its default."""
+    def _refuse(self, keys: Iterable[str], reason: str) -> None:
+        """Raise :class:`SimpoError` for the first of ``keys`` that differs from its default."""
         defaults = {field.name: field.default for field in fields(self)}
         for key in keys:
             if getattr(self, key) != defaults[key]:
-                raise SimpoError(f"{key}: {why}")
+                raise SimpoError(f"{key}: {reason}")
 
     def _check_soft_labels(self) -> None:
         if not self.soft_labels:
             return
         if "label_probability" not in self.row.row_columns:
-            raise SimpoError(f"soft_labels: {self.objective} has no label probability; leave it out")
+            raise SimpoError(f"soft_labels: {self.objective} does not support label probabilities; leave it out")
         if self.label_smoothing:
-            raise SimpoError("label_smoothing: soft_labels replaces it; leave one out")
-        if self.num_generations != 2:  # the best and the worst of more are no random pair
-            raise SimpoError(f"soft_labels: is for two answers, and num_generations is {self.num_generations}; set 2")
+            raise SimpoError("label_smoothing: soft_labels replaces it; leave one of them out")
+        if self.num_generations != 2:  # the best and the worst of more answers are not a random pair
+            raise SimpoError(f"soft_labels: needs num_generations: 2, not {self.num_generations}")
 
     def _check_rollouts(self) -> None:
         self.check_engine(self.max_length)
@@ -465,7 +464,7 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
             raise SimpoError(f"rollout_epochs: {self.rollout_epochs} does not divide sync_every, {self.sync_every}")
         if self.max_new_tokens >= self.max_length:  # type: ignore[operator]
             raise SimpoError(
-                f"max_new_tokens: {self.max_new_tokens} leave no room for a prompt in max_length {self.max_length}"
+                f"max_new_tokens: {self.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}"
             )
         if self.unfinished_score is not None and not math.isfinite(self.unfinished_score):
             raise SimpoError(f"unfinished_score: must be finite, not {self.unfinished_score}")
@@ -475,8 +474,8 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
             return
         if self.num_generations < 2 and gradient.baseline not in ("batch", "value"):
             raise SimpoError(
-                f"num_generations: the baseline of {self.objective} is the other answers to a prompt, and there is "
-                "only 1; set 2 or more, or objective: reinforce or ppo"
+                f"num_generations: {self.objective} needs other answers to the same prompt as its baseline; set 2 or "
+                "more, or objective: reinforce or ppo"
             )
         self.kl_coef = _KL_COEF if self.kl_coef is None else self.kl_coef
         self.kl_in = self.kl_in or ("reward" if gradient.normalization in ("sum", "tokens") else "loss")
@@ -484,16 +483,16 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
         if self.whiten_advantages is None:
             self.whiten_advantages = self.objective == "ppo"
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise SimpoError("kl_estimator: the gradient of k1 is 0 on average; in the loss use k2, k3 or exact")
+            raise SimpoError("kl_estimator: k1 has zero gradient in expectation; in the loss use k2, k3 or exact")
         if self.kl_in == "reward" and self.kl_estimator == "exact":
             raise SimpoError(
-                "kl_estimator: the exact KL of a token's distribution does not depend on the token that was drawn, so "
-                "that as a reward it would not keep the token near the start model; use k1, or kl_in: loss"
+                "kl_estimator: the exact KL does not depend on which token was sampled, so as a reward it would not "
+                "keep the policy near the start model; use k1, or kl_in: loss"
             )
         if self.kl_target is None and self.kl_horizon is not None:
-            raise SimpoError("kl_horizon: only an adaptive coefficient has one; set kl_target, or leave it out")
+            raise SimpoError("kl_horizon: applies only to an adaptive kl_coef; set kl_target, or leave it out")
         if self.kl_target is not None and not self.kl_coef:
-            raise SimpoError("kl_target: changes kl_coef by a factor, and 0 stays 0; set kl_coef above 0")
+            raise SimpoError("kl_target: cannot adapt a kl_coef of 0, which it multiplies; set kl_coef above 0")
         if self.kl_target is not None and self.kl_horizon is None:
             self.kl_horizon = _KL_HORIZON
         if not (self.ptx_weight and self.ptx_dataset_name):

@@ -1,4 +1,4 @@
-"""Metrics of rows: running means while training, scores of a data set, and held-out results with intervals."""
+"""Metrics: running means during training, scores of a data set, and held-out results with intervals."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from simpo.statistics import (
 )
 from simpo.training.batches import widest_float
 
-# Metrics of every row of a data set, in its order: ``[rows]`` by name, and WEIGHT.
+# Metrics of every row of a data set, in order: ``[rows]`` by name, including WEIGHT.
 Scores = dict[str, np.ndarray]
 WEIGHT = "weight"
 ACCURACY = "rewards/accuracies"
-# Differences between the better and the worse response of every ordered pair, ``[rows, N]``; NaN for missing pairs.
+# Better minus worse response, for every ordered pair, ``[rows, N]``; NaN where a row has fewer pairs.
 MARGINS, LENGTHS = "pair_margins", "pair_length_differences"
-TOKENS = "tokens"  # in files: of every response of a row
-_BINS = 5  # for the confidence, from 0.5 to 1
+TOKENS = "tokens"  # in files: the number of tokens of every response
+_BINS = 5  # bins of confidence, from 0.5 to 1
 
 
 class RunningMeans:
-    """Weighted means of rows' metrics since the last log and since the start, without waiting for the device.
+    """Weighted means of per-row metrics since the last log and since the start, without synchronizing the device.
 
-    A metric that is NaN does not apply to its row, and its mean is over the other rows; the loss always counts.
+    NaN means that a metric does not apply to a row, and its mean is over the other rows; the loss always counts.
     ``names`` are the ``N`` metrics, the loss first; ``device`` holds this rank's sums.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = tuple(names)
-        # [2, N] sums of metrics and of the weights that they count with
+        # [2, N]: sums of the weighted metrics and of their weights
         self._since_log = torch.zeros(2, len(names), device=device, dtype=widest_float(device))
-        self._before_log = torch.zeros(2, len(names), dtype=torch.float64)  # sums over all ranks up to the last log
+        self._before_log = torch.zeros(2, len(names), dtype=torch.float64)  # over all ranks, up to the last log
 
     def add(self, metrics: Tensor, weights: Tensor) -> None:
-        """Count rows' ``metrics``, ``[C, N]``, with ``weights``, ``[C]``."""
+        """Add the ``metrics`` ``[C, N]`` of rows with ``weights`` ``[C]``."""
         sums = self._since_log
         metrics, weights = metrics.to(sums), weights.to(sums, non_blocking=True)
         missing = metrics.isnan()
@@ -57,18 +57,18 @@ class RunningMeans:
         sums += torch.stack([weights @ metrics.masked_fill(missing, 0), weights @ (~missing).to(sums)])
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last call, over all ranks; metrics without rows are left out. ``reduce`` sums over ranks."""
+        """Return means since the last call over all ranks, without metrics that have no rows; ``reduce`` sums ranks."""
         taken = reduce(self._since_log.clone()).cpu().double()
         self._since_log.zero_()
         self._before_log += taken
         return self._means(taken)
 
     def overall(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the start, over all ranks and, after a resume, over the whole run."""
+        """Return means since the start over all ranks, including the part of the run before a resume."""
         return self._means(self._before_log + reduce(self._since_log.clone()).cpu().double())
 
     def running(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """``[]`` what :meth:`overall` has for ``name``, on the device; 0 where there are no rows yet."""
+        """Return the overall mean of ``name``, ``[]``, on the device; 0 if there are no rows yet."""
         sums = self._before_log.to(self._since_log, non_blocking=True) + reduce(self._since_log.clone())
         total, weight = sums[:, self._names.index(name)]
         return torch.where(weight > 0, total / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)
@@ -78,18 +78,18 @@ class RunningMeans:
         return {name: total / weight for name, total, weight in columns if weight}
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """The state that :meth:`restore` needs, as JSON; the same on every rank."""
+        """Return the state for :meth:`restore`, ready for JSON and the same on every rank."""
         return {"since_log": reduce(self._since_log.clone()).tolist(), "before_log": self._before_log.tolist()}
 
     def restore(self, state: dict[str, Any], *, main: bool) -> None:
-        """Continue from ``state``; the main rank takes the sums of all ranks."""
+        """Continue from ``state``; the main rank takes over the sums of all ranks."""
         since_log = self._since_log.new_tensor(state["since_log"])
         self._since_log = since_log if main else torch.zeros_like(since_log)
         self._before_log = torch.tensor(state["before_log"], dtype=torch.float64)
 
 
 def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
-    """Write the scores of ``rows`` as JSON lines, each with the place of its row and its responses' tokens."""
+    """Write the scores of ``rows`` as JSON lines, each with its row's origin and the lengths of its responses."""
     places = rows["where"] if "where" in rows.column_names else [None] * len(rows)
     tokens = [[len(ids) for ids in responses] for responses in rows["response_ids"]]
     columns = zip(*(values.tolist() for values in scores.values()), strict=True)
@@ -102,7 +102,7 @@ def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
 
 
 def read_scores(path: Path, rows: int) -> Scores | None:
-    """The scores that :func:`write_scores` wrote; None if there are not ``rows`` of them, or if they were changed."""
+    """Read the scores written by :func:`write_scores`; return None if the file was changed or has other ``rows``."""
     if not is_intact(path) or len(lines := read_lines(path)) != rows:
         return None
     names = [name for name in lines[0] if name not in ("where", TOKENS)]
@@ -118,16 +118,17 @@ def _stages(before: Scores, after: Scores) -> Iterator[tuple[Stage, Scores]]:
 
 
 def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = False) -> list[Metric]:
-    """Means over the rows that a metric applies to, before and after.
+    """Return the mean of every metric before and after training, over the rows it applies to.
 
-    For pairs also a test whether the rise in accuracy is chance; for single responses the area under the ROC curve, the
-    share of all (desirable, undesirable) combinations in which the desirable response has the larger reward.
+    For pairs, also test whether accuracy improved by more than chance. For single responses, also compute the area
+    under the ROC curve: the share of (desirable, undesirable) combinations where the desirable one has the larger
+    reward.
 
     Args:
         before: scores of the start model.
         after: scores of the trained model.
-        has_reference: the reward compares with the start model, so that all rewards are 0 before training, up to
-            rounding. Which of two is larger then is noise: the accuracy before and its rise are left out.
+        has_reference: whether rewards are relative to the start model. They are then 0 before training, up to rounding,
+            so comparing two of them would be noise: the accuracy before and the test are left out.
     """
     metrics = []
     unpaired = ACCURACY not in before
@@ -144,7 +145,7 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
                 found = mean_interval(values)
             elif pairs:
                 found = proportion_interval(int(values.sum()), len(values))
-            else:  # a ranking has several pairs and may be right in part
+            else:  # a ranking has several pairs, and only some of them may be correct
                 found = share_interval(values)
             metrics.append(Metric.of(f"eval_{name}", found, stage))
     if pairs and not has_reference:
@@ -167,7 +168,7 @@ def _area_under_roc(stage: Stage, scores: Scores) -> Metric:
 
 
 def compare_conversations(before: Scores, after: Scores) -> list[Metric]:
-    """Mean loss over the scored tokens, in nats, and the perplexity, its exponential."""
+    """Return the mean loss per scored token, in nats, and its exponential, the perplexity."""
     losses = {stage: mean_interval(scores["loss"], scores[WEIGHT]) for stage, scores in _stages(before, after)}
     metrics = [Metric.of("eval_loss", found, stage) for stage, found in losses.items()]
     for stage, found in losses.items():
@@ -178,55 +179,55 @@ def compare_conversations(before: Scores, after: Scores) -> list[Metric]:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf  # math.exp(710) would be an OverflowError
+    return math.exp(x) if x < 700 else math.inf  # math.exp(710) raises OverflowError
 
 
 def compare_rewards(before: Scores, after: Scores) -> list[Metric]:
-    """Means over the rows, the accuracy by which response is longer, and how well confidence is calibrated.
+    """Return means over the rows, accuracy by which response is longer, and how well calibrated confidence is.
 
     The Brier score (1950) is the mean of ``(1 - p)**2``: 0 at best, 0.25 for a model that always predicts 0.5. The
     expected calibration error is the mean difference between confidence and accuracy over the bins (Guo et al. 2017,
-    arXiv 1706.04599, equation 3), with rows resampled for its interval. Confidence is the probability of the higher
-    reward.
+    arXiv 1706.04599, equation 3); its interval comes from resampling rows. Confidence is the probability of the
+    response with the higher reward.
     """
     metrics = compare_preferences(before, after)
     for stage, scores in _stages(before, after):
         margins, lengths = scores[MARGINS], scores[LENGTHS]
-        right = margins > 0
-        for name, longer in ((f"{ACCURACY}/chosen_longer", lengths > 0), (f"{ACCURACY}/chosen_shorter", lengths < 0)):
-            metrics.append(Metric.of(f"eval_{name}", _share(right, longer), stage))
-        metrics += [Metric.of(f"eval_{name}", found, stage) for name, found in _calibration(margins, right)]
+        correct = margins > 0
+        for name, subset in ((f"{ACCURACY}/chosen_longer", lengths > 0), (f"{ACCURACY}/chosen_shorter", lengths < 0)):
+            metrics.append(Metric.of(f"eval_{name}", _accuracy(correct, subset), stage))
+        metrics += [Metric.of(f"eval_{name}", found, stage) for name, found in _calibration(margins, correct)]
     return metrics
 
 
-def _calibration(margins: np.ndarray, right: np.ndarray) -> Iterator[tuple[str, Interval]]:
-    """Brier score, expected calibration error, and the accuracy of each bin of confidence."""
+def _calibration(margins: np.ndarray, correct: np.ndarray) -> Iterator[tuple[str, Interval]]:
+    """Yield the Brier score, the expected calibration error, and the accuracy in each confidence bin."""
     exists = ~np.isnan(margins)
-    wrong = 1 / (1 + np.exp(np.clip(margins, -700, 700)))  # probability of the worse response
+    wrong = 1 / (1 + np.exp(np.clip(margins, -700, 700)))  # predicted probability that the worse response wins
     yield "brier", share_interval(np.nanmean(wrong**2, axis=1))
     confidence = np.nan_to_num(np.maximum(wrong, 1 - wrong))
     bins = np.clip((confidence - 0.5) * 2 * _BINS, 0, _BINS - 1).astype(int)
     in_bin = [exists & (bins == number) for number in range(_BINS)]
-    sums = [(where * values).sum(1) for where in in_bin for values in (confidence, right)]
+    sums = [(where * values).sum(1) for where in in_bin for values in (confidence, correct)]
 
     def error(sums: np.ndarray) -> np.ndarray:
-        """``[...]`` errors from sums ``[..., 2 * bins + 1]``: confidence and right pairs of each bin, and all pairs."""
+        """Return errors ``[...]`` from sums ``[..., 2 * bins + 1]``: confidence and correct per bin, and all pairs."""
         return np.abs(sums[..., :-1:2] - sums[..., 1:-1:2]).sum(-1) / sums[..., -1]
 
     yield "calibration_error", bootstrap_interval(np.stack([*sums, exists.sum(1)], axis=1), error, seed=0)
     for number, where in enumerate(in_bin):
         low = 0.5 + number / (2 * _BINS)
-        yield f"calibration/{low:.1f}-{low + 0.5 / _BINS:.1f}", _share(right, where)
+        yield f"calibration/{low:.1f}-{low + 0.5 / _BINS:.1f}", _accuracy(correct, where)
 
 
-def _share(right: np.ndarray, counted: np.ndarray) -> Interval:
-    """The share of the ``counted`` pairs, ``[rows, N]``, that are ``right``; pairs of one row are not independent."""
-    n = int(counted.sum())
+def _accuracy(correct: np.ndarray, subset: np.ndarray) -> Interval:
+    """Return the share of ``correct`` pairs in a ``subset``, ``[rows, N]`` each; pairs of a row are not independent."""
+    n = int(subset.sum())
     if not n:
         return Interval(np.nan, None, None, 0, "")
-    if counted.shape[1] == 1:
-        return proportion_interval(int((right & counted).sum()), n)
-    rows = counted.any(1)
-    counts = counted[rows].sum(1)
-    found = share_interval((right & counted)[rows].sum(1) / counts, counts)
+    if subset.shape[1] == 1:
+        return proportion_interval(int((correct & subset).sum()), n)
+    rows = subset.any(1)
+    counts = subset[rows].sum(1)
+    found = share_interval((correct & subset)[rows].sum(1) / counts, counts)
     return Interval(found.value, found.low, found.high, n, found.method)

@@ -1,4 +1,4 @@
-"""``OnlineTrainer``: training on answers that the model itself samples as it is trained, and an annotator scores."""
+"""``OnlineTrainer``: trains on answers the model samples during training and an annotator scores."""
 
 # ruff: noqa: D102 - the base class documents the methods
 
@@ -67,9 +67,10 @@ from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-_PLACEHOLDER_TOKENS, _CHECKED = 8, 2
-# A policy gradient's mean importance ratio, share of clipped tokens, and entropy of a token (estimated by minus its
-# log-probability, unless entropy_coef needs the exact one); of PPO's value function: its loss.
+_PLACEHOLDER_TOKENS = 8  # length of each placeholder answer
+_VALUE_CHECK_ROWS = 2  # rows used to check the packed forward pass of the value function
+# For policy gradients: mean importance ratio, share of clipped tokens, entropy per token (exact if entropy_coef needs
+# it, otherwise estimated as the negative log-probability), and the loss of PPO's value function.
 _POLICY_NAMES = ("policy/ratio", "policy/clip_fraction", "policy/entropy", "value/loss")
 _STALENESS = "rollout/staleness"  # optimizer steps since the answers were sampled
 
@@ -77,17 +78,17 @@ _STALENESS = "rollout/staleness"  # optimizer steps since the answers were sampl
 class OnlineTrainer(PreferenceTrainer):
     """Trains a causal language model on its own answers.
 
-    Every ``sync_every`` steps the model answers the next prompts, ``annotator`` scores the answers, and a file in the
-    folder ``rollouts`` receives them before they are trained on. A training that is continued reads the files that
-    exist, so that nothing is sampled twice and it ends with the same bits. Rows to train on are prompts; held-out rows
-    are pairs. Other arguments and errors are those of :class:`~simpo.training.packed.PackedTrainer`.
+    Every ``sync_every`` steps the model answers the next prompts, ``annotator`` scores the answers, and they are
+    written to a file in the ``rollouts`` folder before training on them. A resumed run reads existing files, so nothing
+    is sampled twice and the result is bit-identical. Training rows are prompts; held-out rows are pairs. Other
+    arguments and errors are those of :class:`~simpo.training.packed.PackedTrainer`.
 
     Args:
         annotator: scores the answers; can also be set as an attribute before training.
-        gold_annotator: scores the same answers for ``rollout/gold``, without effect on the training.
-        engine: samples the answers with the model as it is (default: the configuration's).
-        loading: how the model was loaded; its ``trust_remote_code`` and ``allow_pickle`` also apply to ``value_model``,
-            and where an adapter's base model is read again.
+        gold_annotator: scores the same answers for ``rollout/gold``, which does not affect training.
+        engine: samples answers from the current model (default: the engine in the configuration).
+        loading: how the model was loaded; its ``trust_remote_code`` and ``allow_pickle`` also apply to ``value_model``
+            and to reloading an adapter's base model.
     """
 
     config_type = OnlineConfig  # type: ignore[assignment]
@@ -104,28 +105,28 @@ class OnlineTrainer(PreferenceTrainer):
     ) -> None:
         self._value: ValueFunction | None = None
         self._ptx: Pretraining | None = None
-        self._made_optimizer = False
+        self._created_optimizer = False
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
-            raise SimpoError("deepspeed: its engine cannot sample answers between steps; use fsdp, or simpo loop")
+            raise SimpoError("deepspeed: cannot sample answers between steps; use fsdp, or simpo loop")
         self._gradient = self.args.gradient
         if self._gradient is not None:
             self._reference.keep_copy()  # for the KL divergence
             if self.args.ppo is not None:
-                if self.optimizer is not None and not self._made_optimizer:
-                    raise SimpoError("optimizers: ppo adds the value function to the optimizer; leave it out")
+                if self.optimizer is not None and not self._created_optimizer:
+                    raise SimpoError("optimizers: ppo needs to add its value function to the optimizer; leave this out")
                 self._value = ValueFunction(self.model, self.args, self.processing_class, loading)
             if self.args.ptx_dataset_name is not None:
                 self._ptx = Pretraining(self, self.args.ptx_dataset_name)
                 self._other_means["ptx"] = self._ptx.means
             if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
                 logger.warning(
-                    "temperature, top_p, top_k: policy gradients of answers that are not drawn from the model's own "
-                    "distribution (1, 1, 0) are biased"
+                    "temperature, top_p, top_k: policy gradients are biased unless answers are sampled from the "
+                    "model's own distribution (1, 1, 0)"
                 )
         self.annotator, self.gold_annotator = annotator, gold_annotator
         self._files = RolloutFiles(self, self._reference, self._value, engine, loading)
-        self._rollout: tuple[int, Dataset] | None = None  # the current one, by its number
+        self._rollout: tuple[int, Dataset] | None = None  # number and rows of the current rollout
         self._kl_coef, self._explained_variance = self.args.kl_coef, math.nan  # for the current rollout
         self._staleness, self._denominator = 0, 1.0
         self._logged_at = time.monotonic()
@@ -134,18 +135,20 @@ class OnlineTrainer(PreferenceTrainer):
             self._check_horizon()
             if self._value is not None and self._value.head is None:
                 with self.accelerator.autocast():
-                    self._value.check(comparisons_of(self.train_dataset, range(len(self.train_dataset))[:_CHECKED]))
+                    self._value.check(
+                        comparisons_of(self.train_dataset, range(len(self.train_dataset))[:_VALUE_CHECK_ROWS])
+                    )
 
     def _check_room(self, rows: Dataset) -> None:
         limits = [Limits.of(self.model.config).positions]
         if self._value is not None and self._value.head is None:
             limits.append(Limits.of(self._value.module.config).positions)
-        limit, longest = min((one for one in limits if one is not None), default=None), self.args.max_new_tokens
-        long = [row for row, ids in enumerate(rows["prompt_ids"]) if limit and len(ids) + longest > limit]
-        if long:
+        limit, longest = min((known for known in limits if known is not None), default=None), self.args.max_new_tokens
+        too_long = [row for row, ids in enumerate(rows["prompt_ids"]) if limit and len(ids) + longest > limit]
+        if too_long:
             raise SimpoError(
-                f"{describe_rows(rows, long)}: the prompt and an answer of max_new_tokens {longest} do not fit the "
-                f"model's (or value_model's) {limit:,} positions; set max_length to {limit} or less"
+                f"{describe_rows(rows, too_long)}: the prompt plus an answer of max_new_tokens {longest} exceeds the "
+                f"{limit:,} positions of the model (or of value_model); set max_length to {limit} or less"
             )
 
     def _check_horizon(self) -> None:
@@ -156,7 +159,7 @@ class OnlineTrainer(PreferenceTrainer):
         answers = prompts * args.num_generations
         if answers >= 5 * args.kl_horizon:  # a rollout changes the coefficient by up to answers / (5 * kl_horizon)
             raise SimpoError(
-                f"kl_horizon: {args.kl_horizon} is so short that a rollout of {answers:,} answers could make kl_coef "
+                f"kl_horizon: {args.kl_horizon} is too short: a rollout of {answers:,} answers could make kl_coef "
                 f"negative; set it to {answers:,} or more"
             )
 
@@ -166,14 +169,14 @@ class OnlineTrainer(PreferenceTrainer):
 
     @classmethod
     def describe(cls, args: Any) -> Description:
-        how = "on-policy" if args.sync_every == 1 else f"answers sampled every {args.sync_every} steps"
+        sampling = "on-policy" if args.sync_every == 1 else f"answers sampled every {args.sync_every} steps"
         gradient = args.gradient
         if gradient is None:
-            found = super().describe(args)
-            return found._replace(objective=f"{found.objective}, {how}", tags=[*found.tags, "online"])
+            offline = super().describe(args)
+            return offline._replace(objective=f"{offline.objective}, {sampling}", tags=[*offline.tags, "online"])
         settings = f"kl_coef {args.kl_coef:g} in the {args.kl_in}, {args.kl_estimator}"
         return Description(
-            f"{args.objective} ({settings}), {how}",
+            f"{args.objective} ({settings}), {sampling}",
             f"trained by **{args.objective}** ({gradient.paper}) on its own answers",
             ["simpo", "reinforcement-learning", args.objective],
         )
@@ -182,9 +185,9 @@ class OnlineTrainer(PreferenceTrainer):
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize the prompts of the rows to train on; held-out rows are pairs, as in the base.
+        """Tokenize the prompts to train on, or held-out pairs as in the base class.
 
-        The prompts have placeholder answers of random tokens, on which the packed forward is checked.
+        Prompts get placeholder answers of random tokens, which are used to check the packed forward pass.
         """
         if label == PTX:
             return prepare_sft(dataset, tokenizer, args.tokenize_settings, label=label)
@@ -192,7 +195,7 @@ class OnlineTrainer(PreferenceTrainer):
             return super().prepare(dataset, tokenizer, args, label)
         if CONTENT in dataset.column_names:
             return Prepared(dataset, DataReport(label, len(dataset), len(dataset), noun="prompts"))
-        assert tokenizer is not None  # the base has checked
+        assert tokenizer is not None  # checked by the base class
         room, rendering = args.max_length - args.max_new_tokens, args.tokenize_settings.rendering
         prompts = prepare_prompts(dataset, tokenizer, label=label, max_prompt_length=room, rendering=rendering)
         tokens = sorted({token for prompt in prompts for token in prompt.ids})
@@ -222,15 +225,15 @@ class OnlineTrainer(PreferenceTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """One element per optimizer step, made when it is requested: with the weights after the step before."""
+        """Return a loader with one element per optimizer step, created on demand with the weights of the last step."""
         if self.train_dataset is None:
-            raise SimpoError("train_dataset: there is nothing to train on")
+            raise SimpoError("train_dataset: missing; pass the prompts to train on")
         if self._schedule.steps == 0:
             raise SimpoError(
-                f"dataloader_drop_last: {len(self.train_dataset)} prompts are fewer than the {self._schedule.per_step} "
-                "of a step, so nothing would be trained; lower per_device_train_batch_size"
+                f"dataloader_drop_last: {len(self.train_dataset)} prompts do not fill one step of "
+                f"{self._schedule.per_step}, so nothing would be trained; lower per_device_train_batch_size"
             )
-        # not in other processes and not in advance: answers depend on the weights
+        # No workers and no prefetching: answers depend on the current weights.
         steps: Any = [[step] for step in range(self._schedule.steps)]
         return DataLoader(
             _Steps(self), batch_sampler=steps, collate_fn=lambda steps: collate(steps[0]), generator=torch.Generator()
@@ -239,11 +242,11 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- Rollouts.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class; raises :class:`SimpoError` if the folder has the rollouts of another training."""
+        """Train as in the base class; raise :class:`SimpoError` if the folder holds another run's rollouts."""
         if self.annotator is None:
-            raise SimpoError("annotator: there is nothing that scores the answers; give one")
+            raise SimpoError("annotator: missing; pass a function that scores the answers")
         if self.processing_class is None:
-            raise SimpoError("processing_class: give the tokenizer, which answers are decoded with")
+            raise SimpoError("processing_class: missing; pass the tokenizer, which is needed to decode answers")
         identity = {
             "policy": policy_fingerprint(self.model, self.accelerator.mixed_precision),
             "prompts": rows_digest(self.train_dataset),
@@ -259,11 +262,11 @@ class OnlineTrainer(PreferenceTrainer):
         return super().step_rows if self._rollout is None else self._rollout[1]
 
     def row_weights(self, rows: Dataset) -> np.ndarray | None:
-        """A policy gradient's loss is the mean over the answers of a step."""
+        """Weight each prompt by its number of answers: a policy gradient's loss is the mean over a step's answers."""
         return None if self._gradient is None else response_counts(rows)
 
     def micro_batches(self, data_epoch: int, step: int) -> list[PlannedBatch]:
-        """This rank's micro-batches of a step; the first step of a rollout samples it, unless its file exists."""
+        """Return this rank's micro-batches of a step; a rollout without a file is sampled at its first step."""
         place = self._schedule.place(data_epoch, step)
         if self._rollout is None or self._rollout[0] != place.rollout:
             self._load_rollout(place)
@@ -273,14 +276,14 @@ class OnlineTrainer(PreferenceTrainer):
         plan, order = self._plan(rows, self.args.train_batch_size, training=False), self._schedule.order(place)
         planned = plan.step(order, place.minibatch, self.args.process_index)
         if self._gradient is not None:
-            mine = order[place.minibatch * plan.rows_per_step :][: plan.rows_per_step]
-            mean_length = response_tokens(rows)[mine].sum() / response_counts(rows)[mine].sum()
+            step_rows = order[place.minibatch * plan.rows_per_step :][: plan.rows_per_step]
+            mean_length = response_tokens(rows)[step_rows].sum() / response_counts(rows)[step_rows].sum()
             self._denominator = mean_length if self._gradient.normalization == "tokens" else self.args.max_new_tokens
         comparisons = ComparisonRows(rows)
         return [comparisons[micro, planned.weight] for micro in planned.micro_batches]
 
     def _load_rollout(self, place: Place) -> None:
-        """Read or sample the rollout of a step, and turn it into rows to train on."""
+        """Read or sample the rollout of a step and convert it into training rows."""
         assert self.annotator is not None
         records = self._files.records(place, self.annotator)
         rows = training_rows(records, self.args)
@@ -296,24 +299,25 @@ class OnlineTrainer(PreferenceTrainer):
     # ---- Loss.
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """As in the base, or the policy gradient of a rollout, and what is logged of both; see ``metric_names``."""
+        """Return losses, from the base class or by policy gradient, and the metrics in ``metric_names``."""
         if batch.advantages is not None:
             losses, policy = self._policy_gradient(model, batch)
-            own = losses.new_full((len(losses), len(super().metric_names)), torch.nan)
+            preference = losses.new_full((len(losses), len(super().metric_names)), torch.nan)
         else:
-            losses, own = super().forward_rows(model, batch)
+            losses, preference = super().forward_rows(model, batch)
             policy = losses.new_full((len(losses), len(_POLICY_NAMES)), torch.nan)
-            if batch.rollout is not None:  # a prompt whose answers have equal scores teaches nothing
+            if batch.rollout is not None:  # a prompt whose answers all have the same score has no pair to learn from
                 paired = torch.zeros_like(losses, dtype=torch.bool).index_fill(0, batch.pairs.comparison, True)
-                losses, own = losses.masked_fill(~paired, 0), own.masked_fill(~paired[:, None], torch.nan)
+                losses = losses.masked_fill(~paired, 0)
+                preference = preference.masked_fill(~paired[:, None], torch.nan)
         rollout = losses.new_full((len(losses), len(ROLLOUT_NAMES) + 1), torch.nan)
         if batch.rollout is not None:
             rollout = torch.cat([batch.rollout, torch.full_like(batch.rollout[:, :1], self._staleness)], dim=1)
-        own[:, 0] = losses.detach()
-        return losses, torch.cat([own, policy, rollout.to(own)], dim=1)
+        preference[:, 0] = losses.detach()
+        return losses, torch.cat([preference, policy, rollout.to(preference)], dim=1)
 
     def _policy_gradient(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """``[C]`` means of the losses of each prompt's answers, and ``[C, N]`` metrics."""
+        """Return each prompt's mean loss over its answers, ``[C]``, and metrics ``[C, N]``."""
         gradient, packed, args = self._gradient, batch.packed, self.args
         assert gradient is not None
         assert batch.advantages is not None
@@ -328,7 +332,7 @@ class OnlineTrainer(PreferenceTrainer):
             path=self.path,
         )
         logp = found.logps
-        # before the first update the policy is the one that sampled
+        # Before the first update, the policy is the one that sampled the answers.
         behavior = logp.detach() if self._staleness == 0 else batch.behavior_logps.to(logp)
         rollout = Rollout(logp, behavior, batch.advantages.to(logp), packed.response_of, len(packed.lengths))
         value_losses = self._value_losses(found, batch)
@@ -343,13 +347,13 @@ class OnlineTrainer(PreferenceTrainer):
             entropy = -logp if found.entropy is None else found.entropy
             index, columns = owner[packed.response_of], (gradient.ratios(rollout), gradient.clipped(rollout), entropy)
             metrics = [mean_by(values.to(logp), index, len(counts)) for values in columns]
-            # the value function learns nothing from answers without a score
+            # The value function does not learn from answers without a score.
             known = torch.ones_like(logp) if batch.returns is None else (~batch.returns.isnan()).to(logp)
             metrics.append(sum_by(value_losses * known, index, len(counts)) / sum_by(known, index, len(counts)))
         return mean_by(losses, owner, len(counts)), torch.stack(metrics, dim=1)
 
     def _regularization(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
-        """``[S]`` terms that keep the policy near the start model, unless the rewards do, and its entropy high."""
+        """Return token terms ``[S]``: a KL penalty, unless it is part of the rewards, minus an entropy bonus."""
         args, terms = self.args, torch.zeros_like(found.logps)
         if args.kl_in == "loss" and self._kl_coef:
             kl = found.divergence
@@ -360,7 +364,7 @@ class OnlineTrainer(PreferenceTrainer):
         return terms if found.entropy is None else terms - args.entropy_coef * found.entropy
 
     def _value_losses(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
-        """``[S]`` losses of the value function; NaN without one."""
+        """Return the value function's loss per token, ``[S]``; NaN without a value function."""
         if self._value is None:
             return torch.full_like(found.logps, torch.nan)
         assert batch.values is not None
@@ -368,25 +372,25 @@ class OnlineTrainer(PreferenceTrainer):
         values = self._value.of(batch.packed) if found.values is None else found.values
         return value_loss(values, batch.values.to(values), batch.returns.to(values), clip=self.args.ppo.value_clip)
 
-    # ---- PPO's value function and the pretraining loss, next to Trainer's loop.
+    # ---- PPO's value function and the pretraining loss in Trainer's loop.
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As in ``Trainer``, with the value function's parameters."""
+        """Create the optimizer as ``Trainer`` does, and add the value function's parameters."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._made_optimizer = self._made_optimizer or new
+        self._created_optimizer = self._created_optimizer or new
         if new and self._value is not None:
             self._value.add_to_optimizer(optimizer, self)
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As in ``Trainer``; by now accelerate has replaced the optimizer's parameters with their shards."""
+        """Create the scheduler; by now accelerate has replaced the optimizer's parameters with their shards."""
         if self._value is not None and self._shards:
             self._value.add_to_optimizer(self.optimizer, self)
         return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """As in the base, with the gradients of the pretraining loss and of the value function."""
+        """Add the gradients of the pretraining loss and of the value function to the base class's step."""
         if self._value is not None:
             self._value.prepare_step()
         if self._ptx is not None:
@@ -396,8 +400,8 @@ class OnlineTrainer(PreferenceTrainer):
             norm = self._value.average_and_clip_gradients(self.accelerator, self.args.max_grad_norm)
             if not math.isfinite(norm):
                 raise SimpoError(
-                    f"step {self.state.global_step + 1}: the gradient of the value function is not finite; nothing was "
-                    "updated: look at the scores and value_learning_rate"
+                    f"step {self.state.global_step + 1}: the gradient of the value function is not finite, so nothing "
+                    "was updated; check the scores and value_learning_rate"
                 )
         return loss
 
@@ -411,10 +415,10 @@ class OnlineTrainer(PreferenceTrainer):
         if self._value is not None:
             self._value.load(checkpoint)
 
-    # ---- What is logged and compared.
+    # ---- Logging and results.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in the base, with the seconds spent on rollouts and on everything else since the last log."""
+        """Log as in the base class, plus the seconds spent on rollouts and on everything else since the last log."""
         if "loss" in logs:
             now = time.monotonic()
             rollouts = self._files.seconds
@@ -425,14 +429,14 @@ class OnlineTrainer(PreferenceTrainer):
         super().log(logs, start_time)
 
     def summary(self) -> list[Metric]:
-        """Means of the first and the last rollout, over their prompts."""
-        found = []
+        """Return the metrics of the first and the last rollout, averaged over their prompts."""
+        metrics = []
         for stage, records in self._files.ends().items():
             values = np.array(training_rows(records, self.args)[ROLLOUT][:])
             for name, column in zip(ROLLOUT_NAMES, values.T, strict=True):
                 if not np.isnan(column).all():
-                    found.append(Metric.of(name, mean_interval(column[~np.isnan(column)]), stage))
-        return found
+                    metrics.append(Metric.of(name, mean_interval(column[~np.isnan(column)]), stage))
+        return metrics
 
     def score_rows(self, dataset: Dataset) -> Scores:
         return {name: values for name, values in super().score_rows(dataset).items() if name in (*NAMES, "weight")}
@@ -448,5 +452,5 @@ class _Steps(TorchDataset):
         return len(self._trainer.train_dataset)
 
     def __getitem__(self, step: int) -> list[PlannedBatch]:
-        # the trainer's own step count determines the pass over the data, also after a resume
+        # The trainer's step count determines the pass over the data, also after a resume.
         return self._trainer.micro_batches(self._trainer.state.global_step // self._trainer._schedule.steps, step)

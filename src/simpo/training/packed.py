@@ -1,4 +1,4 @@
-"""Training on packed batches: transformers' ``Trainer`` with its own batches, loss and micro-batch loop."""
+"""``PackedTrainer``: transformers' ``Trainer`` on packed batches, with its own loss and micro-batch loop."""
 
 from __future__ import annotations
 
@@ -59,48 +59,47 @@ from simpo.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
-_SCORED_TOGETHER = 512  # rows that micro-batches are filled from when responses are scored
-_OUTSIDE_A_FORWARD = (
-    "optim: memory ran out outside a micro-batch's forward and backward, where the optimizer's states are made; choose "
-    "a smaller one (adamw_torch_8bit, adafactor) or share the states out over GPUs (recipes/launch)"
+_SCORING_ROWS = 512  # rows batched together when scoring responses
+_OUTSIDE_MICRO_BATCHES = (
+    "optim: ran out of memory outside the forward and backward pass, most likely while allocating optimizer states; "
+    "use an optimizer with smaller states (adamw_torch_8bit, adafactor), or shard them across GPUs (recipes/launch)"
 )
 
 
 class Description(NamedTuple):
-    """The description of a training in the log and the model card."""
+    """How the log and the model card describe a run."""
 
-    objective: str  # the log's line
-    method: str  # in the title of the card: MODEL [method] on DATA
-    tags: list[str]  # on the card
+    objective: str  # line in the log
+    method: str  # for the card's title: MODEL [method] on DATA
+    tags: list[str]  # tags of the card
 
 
 class PackedTrainer(ResumableTrainer):
     """Trains a model on comparisons of one prompt with K responses; subclasses define the loss.
 
-    A step's loss is the weighted mean of its rows' losses, however it is split into micro-batches and over ranks.
-    Overrides of ``Trainer``: how a batch is made (``get_train_dataloader``, ``get_eval_dataloader``), how its loss is
-    computed (``compute_loss``), the loops over micro-batches (``training_step``) and over rows that are evaluated
-    (``evaluation_loop``), and what its bases override: logs and checkpoints.
+    The loss of a step is the weighted mean of its rows' losses, however they are split over micro-batches and ranks.
+    Overrides how ``Trainer`` builds batches (``get_train_dataloader``, ``get_eval_dataloader``), computes their loss
+    (``compute_loss``), and loops over micro-batches (``training_step``) and evaluation rows (``evaluation_loop``).
 
     Args:
-        model: a model, or the name or folder of one.
-        args: the configuration; the defaults of ``config_type`` if not given.
-        train_dataset: rows in any shape that :mod:`simpo.data` recognizes, or already tokenized.
-        eval_dataset: the same, or several by name.
-        processing_class: the tokenizer, or for rows with images the processor; needed unless the data is tokenized.
+        model: a model, or the hub name or folder of one.
+        args: the configuration (default: that of ``config_type``).
+        train_dataset: rows in any shape that :mod:`simpo.data` recognizes, or tokenized rows.
+        eval_dataset: likewise, or several data sets by name.
+        processing_class: the tokenizer, or the processor for rows with images; required unless rows are tokenized.
         callbacks, optimizers: as for ``Trainer``.
 
     Raises:
-        SimpoError: data or configuration that cannot be trained on; while training, a loss or gradient that is not
-            finite, before the optimizer has moved.
+        SimpoError: the data or configuration cannot be trained on; during training, a loss or gradient is not finite
+            (raised before the optimizer changes the weights).
     """
 
     config_type: ClassVar[type[TrainingSettings]]
-    command: ClassVar[str]  # that runs this kind of training
-    row_noun: ClassVar[str]  # name of its rows, in the plural
+    command: ClassVar[str]  # the command that runs this trainer
+    row_noun: ClassVar[str]  # what its rows are called, in the plural
     takes_images: ClassVar[bool] = False
-    takes_loading: ClassVar[bool] = False  # whether it has the argument ``loading``: of the model, for further models
-    pipeline: ClassVar[str] = "text-generation"  # the hub's name for the task of such a model
+    takes_loading: ClassVar[bool] = False  # whether it takes ``loading``, how the model was loaded, to load more models
+    pipeline: ClassVar[str] = "text-generation"  # the hub's task name for its models
 
     def __init__(
         self,
@@ -122,9 +121,9 @@ class PackedTrainer(ResumableTrainer):
         if args.use_liger_kernel:
             check_liger(model, args.liger_kernel_config)
         processing_class = processing_class if self.takes_images else text_tokenizer(processing_class)
-        train_dataset = self._tokenized(train_dataset, processing_class, args, "train")
+        train_dataset = self._tokenize(train_dataset, processing_class, args, "train")
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        held_out = {name: self._tokenized(rows, processing_class, args, name) for name, rows in held_out.items()}
+        held_out = {name: self._tokenize(rows, processing_class, args, name) for name, rows in held_out.items()}
         self.images = image_reader(model, processing_class, (train_dataset, *held_out.values()), args)
         super().__init__(
             model=model,
@@ -142,7 +141,9 @@ class PackedTrainer(ResumableTrainer):
         stop_at_end_of_turn(self.model, text_tokenizer(processing_class))
         self._balance = balance_weight(self.model)
         if self._balance and args.torch_compile:
-            raise SimpoError("torch_compile: not with output_router_logits, whose loss needs what routers put out")
+            raise SimpoError(
+                "torch_compile: cannot be combined with output_router_logits, because its loss needs the router outputs"
+            )
         self._routing = RunningMeans(("router/aux_loss", "router/max_load"), self.args.device)
         self._other_means["router"] = self._routing
         self.path = self._choose_path()
@@ -150,66 +151,66 @@ class PackedTrainer(ResumableTrainer):
             compile_layers(self.model, args, self.accelerator)
         if args.checkpointed_share < 1:
             self.add_callback(CheckpointShare(args.checkpointed_share))
-        self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step with their rows' losses
+        self._step: list[tuple[PlannedBatch, Tensor]] = []  # micro-batches of the current step and the losses per row
 
-    # ---- What a subclass defines.
+    # ---- For subclasses to define.
 
     @classmethod
     def load(cls, model: str | ModelArguments) -> PreTrainedModel | PeftModel:
-        """The model of a name or folder, of the kind that is trained."""
+        """Load the kind of model this trainer trains, from a hub name or a folder."""
         return load_model(model)
 
     @classmethod
     @abstractmethod
     def describe(cls, args: Any) -> Description:
-        """The description, for the log and the model card, of a training with these settings."""
+        """Describe a run with these settings, for the log and the model card."""
 
     @classmethod
     @abstractmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize the rows of one data set, called ``label`` in messages; rows that are tokenized are taken as is."""
+        """Tokenize a data set, called ``label`` in messages; already tokenized rows are returned unchanged."""
 
     @abstractmethod
     def loss_and_metrics(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, with gradients, and metrics, ``[C, N]``, of ``C`` rows whose responses are ``y``.
+        """Return per-row losses ``[C]`` (differentiable) and metrics ``[C, N]`` for the responses ``y``.
 
-        The metrics are those of :attr:`metric_names`, detached, the loss first. A metric that is NaN does not apply to
-        its row.
+        The metrics are detached and in the order of :attr:`metric_names`, the loss first. NaN means that a metric does
+        not apply to the row.
         """
 
     @abstractmethod
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
-        """Held-out results, from the scores of the start model and of the trained model."""
+        """Return held-out results, given the scores of the start model and of the trained model."""
 
     def summary(self) -> list[Metric]:
-        """Other results of a training that has finished."""
+        """Return any other results of a finished run."""
         return []
 
     def row_weights(self, rows: Dataset) -> np.ndarray | None:
-        """``[rows]`` how much each counts in its step's mean; None if all count equally."""
+        """Return each row's weight in the mean over its step, ``[rows]``, or None if all rows count equally."""
         return None
 
     def completed(self, rows: Dataset) -> Dataset:
-        """Tokenized ``rows`` with the columns that this kind of training adds; all ranks call."""
+        """Add the columns this trainer needs to tokenized rows. Every rank must call this."""
         return rows
 
     @property
     def step_rows(self) -> Dataset:
-        """The rows that the row numbers of a step's micro-batches refer to."""
+        """The rows to which the row numbers in a step's micro-batches refer."""
         return self.completed(self.train_dataset)
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
-        """Compute what needs all micro-batches of a step before its first forward."""
+        """Compute anything that needs all micro-batches of a step, before its first forward pass."""
 
     def before_evaluating(self, batches: Sequence[PlannedBatch]) -> None:
-        """The same for the micro-batches of an element of :meth:`get_eval_dataloader`."""
+        """Compute anything that needs all micro-batches in one element of :meth:`get_eval_dataloader`."""
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """One forward: losses and metrics of ``batch`` as of :meth:`loss_and_metrics`."""
+        """Run one forward pass and return losses and metrics as :meth:`loss_and_metrics` does."""
         return self.loss_and_metrics(self.responses(model, batch.packed), batch)
 
     def responses(self, model: nn.Module, packed: PackedBatch) -> Responses:
-        """Log-probabilities of the responses of ``packed``, ``[R]`` each, as the loss reads them."""
+        """Return the responses' log-probabilities, ``[R]`` each, for :meth:`loss_and_metrics`."""
         return policy_forward(model, packed, path=self.path)
 
     # ---- Data.
@@ -219,14 +220,14 @@ class PackedTrainer(ResumableTrainer):
         return [rows for rows in (self.train_dataset, *held_out) if rows is not None]
 
     @classmethod
-    def _tokenized(
+    def _tokenize(
         cls, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str
     ) -> Dataset | None:
         if dataset is None:
             return None
         dataset = as_dataset(dataset, f"{label}_dataset")
         if "prompt_ids" not in dataset.column_names and tokenizer is None:
-            raise SimpoError("processing_class: give the tokenizer, or tokenized data")
+            raise SimpoError("processing_class: missing; pass the tokenizer, or tokenized rows")
         prepared = cls.prepare(dataset, tokenizer, args, label)
         rows, report = prepared.dataset, prepared.report
         if report.remarkable or (report.notices and "prompt_ids" not in dataset.column_names):
@@ -237,27 +238,27 @@ class PackedTrainer(ResumableTrainer):
         return rows
 
     def get_train_dataloader(self) -> DataLoader:
-        """One element per optimizer step: this rank's micro-batches, by the plan that all ranks share."""
+        """Return a loader with one element per optimizer step: this rank's micro-batches from the shared plan."""
         if self.train_dataset is None:
-            raise SimpoError("train_dataset: there is nothing to train on")
+            raise SimpoError("train_dataset: missing; pass the rows to train on")
         rows = self.completed(self.train_dataset)
         plan = self._plan(rows, self.args.train_batch_size, training=True)
         if plan.steps == 0:
             raise SimpoError(
-                f"dataloader_drop_last: {len(rows)} rows are fewer than the {plan.rows_per_step} of a "
-                "step, so nothing would be trained; lower per_device_train_batch_size"
+                f"dataloader_drop_last: {len(rows)} rows do not fill one step of {plan.rows_per_step}, so nothing "
+                "would be trained; lower per_device_train_batch_size"
             )
-        # the trainer's own step count determines which epoch starts, also after a resume
+        # The trainer's step count determines the epoch, also after a resume.
         return step_loader(rows, plan, lambda: self.state.global_step // plan.steps, self.args, self.images)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
-        """Rows in their order, ``per_device_eval_batch_size`` per rank and element."""
+        """Return a loader of the rows in order, with ``per_device_eval_batch_size`` rows per rank and element."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
-            raise SimpoError("eval_dataset: there is nothing to evaluate on")
-        rows = self._tokenized(rows, self.processing_class, self.args, "eval")
+            raise SimpoError("eval_dataset: missing; pass the rows to evaluate on")
+        rows = self._tokenize(rows, self.processing_class, self.args, "eval")
         check_rows(Limits.of(self.model.config), rows, "eval")
         rows = self.completed(rows)
         plan = self._plan(rows, self.args.eval_batch_size, training=False)
@@ -266,12 +267,12 @@ class PackedTrainer(ResumableTrainer):
     get_test_dataloader = get_eval_dataloader
 
     def _sizes(self, rows: Dataset) -> RowSizes:
-        """Tokens that rows take in a forward."""
+        """Return how many tokens each row takes in a forward pass."""
         rule = state_of(prepare_policy(self.model)).lengths
         return row_sizes(rows, "packed" if self.path == "auto" else self.path, rule)
 
     def _plan(self, rows: Dataset, rows_per_device: int, *, training: bool) -> StepPlan:
-        """The plan that all ranks share."""
+        """Return the plan, which is the same on every rank."""
         args, sizes = self.args, self._sizes(rows)
         budget = args.max_batch_tokens
         if budget is None:
@@ -288,7 +289,7 @@ class PackedTrainer(ResumableTrainer):
         )
 
     def _choose_path(self) -> ForwardPath:
-        """Verify the fast path on a few real rows, in the precision of the training."""
+        """Verify the fast path on a few real rows, in the training precision."""
         model, datasets = prepare_policy(self.model), self._all_rows()
         if not datasets:
             return self.args.forward_path
@@ -298,13 +299,13 @@ class PackedTrainer(ResumableTrainer):
         path = resolve_path(model, sample, self.args.forward_path)
         if path == "padded" and state_of(model).separate_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise SimpoError(
-                f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: this model computes a row differently next to "
-                "other rows, so every response needs a forward of its own, and processes that share the weights must "
-                "make equally many; train without it"
+                f"{'fsdp' if self.is_fsdp_enabled else 'deepspeed'}: this model's result for a row depends on the rest "
+                "of its batch, so every response needs a separate forward pass; sharded training requires the same "
+                "number of passes on every process: train without it"
             )
-        taken = self._sum_over_ranks(torch.tensor([int(path == one) for one in get_args(Path)]).to(self.args.device))
-        # ranks with other plans would wait for one another forever
-        return path if self.args.world_size in taken else "padded"
+        votes = self._sum_over_ranks(torch.tensor([int(path == name) for name in get_args(Path)]).to(self.args.device))
+        # Ranks on different paths would wait for one another forever.
+        return path if self.args.world_size in votes else "padded"
 
     # ---- Loss.
 
@@ -325,19 +326,19 @@ class PackedTrainer(ResumableTrainer):
             self._routing.add(torch.stack([balance.detach(), routing.max_load()])[None], weight[None])
             if self._balance:
                 loss = loss + self._balance * balance * weight
-        # ranks' gradients are averaged, so each counts world_size times over the step's weight
+        # DDP averages gradients over ranks, so multiply by world_size to get the sum over the step's total weight.
         loss = loss * (self.args.world_size / batch.step_weight)
         return (loss, metrics) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class; running out of memory ends with advice."""
-        with explain_oom(lambda: _OUTSIDE_A_FORWARD):
+        """Train as in the base class; running out of memory raises an error with advice."""
+        with explain_oom(lambda: _OUTSIDE_MICRO_BATCHES):
             return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of all micro-batches of one optimizer step; returns its loss, ``[]``."""
+        """Run forward and backward for all micro-batches of one optimizer step and return its loss, ``[]``."""
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers
@@ -351,9 +352,9 @@ class PackedTrainer(ResumableTrainer):
                 with self.compute_loss_context_manager():
                     loss, metrics = self.compute_loss(model, batch, return_outputs=True)
                 self._step.append((batch, metrics[:, 0]))
-                if self.is_deepspeed_enabled and last:  # its last backward of a step already moves the optimizer
-                    bad = sum((~losses.isfinite()).sum() for _, losses in self._step)
-                    if self._sum_over_ranks(torch.as_tensor(bad, device=self.args.device)):
+                if self.is_deepspeed_enabled and last:  # DeepSpeed updates the weights in the last backward of a step
+                    invalid = sum((~losses.isfinite()).sum() for _, losses in self._step)
+                    if self._sum_over_ranks(torch.as_tensor(invalid, device=self.args.device)):
                         raise SimpoError(self._not_finite())
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -363,54 +364,54 @@ class PackedTrainer(ResumableTrainer):
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Let ranks exchange gradients only after the last micro-batch (FSDP reduce-scatters each, to save memory)."""
+        """Synchronize gradients only after the last micro-batch (FSDP reduce-scatters after each, to save memory)."""
         self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps when this is true
-        apart = not last and not isinstance(self.model, FSDPModule)
-        with self.accelerator.no_sync(model) if apart else nullcontext():
+        postpone = not last and not isinstance(self.model, FSDPModule)
+        with self.accelerator.no_sync(model) if postpone else nullcontext():
             yield
 
     def _memory_advice(self, batch: PlannedBatch) -> str:
-        """Advice after a micro-batch did not fit into memory."""
+        """Return advice for a micro-batch that did not fit into memory."""
         lengths = self._sizes(self.step_rows).lengths
         tokens, longest = int(lengths[list(batch.rows)].sum()), int(lengths.max())
-        found = f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory"
+        problem = f"max_batch_tokens: a micro-batch of {tokens} tokens does not fit into memory"
         if tokens // 2 >= longest:
-            return f"{found}; set it to {tokens // 2}"
+            return f"{problem}; set it to {tokens // 2}"
         lower = f"; set it to {longest}, the longest row, and" if tokens > longest else ":"
-        return f"{found}{lower} set activation_checkpointing: true, lower max_length or choose a smaller type or model"
+        return f"{problem}{lower} set activation_checkpointing: true, lower max_length or use a smaller dtype or model"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """FLOPs of one step on this rank, as transformers counts them: 6 per token and non-embedding weight."""
+        """Return this rank's FLOPs per step as transformers counts them: 6 per token and non-embedding weight."""
         tokens = sum(batch.packed.tokens for batch in inputs["micro_batches"])
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
-    # ---- A loss or gradient that is not finite ends the run.
+    # ---- A non-finite loss or gradient ends the run.
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, which Trainer requests before every optimizer step."""
+        """Return the gradient norm, which Trainer requests before every optimizer step, and check that it is finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = self.accelerator.scaler is not None  # fp16: overflow is expected, and the scaler skips the step
+        scaled = self.accelerator.scaler is not None  # fp16: overflows are expected, and the scaler skips the step
         if not scaled and norm is not None and not math.isfinite(float(norm)):
             raise SimpoError(self._not_finite())
         return norm
 
     def _not_finite(self) -> str:
-        """Describe what is wrong with the current step, and with which of its rows; the same on every rank."""
-        bad = [batch.rows[int(place)] for batch, losses in self._step for place in (~losses.isfinite()).nonzero()]
-        own = [bad, [row for batch, _ in self._step for row in batch.rows]]
-        gathered = map(gather_object, own) if self.args.world_size > 1 else own
+        """Describe the problem with the current step and the rows that cause it; the same on every rank."""
+        invalid = [batch.rows[int(place)] for batch, losses in self._step for place in (~losses.isfinite()).nonzero()]
+        local = [invalid, [row for batch, _ in self._step for row in batch.rows]]
+        gathered = map(gather_object, local) if self.args.world_size > 1 else local
         rows, step = (sorted(set(numbers)) for numbers in gathered)  # fillers occur several times
-        what = "loss"
+        quantity = "loss"
         if not rows:
-            what = "gradient"
+            quantity = "gradient"
             rows = [row for row in step if not self._has_finite_gradient(row)] if self.args.world_size == 1 else step
-        found = describe_rows(self.step_rows, rows)
-        many = " (all rows of the step: look at the model and the learning rate)" if len(rows) == len(step) > 1 else ""
-        updated = self.is_deepspeed_enabled and what == "gradient"  # its backward has moved the optimizer
-        kept = "the weights were updated, the last checkpoint is unharmed" if updated else "nothing was updated"
+        places = describe_rows(self.step_rows, rows)
+        hint = " (all rows of the step: check the model and the learning rate)" if len(rows) == len(step) > 1 else ""
+        updated = self.is_deepspeed_enabled and quantity == "gradient"  # DeepSpeed's backward updates the weights
+        outcome = "the weights were updated, but the last checkpoint is intact" if updated else "nothing was updated"
         return (
-            f"step {self.state.global_step + 1}: the {what} is not finite; rows: {found}{many}; {kept}: "
-            "fix or remove what is named"
+            f"step {self.state.global_step + 1}: the {quantity} is not finite; rows: {places}{hint}; {outcome}: "
+            "fix or remove these rows"
         )
 
     def _has_finite_gradient(self, row: int) -> bool:
@@ -426,10 +427,10 @@ class PackedTrainer(ResumableTrainer):
     def evaluation_loop(  # type: ignore[override]
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Means over the rows of ``dataloader``; predictions are ``[rows, N + 1]`` metrics in their order, and weights.
+        """Average the metrics over the rows of ``dataloader``; predictions are metrics and weights, ``[rows, N + 1]``.
 
-        Trainer's own loop would prepare the model for evaluation, and accelerate would take it as prepared for
-        training, too, and not wrap it in DDP.
+        Trainer's own loop would prepare the model for evaluation; accelerate would then consider it prepared for
+        training as well and not wrap it in DDP.
         """
         values = torch.from_numpy(np.stack(list(self._scores(dataloader).values()), axis=1))
         means = RunningMeans(self.metric_names, values.device)
@@ -442,21 +443,21 @@ class PackedTrainer(ResumableTrainer):
         return EvalLoopOutput(values.numpy(), None, metrics, len(values))
 
     def score_rows(self, dataset: Dataset) -> Scores:
-        """Metrics of every row of ``dataset``, in its order; unlike those of ``predict``, no tracker gets them."""
+        """Return the metrics of every row of ``dataset``, in order; unlike ``predict``, report nothing to trackers."""
         scores = self._scores(self.get_test_dataloader(dataset))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
-                callback.on_predict(self.args, self.state, self.control)  # closes its bar
+                callback.on_predict(self.args, self.state, self.control)  # closes the progress bar
         return scores
 
     def _scores(self, dataloader: DataLoader) -> Scores:
-        """Metrics and weights of every row of ``dataloader``, which has all of them once over all ranks."""
+        """Return metrics and weights of every row; ``dataloader`` yields each row on exactly one rank."""
         names, device = (*self.metric_names, WEIGHT), self.args.device
         values = torch.zeros(len(dataloader.dataset), len(names), dtype=widest_float(device), device=device)  # type: ignore[arg-type]
         self.model.eval()
         if callable(to_eval := getattr(self.optimizer, "eval", None)):  # schedule-free optimizers
             to_eval()
-        self.callback_handler.eval_dataloader = dataloader  # whose length progress bars show
+        self.callback_handler.eval_dataloader = dataloader  # progress bars show its length
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             for inputs in dataloader:
                 self.before_evaluating(inputs["micro_batches"])
@@ -469,7 +470,7 @@ class PackedTrainer(ResumableTrainer):
         return dict(zip(names, self._sum_over_ranks(values).double().cpu().numpy().T, strict=True))
 
     def response_logps(self, rows: Dataset) -> Tensor:
-        """``[R]`` float64 log-probabilities of all responses of ``rows`` under the model as it is; all ranks call."""
+        """Return all responses' log-probabilities under the model, ``[R]`` float64. Every rank must call this."""
         return self.compute_for_responses(rows, lambda batch: self.responses(self.model, batch).logp)
 
     def compute_for_responses(
@@ -479,11 +480,12 @@ class PackedTrainer(ResumableTrainer):
         counts: np.ndarray | None = None,
         columns: Sequence[int] = (),
     ) -> Tensor:
-        """Float64 values of all responses of ``rows``, concatenated; ``compute`` returns those of a batch.
+        """Apply ``compute`` to packed batches of ``rows`` and return its values for all rows, concatenated, in float64.
 
-        All ranks call. ``counts`` ``[rows]`` are each row's numbers of values, of shape ``columns`` (default: K).
+        Every rank must call this. ``counts`` ``[rows]`` is the number of values per row (default: one per response),
+        each of shape ``columns``.
         """
-        plan, device = self._plan(rows, _SCORED_TOGETHER // self.args.world_size, training=False), self.args.device
+        plan, device = self._plan(rows, _SCORING_ROWS // self.args.world_size, training=False), self.args.device
         counts = response_counts(rows) if counts is None else counts
         ends = np.cumsum(counts)
         values = torch.zeros(int(ends[-1]), *columns, dtype=widest_float(device), device=device)

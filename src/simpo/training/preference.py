@@ -1,4 +1,4 @@
-"""``PreferenceConfig`` and ``PreferenceTrainer``: preference objectives on packed batches, and what they log."""
+"""``PreferenceTrainer``: preference objectives on packed batches, and their metrics."""
 
 # ruff: noqa: D102 - the base class documents the methods
 
@@ -45,7 +45,7 @@ from simpo.training.metrics import Scores, compare_preferences
 from simpo.training.packed import Description, PackedTrainer
 from simpo.training.reference import ReferenceModel, mismatched_rows, with_mismatched
 
-# The metrics of pairs and of single responses, by the names on people's dashboards.
+# Metrics of pairs and of single responses, under the names that dashboards already use.
 NAMES = (
     "loss",
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -56,11 +56,11 @@ KL, WPO_WEIGHT = "kl", "wpo/weight"
 
 
 class PreferenceTrainer(PackedTrainer):
-    """Trains a causal language model on comparisons, or on single responses with labels where the objective takes them.
+    """Trains a causal language model on comparisons or, if the objective supports it, on labeled single responses.
 
-    A step's loss is the mean over its comparisons. One with more than two responses has the mean over its ordered
-    pairs, and the anchor term once, on the best response. The reference is the policy that training starts from: the
-    model that is passed in, including its adapter. Arguments and errors are those of
+    The loss of a step is the mean over its comparisons. With more than two responses, a comparison's pair term is the
+    mean over its ordered pairs, and its anchor term applies once, to the best response. The reference is the policy at
+    the start of training: the given model, including its adapter. Arguments and errors are those of
     :class:`~simpo.training.packed.PackedTrainer`; ``args`` is a :class:`PreferenceConfig`.
     """
 
@@ -69,10 +69,10 @@ class PreferenceTrainer(PackedTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._context: dict[str, Tensor] = {}  # what the objective needs beyond log-probabilities and a reference
-        compares = self.objective.needs_reference
-        self._precomputed = compares and self.args.precompute_ref_log_probs
-        copy_weights = bool(self.args.kl_weight) or (compares and not self._precomputed)
+        self._context: dict[str, Tensor] = {}  # other inputs of the objective, such as KTO's reference point
+        needs_reference = self.objective.needs_reference
+        self._precomputed = needs_reference and self.args.precompute_ref_log_probs
+        copy_weights = bool(self.args.kl_weight) or (needs_reference and not self._precomputed)
         cache = self.args.reference_cache if self._precomputed else None
         self._reference = ReferenceModel(self, cache, copy_weights=copy_weights)
 
@@ -83,7 +83,7 @@ class PreferenceTrainer(PackedTrainer):
 
     @cached_property
     def objective(self) -> Objective:
-        """The objective with its hyperparameters."""
+        """The objective with the configured hyperparameters."""
         return self.args.row.with_hyperparameters(**self.args.hyperparameters)
 
     @cached_property
@@ -114,56 +114,52 @@ class PreferenceTrainer(PackedTrainer):
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize comparisons, or single responses with labels; for KTO with the column ``mismatched_ids``."""
+        """Tokenize comparisons or labeled single responses; for KTO, also add the column ``mismatched_ids``."""
         if is_feedback(dataset):
             if not args.row.takes_unpaired:
                 takers = ", ".join(name for name, row in OBJECTIVES.items() if row.takes_unpaired)
                 raise SimpoError(
-                    f"{label}: single responses with labels, and {args.row.name!r} is trained on pairs; unpaired "
-                    f"feedback is for objective {takers}"
+                    f"{label}: objective {args.row.name!r} needs pairs, but these rows are labeled single responses; "
+                    f"use objective {takers}"
                 )
             if args.wpo_weights:
-                raise SimpoError(f"wpo_weights: {label}: pairs have weights, and single responses do not; leave it out")
+                raise SimpoError(f"wpo_weights: {label}: applies to pairs, not to single responses; leave it out")
             prepared = prepare_feedback(dataset, tokenizer, args.tokenize_settings, label=label)
         else:
             prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
             check_rankings(prepared.dataset, label)
-        if args.ld_alpha is not None and (longer := np.flatnonzero(response_counts(prepared.dataset) != 2)).size:
-            where = describe_rows(prepared.dataset, longer.tolist())
-            raise SimpoError(
-                f"ld_alpha: {label}: it is for pairs; these rows have another number of responses: {where}"
-            )
+        if args.ld_alpha is not None and (others := np.flatnonzero(response_counts(prepared.dataset) != 2)).size:
+            places = describe_rows(prepared.dataset, others.tolist())
+            raise SimpoError(f"ld_alpha: {label}: applies only to pairs; rows without exactly two responses: {places}")
         names = args.row_columns or ()
         if MARGIN in args.row.row_columns and MARGIN not in names and has_column(prepared.dataset, MARGIN):
-            prepared.report.notices.append("the column margin is not used; row_columns: [margin] adds it to gamma")
+            prepared.report.notices.append("the margin column is not used; row_columns: [margin] adds it to gamma")
         prepared = with_row_columns(prepared, names, label, training=label == "train")
         if "z_ref" not in args.row.needs:
             return prepared
         return replace(prepared, dataset=with_mismatched(prepared.dataset, args.max_length, label))
 
     def row_weights(self, rows: Dataset) -> np.ndarray | None:
-        """The column ``weight``, which held-out rows do not have."""
+        """Return the column ``weight``, which held-out rows do not have."""
         return np.array(rows[WEIGHT][:]) if WEIGHT in rows.column_names else None
 
     def completed(self, rows: Dataset) -> Dataset:
-        """Add the reference's log-probabilities, where the objective needs them."""
+        """Add the reference's log-probabilities if the objective needs them."""
         if ("label" in rows.column_names) != self._unpaired:
-            raise SimpoError(
-                "eval_dataset: comparisons and single responses with labels; give the same kind as to train"
-            )
+            raise SimpoError("eval_dataset: must be comparisons or labeled single responses just like train_dataset")
         return self._reference.completed(rows) if self._precomputed else rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base; the reference is evaluated and frozen before a checkpoint or a step changes the weights."""
+        """Evaluate and freeze the reference before a checkpoint or a step changes the weights, then train."""
         for rows in self._all_rows():
             self.completed(rows)
         self._reference.freeze()
         return super().train(*args, **kwargs)
 
-    # ---- KTO's reference point, and the shift of BCO's rewards.
+    # ---- KTO's reference point and BCO's reward shift.
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
-        """KTO: estimate the reference point from all micro-batches of the step, over all ranks. BCO: shift rewards."""
+        """Update BCO's reward shift, and estimate KTO's reference point from the whole step over all ranks."""
         self._update_shift()
         if "z_ref" not in self.objective.needs:
             return
@@ -179,7 +175,7 @@ class PreferenceTrainer(PackedTrainer):
         self._update_reference_point(self._sum_over_ranks(total) / batches[0].step_weight)
 
     def _scores(self, dataloader: DataLoader) -> Scores:
-        """As in the base; KTO's reference point is that of all rows that are evaluated."""
+        """Score rows as in the base class, with KTO's reference point estimated from all rows being evaluated."""
         self._update_shift()
         if "z_ref" in self.objective.needs:
             rows = dataloader.dataset.rows  # type: ignore[attr-defined]
@@ -197,9 +193,9 @@ class PreferenceTrainer(PackedTrainer):
         self._context["z_ref"] = reference_point(mean_ratio, beta)
 
     def _update_shift(self) -> None:
-        """BCO: the rewards that have been logged since the run began, over all ranks, are those of the earlier steps.
+        """Set BCO's reward shift from the logged rewards of all earlier steps, over all ranks.
 
-        Their sums are part of a checkpoint.
+        Their sums are stored in checkpoints.
         """
         if "reward_shift" in self.objective.needs:
             means = [self._means.running(f"rewards/{side}", self._sum_over_ranks) for side in ("chosen", "rejected")]
@@ -208,7 +204,7 @@ class PreferenceTrainer(PackedTrainer):
     # ---- Loss.
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """As in the base, with the reference where one is needed, the weights of pairs, and KL(policy || reference)."""
+        """Return losses and metrics, adding reference log-probabilities, WPO weights and KL(policy || reference)."""
         args, packed = self.args, batch.packed
         if self.objective.needs_reference and batch.ref_logps is None:
             batch = batch._replace(ref_logps=self._reference.logps(packed))
@@ -228,18 +224,18 @@ class PreferenceTrainer(PackedTrainer):
         return losses, torch.stack([losses, *metrics[:, 1:].unbind(1), *added], dim=1).detach()
 
     def responses(self, model: nn.Module, packed: PackedBatch) -> Responses:
-        """As in the base, with tokens weighted as ``ld_alpha`` requires."""
+        """Return the responses' log-probabilities, with tokens weighted by ``ld_alpha``."""
         return self._desensitized(packed, policy_logprobs(model, packed, path=self.path))
 
     def _desensitized(self, packed: PackedBatch, token_logps: Tensor) -> Responses:
-        """The responses of ``packed`` from the log-probabilities, ``[S]``, of its scored tokens.
+        """Sum the log-probabilities ``[S]`` of the scored tokens over each response.
 
-        With ``ld_alpha``, tokens beyond the length of the shorter response of a pair are multiplied by it, for the
-        policy and for the reference (LD-DPO, arXiv 2409.06411).
+        With ``ld_alpha``, tokens beyond the length of a pair's shorter response are multiplied by it, for both the
+        policy and the reference (LD-DPO, arXiv 2409.06411).
         """
         if self.args.ld_alpha is not None:
             lengths, owner = packed.lengths.to(token_logps.device), packed.response_of.to(token_logps.device)
-            spans = packed.layout.spans  # two responses each, or one where single responses are scored
+            spans = packed.layout.spans  # two responses each, or one when scoring single responses
             row = torch.arange(len(spans)).repeat_interleave(torch.tensor([len(span.responses) for span in spans]))
             row = row.to(lengths.device)
             shared = lengths.new_zeros(len(spans)).scatter_reduce(0, row, lengths, "amin", include_self=False)[row]
@@ -250,10 +246,10 @@ class PreferenceTrainer(PackedTrainer):
     def loss_and_metrics(
         self, y: Responses, batch: PlannedBatch, pair_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Losses, ``[C]``, and metrics of comparisons or of single responses.
+        """Return losses ``[C]`` and metrics for comparisons or single responses.
 
-        ``pair_weights``, ``[N]``, apply to the pair terms of the loss. The SFT term applies to the best response of a
-        comparison, and to single responses that are desirable.
+        ``pair_weights`` ``[N]`` scale the pair terms of the loss. The SFT term applies to the best response of a
+        comparison and to desirable single responses.
         """
         context = {name: value.to(y.logp) for name, value in self._context.items()}
         if batch.ref_logps is not None:
@@ -271,7 +267,7 @@ class PreferenceTrainer(PackedTrainer):
             objective = self.objective.with_row_columns(**given)
             weighted = pairs if pair_weights is None else pairs.weighted(pair_weights)
             if "scores" in objective.needs and batch.scores is not None:
-                context["scores"] = batch.scores  # not rounded: a low temperature would multiply the error
+                context["scores"] = batch.scores  # not rounded, because a low temperature would amplify the error
             losses, anchor = objective.comparisons(y, weighted, **context), objective.anchor(best)
             if anchor is not None:
                 losses = losses + anchor
@@ -282,10 +278,10 @@ class PreferenceTrainer(PackedTrainer):
 
 
 def wpo_weights(y: Responses, pairs: OrderedPairs) -> Tensor:
-    """``[N]`` weights of pairs, at most 1: how likely the policy is to give both responses (WPO, arXiv 2406.11827).
+    """Return pair weights ``[N]``, at most 1: how likely both responses are under the policy (WPO, arXiv 2406.11827).
 
-    A response counts by ``exp`` of the mean over its tokens of ``log p(token) - log sum_v p(v)**2``, which is about 1
-    for an answer of the policy's own. The bound is that of the authors' code; TRL has none.
+    A response contributes ``exp`` of the mean over its tokens of ``log p(token) - log sum_v p(v)**2``, which is about
+    1 for the policy's own answers. The upper bound comes from the authors' code; TRL has none.
 
     Args:
         y: ``y.logp`` ``[R]`` is the sum of these differences over a response's tokens.
@@ -296,33 +292,33 @@ def wpo_weights(y: Responses, pairs: OrderedPairs) -> Tensor:
 
 
 def pair_metrics(objective: Objective, w: Responses, l: Responses) -> Tensor:  # noqa: E741
-    """``[B, 6]`` metrics of ``B`` pairs, detached: those of :data:`NAMES` without the loss.
+    """Return detached metrics ``[B, 6]`` of ``B`` pairs: those of :data:`NAMES` without the loss.
 
-    ``logps/*`` are averages over a response's tokens for length-normalized objectives and sums for the others, as in
-    the paper's curves.
+    As in the paper's curves, ``logps/*`` are averages over a response's tokens for length-normalized objectives and
+    sums for all others.
     """
     chosen, rejected = objective.reward(w), objective.reward(l)
-    right = (chosen > rejected).to(chosen.dtype)
-    columns = (chosen, rejected, right, chosen - rejected, _logged(objective, w), _logged(objective, l))
+    correct = (chosen > rejected).to(chosen.dtype)
+    columns = (chosen, rejected, correct, chosen - rejected, _logged_logp(objective, w), _logged_logp(objective, l))
     return torch.stack(columns, dim=-1).detach()
 
 
 def unpaired_metrics(objective: Objective, y: Responses, label: Tensor) -> Tensor:
-    """``[B, 4]`` metrics of ``B`` single responses, detached: those of :data:`UNPAIRED_NAMES` without the loss.
+    """Return detached metrics ``[B, 4]`` of ``B`` single responses: those of :data:`UNPAIRED_NAMES` without the loss.
 
-    A desirable response (``label`` ``[B]``) has the metrics of chosen ones, an undesirable one those of rejected ones;
+    Desirable responses (``label`` ``[B]``) have the ``chosen`` metrics and undesirable ones the ``rejected`` metrics;
     the others are NaN.
     """
-    values = (objective.reward(y), _logged(objective, y))
+    values = (objective.reward(y), _logged_logp(objective, y))
     columns = [value.masked_fill(hidden, torch.nan) for value in values for hidden in (~label, label)]
     return torch.stack(columns, dim=-1).detach()
 
 
-def _logged(objective: Objective, y: Responses) -> Tensor:
+def _logged_logp(objective: Objective, y: Responses) -> Tensor:
     return y.avg if objective.average_logps else y.logp
 
 
-# ---- Columns of the data that change the loss of their row: weight, label probability, margin and beta.
+# ---- Data columns that change a row's loss: weight, label probability, margin and beta.
 
 ROW_COLUMNS = {
     WEIGHT: NON_NEGATIVE,
@@ -333,10 +329,10 @@ ROW_COLUMNS = {
 
 
 def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, training: bool) -> Prepared:
-    """Tokenized rows with the columns ``names``, checked, from the columns that the data had.
+    """Add the columns ``names`` from the original data to tokenized rows, and check their values.
 
-    Weights are for training only: held-out rows count equally. Rows of weight 0 are dropped, and counted. Held-out rows
-    may be without the other columns, all of them or none.
+    Weights are only used for training: held-out rows count equally. Rows with weight 0 are dropped and counted. Any
+    other column may be missing from the held-out rows, but only from all of them.
     """
     rows, report = prepared.dataset, prepared.report
     rows = rows.remove_columns([name for name in ROW_COLUMNS if name in rows.column_names and name not in names])
@@ -351,31 +347,31 @@ def with_row_columns(prepared: Prepared, names: Sequence[str], label: str, *, tr
             rows = rows.remove_columns(name)
         if not training and (name == WEIGHT or all(value is None for value in values)):
             if name != WEIGHT:
-                report.notices.append(f"no row has a {name}: the loss is evaluated without it")
+                report.notices.append(f"no row has a {name}; evaluating the loss without it")
             continue
         for where, count, value in zip(wheres, counts, values, strict=True):
             _check(name, value, where)
             if count != 2 and name != WEIGHT:
-                has = "a single response" if count == 1 else f"{count} responses"
-                raise SimpoError(f"{where}: row_columns: {name} applies to pairs, and the row has {has}")
+                found = "a single response" if count == 1 else f"{count} responses"
+                raise SimpoError(f"{where}: row_columns: {name} applies to pairs, but this row has {found}")
         rows = rows.add_column(name, list(map(float, values)), feature=Value("float64"))
     if training and WEIGHT in names:
-        kept = np.flatnonzero(np.array(rows[WEIGHT][:]))
-        if not len(kept):
+        weighted = np.flatnonzero(np.array(rows[WEIGHT][:]))
+        if not len(weighted):
             raise SimpoError(f"{label}: weight: 0 in every row; nothing would be trained")
-        for row in np.setdiff1d(np.arange(len(rows)), kept):
+        for row in np.setdiff1d(np.arange(len(rows)), weighted):
             report.drop("weight 0", wheres[row])
-        rows = rows.select(kept) if len(kept) < len(rows) else rows
+        rows = rows.select(weighted) if len(weighted) < len(rows) else rows
     return replace(prepared, dataset=rows)
 
 
 def has_column(rows: Dataset, name: str) -> bool:
-    """Whether some row has a value for ``name``."""
+    """Return whether any row has a value for ``name``."""
     return any(value is not None for value in _values(rows, name))
 
 
 def _values(rows: Dataset, name: str) -> list[Any]:
-    """A value for each row: of its column, or among the other columns that the data had."""
+    """Return each row's value for ``name``, from its column or from the data's extra columns."""
     if name in rows.column_names:
         return rows[name][:]
     extras = rows["extra"][:] if "extra" in rows.column_names else ["{}"] * len(rows)
@@ -384,7 +380,7 @@ def _values(rows: Dataset, name: str) -> list[Any]:
 
 def _check(name: str, value: Any, where: str) -> None:
     if value is None:
-        raise SimpoError(f"{where}: {name} is missing, which row_columns requires in every row")
+        raise SimpoError(f"{where}: {name} is missing; row_columns requires it in every row")
     bound = ROW_COLUMNS[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SimpoError(f"{where}: {name}: {value!r} is not a finite number")

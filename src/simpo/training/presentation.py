@@ -1,4 +1,4 @@
-"""What people see of a trained model: its card, and held-out rows as text with log-probabilities of their tokens."""
+"""Human-readable output of a run: the model card, and held-out examples as text with token log-probabilities."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def write_model_card(
     config: Any,
     metrics: Iterable[Metric],
 ) -> None:
-    """Write ``folder/README.md``: what the model was trained from, its settings, and its metrics on held-out rows."""
+    """Write ``folder/README.md``: the start model and data, the settings, and metrics on held-out rows."""
     if data.dataset_mixer is not None:
         names = list(data.dataset_mixer)
     elif data.dataset_mixture is not None:
         names = [entry["id"] for entry in data.dataset_mixture["datasets"]]
     else:
         names = [str(data.dataset_name)]
-    about, metrics = kind.describe(config), list(metrics)
+    description, metrics = kind.describe(config), list(metrics)
     base = base_model_of(model).model_name_or_path
     card_data = ModelCardData(
         library_name="peft" if has_adapter_weights(folder) else "transformers",
-        tags=about.tags,
+        tags=description.tags,
         base_model=None if Path(base).exists() else base,
         datasets=[name for name in names if not Path(name).exists()] or None,
         pipeline_tag=kind.pipeline,
@@ -90,7 +90,7 @@ def write_model_card(
         template_str=_TEMPLATE,
         title=folder.resolve().name,
         model=display_name(model.model_name_or_path),
-        method=about.method,
+        method=description.method,
         datasets=", ".join(f"`{display_name(name)}`" for name in names),
         version=simpo.__version__,
         rows=kind.row_noun,
@@ -101,7 +101,7 @@ def write_model_card(
 
 
 def _eval_results(metrics: Iterable[Metric], kind: type[PackedTrainer], data: str) -> list[EvalResult]:
-    """Metrics on held-out rows after training, as the hub's metadata have them."""
+    """Convert the metrics on held-out rows after training to the hub's metadata."""
     return [
         EvalResult(
             task_type=kind.pipeline,
@@ -116,13 +116,13 @@ def _eval_results(metrics: Iterable[Metric], kind: type[PackedTrainer], data: st
 
 
 def _results(metrics: Iterable[Metric], rows: str) -> list[str]:
-    """The lines of a table of the metrics that have stages."""
+    """Return the lines of a table with the metrics measured before and after training."""
     stages: dict[str, dict[str, Metric]] = {}
     for metric in metrics:
         if metric.stage is not None:
             stages.setdefault(metric.name, {})[metric.stage] = metric
     if not stages:
-        return ["None were given."]
+        return ["There were none."]
     lines = [f"| metric | before | after | {rows} |", "|---|---|---|---|"]
     for name, found in stages.items():
         before, after = found.get("before"), found["after"]
@@ -133,21 +133,21 @@ def _results(metrics: Iterable[Metric], rows: str) -> list[str]:
 # ---- Examples for the report.
 
 
-_EXAMPLES = 100  # rows, so that a large held-out set costs no second pass over it
-_CONTEXT = 8  # ids in front of a token that decoding needs to treat it as a continuation
-_UNFINISHED = "\ufffd"  # the decoding of an incomplete character
+_EXAMPLES = 100  # rows; few enough that a large held-out set does not need a second pass
+_CONTEXT = 8  # preceding ids to decode along with a token, so that it is decoded as a continuation
+_INCOMPLETE = "\ufffd"  # what an incomplete character decodes to
 
 
 def write_examples(path: Path, trainer: PackedTrainer) -> None:
-    """Write a seeded sample of the held-out rows as JSON lines, under the weights as they are; all ranks call.
+    """Write a seeded sample of the held-out rows, scored with the current weights. Every rank must call this.
 
-    A line has the number of its row, ``where`` it is from, the ``prompt``, and for every response the ``texts`` of its
-    tokens with their ``logps`` in nats, null for tokens that are not scored. Reward models have no ``logps``.
+    Each JSON line has the row's number, ``where`` it came from, the ``prompt``, and for every response the ``texts`` of
+    its tokens and their ``logps`` in nats, null for tokens that are not scored. Reward models have no ``logps``.
     """
     rows: Any = trainer.completed(trainer.eval_dataset)
     count = min(len(rows), _EXAMPLES)
-    chosen = sorted(np.random.default_rng(trainer.args.seed).permutation(len(rows))[:count].tolist())
-    rows = rows.select(chosen)
+    numbers = sorted(np.random.default_rng(trainer.args.seed).permutation(len(rows))[:count].tolist())
+    rows = rows.select(numbers)
     logps: Iterator[float] = iter(())
     if trainer.pipeline == "text-generation":
         compute = partial(policy_logprobs, trainer.model, path=trainer.path)
@@ -156,42 +156,42 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
     if trainer.is_world_process_zero() and isinstance(tokenizer, PreTrainedTokenizerBase):
         decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         image = getattr(trainer.model.config, "image_token_id", None)
-        shown = (row | {"prompt_ids": _without_repeats(row["prompt_ids"], image)} for row in rows)
-        write_lines(path, (_line(row, number, decode, logps) for row, number in zip(shown, chosen, strict=True)))
+        shortened = (row | {"prompt_ids": _collapse_images(row["prompt_ids"], image)} for row in rows)
+        write_lines(path, (_record(row, number, decode, logps) for row, number in zip(shortened, numbers, strict=True)))
         write_digest(path)
 
 
-def _without_repeats(ids: list[int], image: int | None) -> list[int]:
-    """Ids with a single token in place of each run of images' tokens."""
+def _collapse_images(ids: list[int], image: int | None) -> list[int]:
+    """Replace each run of image tokens by a single one."""
     return ids[:1] + [token for before, token in pairwise(ids) if token != image or before != image]
 
 
-def _line(row: dict[str, Any], number: int, decode: Callable[[Any], str], logps: Iterator[float]) -> dict[str, Any]:
+def _record(row: dict[str, Any], number: int, decode: Callable[[Any], str], logps: Iterator[float]) -> dict[str, Any]:
     responses = []
     for place, ids in enumerate(row["response_ids"]):
         mask = row["scored"][place] if "scored" in row else [True] * len(ids)
-        found = list(islice(logps, sum(mask)))
+        response_logps = list(islice(logps, sum(mask)))
         response: dict[str, Any] = {"texts": token_texts(decode, ids)}
-        if found:
-            each = iter(found)
+        if response_logps:
+            each = iter(response_logps)
             response["logps"] = [round(next(each), 4) if scored else None for scored in mask]
         responses.append(response)
-    kept = {key: row[key] for key in ("scores", "label") if row.get(key) is not None}
+    judgments = {key: row[key] for key in ("scores", "label") if row.get(key) is not None}
     extra = json.loads(row.get("extra") or "{}")
     return {
         "row": number, "where": row.get("where"), "prompt": decode(row["prompt_ids"]), "responses": responses,
-        **kept,
+        **judgments,
         **({"id": extra["id"]} if "id" in extra else {}),
     }  # fmt: skip
 
 
 def token_texts(decode: Callable[[Any], str], ids: Sequence[int]) -> list[str]:
-    """The text of every token; a character of several tokens is the text of its last, and the others have none."""
+    """Return the text of every token; a character spanning several tokens is assigned to the last of them."""
     texts, start = [], 0
     for end in range(1, len(ids) + 1):
         context = list(ids[max(0, start - _CONTEXT) : start])
         text = decode([*context, *ids[start:end]])[len(decode(context)) :]
-        if text.endswith(_UNFINISHED) and end < len(ids):
+        if text.endswith(_INCOMPLETE) and end < len(ids):
             texts.append("")
             continue
         texts.append(text)

@@ -1,4 +1,4 @@
-"""The reference model: the policy as training starts, as stored log-probabilities or as a copy of its weights."""
+"""The reference model: the start policy, as precomputed log-probabilities or as a copy of its weights."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ from simpo.training.sharding import reshard
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # version of the cache; increase it when the same weights and tokens get other log-probabilities
-_ROWS = 512  # per file of the cache, which is written at once
+_FORMAT = 2  # version of the cache; increase it whenever the same weights and tokens give other log-probabilities
+_ROWS_PER_FILE = 512  # each cache file is written atomically
 _POLICY = "policy.json"
-# Keys of a model's or adapter's configuration that describe its origin or its use, and do not affect what it computes.
-_NO_INFLUENCE = {
+# Keys of a model or adapter configuration that do not affect what the model computes.
+_METADATA_KEYS = {
     "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache",
     "base_model_name_or_path", "inference_mode", "revision",
 }  # fmt: skip
 
 
 class ReferenceModel:
-    """The policy that training starts from: the trainer's model as it is when this is made, its adapter included.
+    """The policy at the start of training: the trainer's model at construction time, including its adapter.
 
-    Its log-probabilities are computed before training and cached, or at every step with a copy of the trained weights.
-    The cache has a folder for every policy and in it one for every set of token ids, so that other objectives and data
-    sets share it and a killed run continues where it stopped. All ranks make the same calls; the main one reads and
-    writes files. ``cache`` is a folder for the log-probabilities (None: in the Hugging Face cache, by the policy's
-    fingerprint). :meth:`logps`, :meth:`states` and :meth:`response_logps` need ``copy_weights``.
+    Its log-probabilities are computed before training and cached, or computed at every step with a copy of the trained
+    weights. The cache has one folder per policy and in it one per set of token ids, so objectives and data sets can
+    share it, and a killed run continues where it stopped. Every rank must make the same calls; the main one reads and
+    writes files. ``cache`` is a folder for the log-probabilities (None: inside the Hugging Face cache, named after the
+    policy's fingerprint). :meth:`logps`, :meth:`states` and :meth:`response_logps` need ``copy_weights``.
     """
 
     def __init__(self, trainer: PackedTrainer, cache: str | None, *, copy_weights: bool) -> None:
@@ -73,26 +73,26 @@ class ReferenceModel:
         if copy_weights:
             self.keep_copy()
         if cache is not None:
-            self._cache_folder  # noqa: B018 - an error now if it is of another model or precision
+            self._cache_folder  # noqa: B018 - fail now if it belongs to another model or precision
 
     def keep_copy(self) -> None:
-        """Keep a copy of the weights, unless there is one."""
+        """Copy the trained weights unless there already is a copy."""
         if not self.has_copy:
             self._weights = trained_weights(self._trainer.model)
 
     @property
     def has_copy(self) -> bool:
-        """Whether there is a copy of the weights."""
+        """Whether a copy of the weights exists."""
         return bool(self._weights)
 
     def freeze(self) -> None:
-        """Mark the start of training, after which log-probabilities that are not stored cannot be computed."""
+        """Mark the start of training; from then on, only cached log-probabilities are available."""
         self._frozen = True
 
-    # ---- Log-probabilities that are computed before training.
+    # ---- Log-probabilities computed before training.
 
     def completed(self, rows: Dataset) -> Dataset:
-        """``rows`` with log-probabilities of their responses, and of their mismatched responses if they have them."""
+        """Add the log-probabilities of the rows' responses and of any mismatched responses."""
         key = rows._fingerprint
         if key not in self._completed:
             if REF_LOGPS not in rows.column_names:
@@ -114,28 +114,28 @@ class ReferenceModel:
             folder = Path(self._cache).expanduser()
         path, main, policy = folder / _POLICY, self._trainer.is_world_process_zero(), None
         if main and path.exists():
-            with third_party(f"reference_cache: {path} cannot be read; remove the folder or name another"):
+            with third_party(f"reference_cache: {path} cannot be read; delete the folder or use another one"):
                 policy = json.loads(path.read_text())["policy"]
         policy = from_main(policy)
         if policy not in (None, self._policy):
             raise SimpoError(
-                f"reference_cache: {folder} holds log-probabilities of another model, or in another precision; "
-                "name another folder"
+                f"reference_cache: {folder} holds log-probabilities of another model or precision; use another folder"
             )
         if main and policy is None:
             write_text(path, json.dumps({"policy": self._policy}))
         return folder
 
     def _cached_logps(self, rows: Dataset) -> list[list[float]]:
-        """The log-probabilities of the responses of every row; those missing from the cache are computed."""
+        """Return the log-probabilities of every row's responses, computing those missing from the cache."""
         key, ld_alpha = f"{self._policy} {rows_digest(rows)}", self._trainer.args.ld_alpha
         key += "" if ld_alpha is None else f" ld_alpha {ld_alpha}"
         folder = self._cache_folder / hashlib.sha256(key.encode()).hexdigest()
         counts, main = response_counts(rows), self._trainer.is_world_process_zero()
-        parts = [rows.select(range(start, min(start + _ROWS, len(rows)))) for start in range(0, len(rows), _ROWS)]
+        starts = range(0, len(rows), _ROWS_PER_FILE)
+        parts = [rows.select(range(start, min(start + _ROWS_PER_FILE, len(rows)))) for start in starts]
         paths = [folder / f"{number:05}.json" for number in range(len(parts))]
-        sizes = np.add.reduceat(counts, np.arange(0, len(rows), _ROWS))
-        chunks: list[Any] = [_read_chunk(*known) for known in zip(paths, sizes, strict=True)] if main else []
+        sizes = np.add.reduceat(counts, starts)
+        chunks: list[Any] = list(map(_read_chunk, paths, sizes)) if main else []
         chunks = from_main(chunks)
         missing = [number for number, chunk in enumerate(chunks) if chunk is None]
         done = len(rows) - sum(len(parts[number]) for number in missing)
@@ -154,45 +154,43 @@ class ReferenceModel:
     def _computed_logps(self, rows: Dataset) -> list[float]:
         if self._frozen:
             raise SimpoError(
-                "eval_dataset: rows that the trainer did not have before training, when the reference was there; give "
+                "eval_dataset: new rows cannot be scored by the reference once training has changed the weights; pass "
                 "them from the start, or set precompute_ref_log_probs: false"
             )
         logps = self._trainer.response_logps(rows)
         finite = logps.isfinite().cpu().numpy()
         if not finite.all():
             owners = np.repeat(np.arange(len(rows)), response_counts(rows))
-            bad = np.unique(owners[~finite]).tolist()
-            raise SimpoError(
-                f"the reference's log-probability is not finite; rows: {describe_rows(rows, bad)}; fix or remove them"
-            )
+            places = describe_rows(rows, np.unique(owners[~finite]).tolist())
+            raise SimpoError(f"the reference's log-probability is not finite; rows: {places}; fix or remove them")
         return logps.tolist()
 
-    # ---- Log-probabilities that are computed while training.
+    # ---- Log-probabilities computed during training.
 
     def logps(self, packed: PackedBatch) -> Tensor:
-        """``[R]`` log-probabilities of the responses of ``packed``."""
+        """Return the log-probabilities of the responses in ``packed``, ``[R]``."""
         with self.in_place():
             return self._trainer.responses(self._trainer.model, packed).logp
 
     def states(self, packed: PackedBatch) -> ReferenceStates:
-        """The hidden states from which the reference predicts the scored tokens of ``packed``."""
+        """Return the hidden states from which the reference predicts the scored tokens of ``packed``."""
         with self.in_place():
             return reference_states(self._trainer.model, packed, path=self._trainer.path)
 
     def response_logps(self, rows: Dataset) -> Tensor:
-        """``[R]`` log-probabilities of all responses of ``rows``."""
+        """Return the log-probabilities of all responses in ``rows``, ``[R]``."""
         with self.in_place():
             return self._trainer.response_logps(rows)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the trainer's model the weights of the reference inside the ``with`` block."""
+        """Give the trainer's model the reference weights inside the ``with`` block."""
         with swapped_weights(self._trainer.model, self._weights), self._trainer.accelerator.autocast():
             yield
 
 
 def _read_chunk(path: Path, size: int) -> list[float] | None:
-    """A file of the cache; None if it is absent or damaged."""
+    """Read a cache file; return None if it is missing or damaged."""
     if not path.exists():
         return None
     with suppress(SimpoError), third_party(str(path)):
@@ -200,23 +198,23 @@ def _read_chunk(path: Path, size: int) -> list[float] | None:
         logps: list[float] = stored["logps"]
         if stored["sha256"] == fingerprint(logps) and len(logps) == size:
             return logps
-    logger.warning("%s is damaged and is computed again", path)
+    logger.warning("%s is damaged; computing it again", path)
     return None
 
 
 def policy_fingerprint(model: nn.Module, precision: str) -> str:
-    """SHA-256 of what a policy computes: its weights, adapters included, its configuration, and the precision.
+    """Return the SHA-256 of everything a policy's outputs depend on: weights, adapters, configuration and precision.
 
-    A new adapter, which adds nothing yet, does not change it. All ranks have to call: shards are gathered, one weight
-    at a time.
+    A new adapter that adds nothing yet does not change it. Every rank must call this, because shards are gathered, one
+    weight at a time.
     """
     adapters: Any = getattr(model, "peft_config", None) or {}
     weights = model.state_dict(keep_vars=True)
-    if isinstance(model, PeftModel) and (below := unchanged_base_weights(model)) is not None:
-        weights, adapters = below, {}
+    if isinstance(model, PeftModel) and (base := unchanged_base_weights(model)) is not None:
+        weights, adapters = base, {}
     configs = [config for config in (getattr(model, "config", None),) if config is not None]
     settings = [
-        {key: value for key, value in config.to_dict().items() if key not in _NO_INFLUENCE}
+        {key: value for key, value in config.to_dict().items() if key not in _METADATA_KEYS}
         for config in [*configs, *(adapters[name] for name in sorted(adapters))]
     ]
 
@@ -233,70 +231,69 @@ def policy_fingerprint(model: nn.Module, precision: str) -> str:
     return digest.hexdigest()
 
 
-# ---- A copy of the trained weights, which changes places with them for a while. There is no second adapter that would
-# have to be switched to, frozen, and left out of what is saved.
+# ---- A copy of the trained weights that is temporarily swapped in. Unlike a second adapter, it does not have to be
+# switched to, frozen, or left out when saving.
 
 
 def _trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    reshard(model)  # a forward without a backward leaves some weights gathered
+    reshard(model)  # a forward pass without backward leaves some weights gathered
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def trained_weights(model: nn.Module) -> list[Tensor]:
-    """A copy of what is trained of ``model``; with an adapter, of the adapter alone. Every rank copies its shards.
+    """Copy the trained weights of ``model`` (with an adapter, only the adapter's). Every rank copies its own shards.
 
-    The model must be on its device, and sharded if it is going to be.
+    The model must already be on its device and, if it is going to be sharded, already sharded.
     """
-    own = [parameter.ds_tensor if is_partitioned(parameter) else parameter for parameter in _trained_parameters(model)]
-    return [tensor.detach().clone() for tensor in own]
+    parameters = _trained_parameters(model)
+    return [(one.ds_tensor if is_partitioned(one) else one).detach().clone() for one in parameters]
 
 
 @contextmanager
 def swapped_weights(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Replace the trained weights of ``model`` inside the ``with`` block, without dropout and gradients."""
+    """Replace the trained weights of ``model`` inside the ``with`` block, with dropout and gradients disabled."""
     trained, training = _trained_parameters(model), model.training
-    own = _exchange_weights(trained, weights)
+    original = _exchange_weights(trained, weights)
     try:
         model.eval()
         with torch.no_grad():
             yield
     finally:
         model.train(training)
-        reshard(model)  # what has been gathered belongs to the other weights
-        _exchange_weights(trained, own)
+        reshard(model)  # gathered parameters still hold the replacement weights
+        _exchange_weights(trained, original)
 
 
 @torch.no_grad()
 def _exchange_weights(parameters: list[nn.Parameter], weights: list[Tensor]) -> list[Tensor]:
-    """Give every parameter its weights; returns what restores the earlier ones."""
+    """Load ``weights`` into the parameters and return what restores the previous ones."""
     if parameters and is_partitioned(parameters[0]):
         exchange_partitions(parameters, weights)
         return weights
     before = []
     for parameter, tensor in zip(parameters, weights, strict=True):
-        if isinstance(parameter, DTensor):  # FSDP gathers from its own memory: numbers are exchanged, not tensors
-            own, other = parameter.to_local(), tensor.to_local()  # type: ignore[attr-defined]
-            numbers = own.clone()
-            own.copy_(other)
-            other.copy_(numbers)
+        if isinstance(parameter, DTensor):  # FSDP gathers from its own memory, so swap values instead of tensors
+            current, other = parameter.to_local(), tensor.to_local()  # type: ignore[attr-defined]
+            values = current.clone()
+            current.copy_(other)
+            other.copy_(values)
             before.append(tensor)
         else:
             before.append(parameter.data)
             parameter.data = tensor
-    torch.clear_autocast_cache()  # its half-precision copies are found by the parameter, not by its data
+    torch.clear_autocast_cache()  # its half-precision copies are keyed by parameter, not by its data
     return before
 
 
-# ---- KTO's reference point is estimated from every prompt with a response to another prompt.
+# ---- KTO's reference point, estimated by pairing every prompt with a response to another prompt.
 
 
 def with_mismatched(rows: Dataset, max_length: int, label: str) -> Dataset:
-    """Tokenized ``rows`` with the column ``mismatched_ids``: for each a response of a row with another prompt.
+    """Add the column ``mismatched_ids`` to tokenized rows: for each row, a response to another prompt.
 
-    The choice depends on the data alone. The rows form a circle, those of one prompt together, and each takes the
-    response of the row that is as far ahead as the most frequent prompt has rows: every response is taken once, and
-    none is paired with its own prompt. Where that one does not fit, or half of the rows share a prompt, the next one
-    that fits is taken.
+    The choice depends only on the data. Rows are arranged in a circle, grouped by prompt, and each takes the response
+    as many rows ahead as the most frequent prompt has rows: every response is used once, and never with its own
+    prompt. If that response does not fit, or more than half of the rows share a prompt, the next suitable one is used.
     """
     if MISMATCHED_IDS in rows.column_names:
         return rows
@@ -310,24 +307,24 @@ def with_mismatched(rows: Dataset, max_length: int, label: str) -> Dataset:
     prompt_of = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
     if not prompt_of.any():
         raise SimpoError(
-            f"{label}: all prompts are the same, and KTO's reference point needs responses to other prompts"
+            f"{label}: all prompts are the same, but KTO's reference point needs responses to other prompts"
         )
     table = rows.with_format("arrow")
     room = max_length - pc.list_value_length(table["prompt_ids"]).to_numpy()
     counts = response_counts(rows)
-    response_of = np.cumsum(counts) - counts + np.arange(len(rows)) % counts  # for pairs, chosen and rejected in turn
+    response_of = np.cumsum(counts) - counts + np.arange(len(rows)) % counts  # for pairs, alternately chosen, rejected
     responses = pc.list_flatten(table["response_ids"]).take(response_of)
     partner = _partners(prompt_of, room, pc.list_value_length(responses).to_numpy())
     if (partner < 0).any():
-        alone = describe_rows(rows, np.flatnonzero(partner < 0).tolist())
+        places = describe_rows(rows, np.flatnonzero(partner < 0).tolist())
         raise SimpoError(
-            f"{label}: max_length {max_length} leaves no room for a response to another prompt in {alone}; raise it"
+            f"{label}: max_length {max_length} leaves no room for a response to another prompt in {places}; raise it"
         )
     return rows.add_column(MISMATCHED_IDS, responses.take(partner), feature=TOKENS)
 
 
 def _partners(prompt_of: np.ndarray, room: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """``[rows]`` the row whose response, of ``sizes[row]`` tokens, each row takes; -1 where none fits."""
+    """Return for each row the row whose response (of ``sizes[row]`` tokens) it takes, ``[rows]``; -1 if none fits."""
     circle = np.argsort(prompt_of, kind="stable")
     ahead = int(np.bincount(prompt_of).max())
     partner = np.full(len(circle), -1)
@@ -341,9 +338,9 @@ def _partners(prompt_of: np.ndarray, room: np.ndarray, sizes: np.ndarray) -> np.
 
 
 def mismatched_rows(rows: Dataset) -> Dataset:
-    """Every prompt of ``rows`` with its mismatched response only, as tokenized rows."""
-    kept = [name for name in ("prompt_ids", IMAGES, DIGESTS) if name in rows.column_names]
-    table = rows.select_columns([*kept, MISMATCHED_IDS]).with_format("arrow")[:]
+    """Return tokenized rows that pair every prompt with only its mismatched response."""
+    names = [name for name in ("prompt_ids", IMAGES, DIGESTS) if name in rows.column_names]
+    table = rows.select_columns([*names, MISMATCHED_IDS]).with_format("arrow")[:]
     responses = table[MISMATCHED_IDS].combine_chunks()
-    alone = pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32), responses)
-    return Dataset(pa.table({**{name: table[name] for name in kept}, "response_ids": alone}))
+    single = pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32), responses)
+    return Dataset(pa.table({**{name: table[name] for name in names}, "response_ids": single}))

@@ -1,4 +1,4 @@
-"""Reward models, trained on all pairs of a prompt's responses: classifiers of transformers with one label."""
+"""``RewardTrainer``: trains reward models (transformers classifiers with one label) on all pairs of responses."""
 
 # ruff: noqa: D102 - the base class documents the methods
 
@@ -34,15 +34,15 @@ from simpo.training.configs import RewardConfig
 from simpo.training.metrics import LENGTHS, MARGINS, WEIGHT, Scores, compare_rewards
 from simpo.training.packed import Description, PackedTrainer
 
-_AT_ONCE = 256  # rows whose pairs are compared together
+_ROWS_PER_BATCH = 256  # rows whose pairs are compared at a time
 
 
 class RewardTrainer(PackedTrainer):
-    """Trains a sequence classifier of one label to give the better response the higher reward.
+    """Trains a sequence classifier with one label to give the better response the higher reward.
 
-    A step's loss is the mean over its comparisons; one of K responses has the mean over its ordered pairs. Arguments
-    and errors are those of :class:`~simpo.training.packed.PackedTrainer`; the name of a language model stands for that
-    model with a random head.
+    The loss of a step is the mean over its comparisons; a comparison's loss is the mean over its ordered pairs.
+    Arguments and errors are those of :class:`~simpo.training.packed.PackedTrainer`; given the name of a language model,
+    it trains that model with a randomly initialized head.
     """
 
     metric_names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
@@ -61,29 +61,31 @@ class RewardTrainer(PackedTrainer):
 
     @classmethod
     def load(cls, model: str | ModelArguments) -> PreTrainedModel | PeftModel:
-        """A reward model, or a language model with a random head in place of its output layer."""
+        """Load a reward model, or a language model with a random head instead of its output layer."""
         return load_reward_model(model, new_head=True)
 
     @classmethod
     def describe(cls, args: Any) -> Description:
         return Description(
             f"Bradley-Terry likelihood of the preferences (margin: {args.margin})",
-            "with one number for an output became a **reward model** by the Bradley-Terry likelihood",
+            "trained as a **reward model** with the Bradley-Terry likelihood",
             ["simpo", "reward-model"],
         )
 
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize comparisons, with the column :data:`~simpo.training.batches.LEVELS` if there are margins."""
+        """Tokenize comparisons; with margins, also add the column :data:`~simpo.training.batches.LEVELS`."""
         if is_feedback(dataset):
-            raise SimpoError(f"{label}: single responses with labels; a reward model is trained on comparisons")
+            raise SimpoError(
+                f"{label}: reward models are trained on comparisons, but these rows are labeled single responses"
+            )
         prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
         rows = prepared.dataset
         check_rankings(rows, label)
         if args.margin == "none":
             extras = rows["extra"] if "extra" in rows.column_names else ()
             if any('"margin"' in extra and "margin" in json.loads(extra) for extra in extras):
-                prepared.report.notices.append("the column margin is not used; margin: column subtracts it in the loss")
+                prepared.report.notices.append("the margin column is not used; margin: column subtracts it in the loss")
         elif LEVELS not in rows.column_names:
             columns = [name for name in ("response_ids", "scores", "extra", "where") if name in rows.column_names]
             levels = [
@@ -97,7 +99,7 @@ class RewardTrainer(PackedTrainer):
         return self.loss_and_metrics(reward_forward(model, batch.packed, path=self.path), batch)
 
     def loss_and_metrics(self, y: Tensor, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """As in the base; ``y`` are the rewards of the responses, ``[R]``."""
+        """Return losses and metrics as in the base class; ``y`` are the rewards of the responses, ``[R]``."""
         pairs = batch.pairs
         chosen, rejected = y[pairs.better], y[pairs.worse]
         margin = 0.0 if batch.levels is None else (batch.levels[pairs.better] - batch.levels[pairs.worse]).to(y)
@@ -111,11 +113,11 @@ class RewardTrainer(PackedTrainer):
         return compare_rewards(before, after)
 
     def score_rows(self, dataset: Dataset) -> Scores:
-        """As in the base, with reward margins and differences in length, in tokens, of all ordered pairs.
+        """Score rows as in the base class, plus the margin and length difference, in tokens, of all ordered pairs.
 
         Both are ``[rows, N]``, with NaN where a row has fewer than ``N`` pairs.
         """
-        rows: Any = self._tokenized(dataset, self.processing_class, self.args, "eval")
+        rows: Any = self._tokenize(dataset, self.processing_class, self.args, "eval")
         rewards = self.compute_for_responses(
             rows, lambda batch: reward_forward(self.model, batch, path=self.path)
         ).cpu()
@@ -123,7 +125,7 @@ class RewardTrainer(PackedTrainer):
         comparisons, counts = ComparisonRows(plain), response_counts(rows).tolist()
         metrics, margins, lengths = [], [], []
         numbers = range(len(rows))
-        parts = [numbers[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
+        parts = [numbers[start : start + _ROWS_PER_BATCH] for start in range(0, len(rows), _ROWS_PER_BATCH)]
         sizes = [sum(counts[row] for row in part) for part in parts]
         for part, y in zip(parts, rewards.split(sizes), strict=True):
             batch = comparisons.unplanned_batch(part)
@@ -139,18 +141,18 @@ class RewardTrainer(PackedTrainer):
 
 
 def _levels(row: Mapping[str, Any], margin: str, where: str) -> list[float]:
-    """Numbers of the responses; one should win over another by the difference."""
+    """Return a level for each response; the difference between two levels is the margin one should win by."""
     if margin == "scores" and row.get("scores") is not None:
         return row["scores"]
     if len(row["response_ids"]) > 2:
-        raise SimpoError(f"{where}: margin: column, and the row has more than two responses; use margin: scores")
+        raise SimpoError(f"{where}: margin: column needs pairs, but this row has more than two responses; use scores")
     extra = json.loads(row.get("extra") or "{}")
     names = [("margin",)] if margin == "column" else [pair for pair in SCORE_COLUMNS if pair[0] in extra]
     found = [extra.get(name) for name in (names[0] if names else SCORE_COLUMNS[0])]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
         wanted = "column margin" if margin == "column" else "columns chosen_score and rejected_score"
-        raise SimpoError(f"{where}: margin: {margin}, and there is no number in the {wanted}")
+        raise SimpoError(f"{where}: margin: {margin} needs a number in the {wanted}")
     levels = [*map(float, found), 0.0][:2]
     if levels[0] < levels[1]:
-        raise SimpoError(f"{where}: margin: {levels[0] - levels[1]:g}; it must be 0 or more")
+        raise SimpoError(f"{where}: margin: must be at least 0, not {levels[0] - levels[1]:g}")
     return levels

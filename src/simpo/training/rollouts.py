@@ -1,4 +1,4 @@
-"""Rollouts: the files of answers of a model as it is trained, and the training rows that scored answers become."""
+"""Rollouts: files with the answers sampled during training, and the training rows built from scored answers."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "rollouts"
 _IDENTITY = "training.json"
-Record = Mapping[str, Any]  # a prompt with its scored answers, a line of a rollout's file
-Scores = list[float | None]  # of the answers to a prompt; None where there is none
+Record = Mapping[str, Any]  # a prompt with its scored answers: one line of a rollout file
+Scores = list[float | None]  # one per answer to a prompt; None if missing
 # Metrics of the answers to a prompt, in the column ROLLOUT: mean score, estimated KL(policy || start) per answer,
-# mean tokens, share that ended by themselves, share that repeat another one, share without a score, whether all scores
-# are equal, so that the prompt teaches nothing (to a policy gradient without a value function), share of scores that
-# score_clip changes, the KL coefficient of the rollout, the mean score by the gold annotator, and the difference from
-# the log-probabilities by vLLM, in nats a token.
+# mean length in tokens, share that ended on their own, share of duplicates, share without a score, whether all scores
+# are equal (the prompt then gives no signal, except to a policy gradient with a value function), share of scores
+# changed by score_clip, the rollout's KL coefficient, mean score from the gold annotator, and the difference from
+# vLLM's log-probabilities, in nats per token.
 _PARTS = (
     "reward", "kl", "length", "ended", "identical", "missing_scores", "equal_scores", "clipped_scores", "kl_coef",
     "gold", "engine_gap",
@@ -71,19 +71,19 @@ ROLLOUT_NAMES = tuple(f"rollout/{name}" for name in _PARTS)
 
 
 class AnsweredPrompt(NamedTuple):
-    """A prompt with its answers, as an annotator receives them."""
+    """A prompt and its answers, as passed to an annotator."""
 
     prompt: Prompt
     samples: list[Sampled]
     texts: list[str]
 
 
-# Scores of all answers to each prompt, the higher the better; None where no score can be given.
+# Returns the scores of all answers to each prompt, higher is better; None where no score is possible.
 Annotator = Callable[[Sequence[AnsweredPrompt]], Sequence[Sequence[float | None]]]
 
 
 class Place(NamedTuple):
-    """The position of a step: its rollout, the rollout's first step, the pass over its prompts, the minibatch in it."""
+    """Where a step belongs: its rollout, that rollout's first step and prompts, the pass over them, the minibatch."""
 
     rollout: int
     first_step: int
@@ -94,30 +94,30 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The prompts of each rollout and of each optimizer step."""
+    """Assigns prompts to rollouts and optimizer steps."""
 
     prompts: int  # number of prompts
-    per_step: int  # prompts of a step, over all ranks; the last step of a pass over the data may have fewer
-    sync_every: int  # steps of a rollout; the last one of a pass over the data may have fewer
+    per_step: int  # prompts per step over all ranks; the last step of an epoch may have fewer
+    sync_every: int  # steps per rollout; the last rollout of an epoch may have fewer
     rollout_epochs: int  # passes over the prompts of a rollout
-    seed: int | None  # with the pass over the data, determines the order of the prompts; None keeps it
-    drop_last: bool  # leave out an incomplete last step
+    seed: int | None  # shuffles the prompts, differently in every epoch; None keeps their order
+    drop_last: bool  # drop an incomplete last step
 
     @property
     def minibatches(self) -> int:
-        """Steps of a pass over the data in which every prompt is used once."""
+        """Number of steps that use every prompt of the data once."""
         full, rest = divmod(self.prompts, self.per_step)
         return full + (rest > 0 and not self.drop_last)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a pass over the data."""
+        """Number of optimizer steps in an epoch of the data."""
         return self.minibatches * self.rollout_epochs
 
     def place(self, data_epoch: int, step: int) -> Place:
-        """The position of ``step`` of a pass over the data."""
+        """Return where ``step`` of epoch ``data_epoch`` belongs."""
         block, within = divmod(step, self.sync_every)
-        size = self.sync_every // self.rollout_epochs  # minibatches of a rollout
+        size = self.sync_every // self.rollout_epochs  # minibatches per rollout
         epoch, minibatch = divmod(within, min(size, self.minibatches - block * size))
         rollout = data_epoch * math.ceil(self.steps / self.sync_every) + block
         first_step = data_epoch * self.steps + block * self.sync_every
@@ -129,20 +129,21 @@ class Schedule:
         return Place(rollout, first_step, chosen, epoch, minibatch)
 
     def order(self, place: Place) -> np.ndarray:
-        """The order in which a pass takes a rollout's prompts; the first is that of the data, others are shuffled."""
+        """Return the order of a rollout's prompts in this pass; the first pass keeps it, later ones shuffle."""
         if place.epoch == 0 or self.seed is None:
             return np.arange(len(place.prompts))
         return np.random.default_rng((self.seed, place.rollout, place.epoch)).permutation(len(place.prompts))
 
 
-# ---- Files of rollouts.
+# ---- Rollout files.
 
 
 class RolloutFiles:
-    """The folder ``rollouts`` of a training: each rollout is sampled, scored and written once, and read after a kill.
+    """The ``rollouts`` folder of a run: each rollout is sampled, scored and written once, and read again on resume.
 
     ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the start model, ``value`` PPO's
-    value function, and ``engine`` samples the answers (default: the recipe's, for a model as ``loading`` says).
+    value function, ``engine`` samples answers (default: the recipe's engine), and ``loading`` is how the model was
+    loaded.
     """
 
     def __init__(
@@ -158,22 +159,22 @@ class RolloutFiles:
         self._vllm: VllmSampler | None = None
         if engine is None and trainer.args.engine == "vllm":
             self._vllm = VllmSampler(trainer, loading, self._folder / "weights")
-        self.seconds = 0.0  # spent on rollouts since the last log, which resets it
+        self.seconds = 0.0  # spent on rollouts since the last log; logging resets it
 
     def _path(self, rollout: int) -> Path:
         return self._folder / f"{rollout:06}.jsonl"
 
     def ends(self) -> dict[Stage, Sequence[Record]]:
-        """The first and the last rollout; without one that is missing or damaged, which is reported."""
+        """Return the first and the last rollout; warn about and leave out one that is missing or damaged."""
         paths = sorted(self._folder.glob("0*.jsonl"))
         ends: dict[Stage, Path] = {"before": self._path(0), "after": paths[-1]} if paths else {}
-        whole = {stage: path for stage, path in ends.items() if is_intact(path)}
-        for path in set(ends.values()) - set(whole.values()):
-            logger.warning("%s is missing or damaged, and its metrics are left out of the results", path)
-        return {stage: read_lines(path) for stage, path in whole.items()}
+        intact = {stage: path for stage, path in ends.items() if is_intact(path)}
+        for path in set(ends.values()) - set(intact.values()):
+            logger.warning("%s is missing or damaged; its metrics are left out of the results", path)
+        return {stage: read_lines(path) for stage, path in intact.items()}
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Record what determines the rollouts; raises :class:`SimpoError` if the folder has another training's."""
+        """Record what determines the rollouts; raise :class:`SimpoError` if the folder holds another run's."""
         if not self._trainer.is_world_process_zero():
             return
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -182,11 +183,11 @@ class RolloutFiles:
         with third_party(f"output_dir: {path} is damaged; name a new folder"):
             known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
         if known not in (None, digest) and not self._trainer.args.accept_changes:
-            raise SimpoError(f"output_dir: {self._folder} belongs to another training; name a new folder")
+            raise SimpoError(f"output_dir: {self._folder} holds the rollouts of another run; name a new folder")
         write_text(path, json.dumps({"fingerprint": digest}) + "\n")
 
     def records(self, place: Place, annotator: Annotator) -> list[Record]:
-        """The prompts of a rollout with their scored answers, from its file if there is one; all ranks call."""
+        """Return a rollout's prompts with scored answers, from its file or newly sampled. Every rank must call this."""
         trainer, path = self._trainer, self._path(place.rollout)
         args = trainer.args
         known = self._read(path)
@@ -194,8 +195,8 @@ class RolloutFiles:
             return known
         if trainer.state.global_step != place.first_step:
             raise SimpoError(
-                f"{path} is missing or damaged, and the weights that its answers were sampled by are gone; restore it, "
-                "or name a new folder"
+                f"{path} is missing or damaged, and the weights that sampled its answers no longer exist; restore the "
+                "file, or start over in a new folder"
             )
         began, previous = time.monotonic(), None
         if place.rollout > 0 and (args.kl_target or args.normalize_scores):
@@ -203,11 +204,11 @@ class RolloutFiles:
             previous = self._read(before)
             if previous is None:
                 raise SimpoError(
-                    f"{before} is missing or damaged, which kl_target and normalize_scores continue from; copy it and "
-                    "its digest (.NAME.sha256) from the run whose checkpoint resume_from_checkpoint names"
+                    f"{before} is missing or damaged, but kl_target and normalize_scores depend on it; copy it and its "
+                    "digest (.NAME.sha256) from the run that saved the checkpoint in resume_from_checkpoint"
                 )
         with preserve_rng_state(args.device):
-            records = self._sampled(place, annotator)
+            records = self._sample_records(place, annotator)
         if args.gradient is not None:
             columns = adapted_columns(records, previous, args)
             records = [{**record, **columns} for record in records]
@@ -222,11 +223,11 @@ class RolloutFiles:
         found: Any = read_lines(path) if main and is_intact(path) else None
         return from_main(found)
 
-    def _sampled(self, place: Place, annotator: Annotator) -> list[Record]:
-        """Answer, score, and compute log-probabilities under the policy and the reference, and values, if needed."""
+    def _sample_records(self, place: Place, annotator: Annotator) -> list[Record]:
+        """Sample and score answers; compute policy log-probabilities and, if needed, reference ones and values."""
         trainer = self._trainer
         tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
-        samples, logps, old_values = self._answers([one.ids for one in prompts], place.rollout)
+        samples, logps, old_values = self._answers([prompt.ids for prompt in prompts], place.rollout)
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         answered = list(map(AnsweredPrompt, prompts, samples, response_texts(tokenizer, prompts, samples)))
         scores: Any = {}
@@ -238,7 +239,7 @@ class RolloutFiles:
         ref_logps: list[Any] = [None] * len(ids)
         if self._reference.has_copy:
             with self._reference.in_place():
-                rows = Dataset.from_dict({"prompt_ids": [one.ids for one in prompts], "response_ids": ids})
+                rows = Dataset.from_dict({"prompt_ids": [prompt.ids for prompt in prompts], "response_ids": ids})
                 ref_logps = _by_response(self._logps(rows), ids)
         return [
             {
@@ -254,13 +255,13 @@ class RolloutFiles:
         ]  # fmt: skip
 
     def _answers(self, prompts: Sequence[list[int]], rollout: int) -> tuple[list[list[Sampled]], list[Any], list[Any]]:
-        """The current weights' answers to prompts, which are token ids, their tokens' log-probabilities, and values."""
+        """Sample answers to tokenized prompts; return them with their token log-probabilities and values."""
         samples = self._samples(prompts, rollout)
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         behavior, values = self._logps_and_values(Dataset.from_dict({"prompt_ids": prompts, "response_ids": ids}))
         logps = _by_response(behavior, ids)
         if self._vllm is not None and not self._vllm.accepts(samples, logps):
-            return self._answers(prompts, rollout)  # by an engine that is started anew
+            return self._answers(prompts, rollout)  # with a restarted engine
         return samples, logps, [None] * len(ids) if values is None else _by_response(values, ids)
 
     def _samples(self, prompts: Sequence[list[int]], rollout: int) -> list[list[Sampled]]:
@@ -276,32 +277,32 @@ class RolloutFiles:
     def _scores(
         self, name: str, annotator: Annotator, answered: Sequence[AnsweredPrompt], rollout: int
     ) -> list[Scores]:
-        """The scores by the annotator that the key ``name`` is for; None for those that are missing or not finite.
+        """Return the scores from the annotator called ``name``, with None for those that are missing or not finite.
 
         Raises:
-            SimpoError: there is not one for each answer, or more than ``max_missing_scores`` to train on are missing.
+            SimpoError: the number of scores is wrong, or the annotator leaves out more than ``max_missing_scores``.
         """
         returned = [list(scores) for scores in annotator(answered)]
         if [len(scores) for scores in returned] != [len(one.texts) for one in answered]:
-            raise SimpoError(f"{name}: rollout {rollout}: it did not return one score for each answer")
+            raise SimpoError(f"{name}: rollout {rollout}: it must return exactly one score for each answer")
         found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
-        most = self._trainer.args.max_missing_scores
+        allowed = self._trainer.args.max_missing_scores
         missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
-        if name == "annotator" and missing > most * total:
+        if name == "annotator" and missing > allowed * total:
             first = next(one for one, scores in zip(answered, found, strict=True) if None in scores)
             raise SimpoError(
                 f"annotator: rollout {rollout}: no score for {missing:,} of {total:,} answers, more than "
-                f"max_missing_scores {most:g}; the first is to the prompt {first.prompt.where}"
+                f"max_missing_scores {allowed:g} permits; the first one answers the prompt at {first.prompt.where}"
             )
         return found
 
     def _logps(self, rows: Dataset) -> Tensor:
-        """``[S]`` float64 log-probabilities of all tokens of the responses of ``rows``."""
+        """Return the log-probabilities of all response tokens in ``rows``, ``[S]`` float64."""
         compute = partial(policy_logprobs, self._trainer.model, path=self._trainer.path)
         return self._trainer.compute_for_responses(rows, compute, response_tokens(rows))
 
     def _logps_and_values(self, rows: Dataset) -> tuple[Tensor, Tensor | None]:
-        """``[S]`` log-probabilities of the tokens, and the values of the states in which they are chosen."""
+        """Return token log-probabilities ``[S]`` and, for PPO, the values ``[S]`` of the states they were chosen in."""
         trainer, value = self._trainer, self._value
         if value is None:
             return self._logps(rows), None
@@ -319,8 +320,8 @@ class RolloutFiles:
 
 
 def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list[Any]:
-    """Numbers of tokens, ``[S]``, as a list for each response of each prompt."""
-    each = iter(values.cpu().split([len(one) for responses in ids for one in responses]))
+    """Split token values ``[S]`` into one list per response of each prompt."""
+    each = iter(values.cpu().split([len(response) for responses in ids for response in responses]))
     return [[next(each).tolist() for _ in responses] for responses in ids]
 
 
@@ -328,7 +329,7 @@ def _by_response(values: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> list
 
 
 def final_scores(record: Record, unfinished_score: float | None) -> list[float | None]:
-    """Scores of a prompt's answers, with ``unfinished_score`` for those that were cut off."""
+    """Return the scores of a prompt's answers, replaced by ``unfinished_score`` where an answer was cut off."""
     columns = zip(record["scores"], record["finished"], strict=True)
     return [score if finished or unfinished_score is None else unfinished_score for score, finished in columns]
 
@@ -336,10 +337,10 @@ def final_scores(record: Record, unfinished_score: float | None) -> list[float |
 def adapted_columns(
     records: Sequence[Record], previous: Sequence[Record] | None, args: OnlineConfig
 ) -> dict[str, float]:
-    """Columns of a policy gradient's rollout that depend on the rollouts before it, the same in all of its records.
+    """Return the columns of a policy-gradient rollout that depend on earlier rollouts; all its records share them.
 
-    They are the KL coefficient, and mean and standard deviation of the start model's scores. ``records`` are the
-    rollout without these columns, and ``previous`` is the rollout before it, if there is one.
+    These are the KL coefficient and the mean and standard deviation of the start model's scores. ``records`` is the
+    rollout without these columns, and ``previous`` is the rollout before it, if any.
     """
     if previous is not None:
         coefficient = previous[0]["kl_coef"]
@@ -364,22 +365,20 @@ def adapted_columns(
 
 
 def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
-    """A rollout's prompts with the answers that are trained on; always one row per prompt.
+    """Build training rows from a rollout: each prompt becomes one row with the answers to train on.
 
-    For a policy gradient these are all answers, with an advantage for every token: 0 for an answer without a score,
-    and where the baseline needs more scores of a prompt than there are. For a preference objective they are those that
-    are compared, the best first, with scores; where two different scores are missing, the scores are equal and there
-    is no pair.
+    A policy gradient trains on all answers, with an advantage for every token; it is 0 if the answer has no score or
+    the prompt has too few scores for the baseline. A preference objective trains on the answers it compares, best
+    first, with their scores; a prompt without two different scores gets equal ones and thus forms no pair.
     """
     scores = [final_scores(record, args.unfinished_score) for record in records]
-    both = list(zip(records, scores, strict=True))
     columns: dict[str, list[Any]] = {name: [record[name] for record in records] for name in ("prompt_ids", "where")}
-    columns[ROLLOUT] = [_metrics(record, own, args) for record, own in both]
+    columns[ROLLOUT] = [_metrics(record, given, args) for record, given in zip(records, scores, strict=True)]
     if args.gradient is not None:
         columns["response_ids"] = [record["response_ids"] for record in records]
-        columns |= _columns_of_tokens(records, scores, args)
+        columns |= _token_columns(records, scores, args)
     else:
-        compared = [_select_compared(own, args.pairs) for own in scores]
+        compared = [_select_compared(given, args.pairs) for given in scores]
         answers = [(record, chosen) for record, (chosen, _) in zip(records, compared, strict=True)]
         columns["response_ids"] = [[record["response_ids"][k] for k in chosen] for record, chosen in answers]
         columns["scores"] = [ranked for _, ranked in compared]
@@ -395,7 +394,7 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
 
 
 def _divergence(record: Record) -> float:
-    """The estimate of KL(policy || start model) of a prompt's answers, added up."""
+    """Return the estimated KL(policy || start model), summed over a prompt's answers."""
     return sum(map(sum, record["behavior_logps"])) - sum(map(sum, record["ref_logps"]))
 
 
@@ -405,7 +404,7 @@ def _scaled(record: Record, scores: Sequence[float | None], clip: float | None) 
 
 
 def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig) -> list[float]:
-    """The values of :data:`ROLLOUT_NAMES`; NaN where there are none."""
+    """Return the values of :data:`ROLLOUT_NAMES`; NaN for those that do not apply."""
     ids, known = record["response_ids"], [score for score in scores if score is not None]
     gold = [score for score in record.get("gold_scores", ()) if score is not None]
     clipped = coefficient = math.nan
@@ -429,7 +428,7 @@ def _metrics(record: Record, scores: Sequence[float | None], args: OnlineConfig)
 
 
 def _select_compared(scores: Sequence[float | None], pairs: str) -> tuple[list[int], list[float]]:
-    """The answers that are compared, the best first, and their scores."""
+    """Return the indices of the answers to compare, best first, and their scores."""
     order = sorted((k for k, score in enumerate(scores) if score is not None), key=lambda k: -scores[k])  # type: ignore[operator]
     if len(order) < 2:
         return [0, 1], [0.0, 0.0]
@@ -437,26 +436,26 @@ def _select_compared(scores: Sequence[float | None], pairs: str) -> tuple[list[i
     return chosen, [scores[k] for k in chosen]  # type: ignore[misc]
 
 
-def _columns_of_tokens(
+def _token_columns(
     records: Sequence[Record], scores: Sequence[Scores], args: OnlineConfig
 ) -> dict[str, list[list[float]]]:
-    """A policy gradient's columns with a number for every token of a prompt's answers, by their names."""
+    """Return a policy gradient's columns by name, each with one number per token of a prompt's answers."""
     gradient, ppo = args.gradient, args.ppo
     assert gradient is not None
     sources = {BEHAVIOR: "behavior_logps", REF_TOKENS: "ref_logps"} | ({} if ppo is None else {VALUES: "values"})
     columns = {name: [list(chain(*record[source])) for record in records] for name, source in sources.items()}
-    tokens = {name: _doubles(list(chain(*own))) for name, own in columns.items()}  # [S] each
+    tokens = {name: _doubles(list(chain(*column))) for name, column in columns.items()}  # [S] each
     lengths = [len(ids) for record in records for ids in record["response_ids"]]
     segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [S]
     group = torch.arange(len(records)).repeat_interleave(torch.tensor(list(map(len, scores))))  # [R]
     rewards = list(chain(*(_scaled(*both, args.score_clip) for both in zip(records, scores, strict=True))))
     known = torch.tensor([reward is not None for reward in rewards])
-    reward = _doubles([one or 0.0 for one in rewards])  # [R]
+    reward = _doubles([value or 0.0 for value in rewards])  # [R]
     penalty = torch.zeros(len(segment), dtype=torch.float64)
     if args.kl_in == "reward":
         assert args.kl_estimator is not None
         penalty = records[0]["kl_coef"] * kl_estimate(tokens[BEHAVIOR], tokens[REF_TOKENS], args.kl_estimator)
-    if gradient.baseline in ("leave_one_out", "group"):  # a lone score is its own baseline
+    if gradient.baseline in ("leave_one_out", "group"):  # a prompt's only score would be its own baseline
         known &= torch.bincount(group[known], minlength=len(records))[group] > 1
     of_known = known[segment]
     advantage, returns = torch.zeros_like(penalty), torch.full_like(penalty, torch.nan)
@@ -467,14 +466,14 @@ def _columns_of_tokens(
             found, returns[of_known] = ppo.estimate(reward[known], penalty[of_known], values, segments)
             found = whiten(found) if args.whiten_advantages else found
         else:
-            whole = reward[known] - sum_by(penalty[of_known], segments, len(numbers))
+            per_answer = reward[known] - sum_by(penalty[of_known], segments, len(numbers))
             groups = group[known].unique_consecutive(return_inverse=True)[1]
-            whole = advantages(whole, groups, gradient.baseline, scale_by_std=gradient.scale_by_std)
-            found = (whiten(whole) if args.whiten_advantages else whole)[segments]
+            per_answer = advantages(per_answer, groups, gradient.baseline, scale_by_std=gradient.scale_by_std)
+            found = (whiten(per_answer) if args.whiten_advantages else per_answer)[segments]
         advantage[of_known] = found
     sizes = list(map(len, columns[BEHAVIOR]))
     for name, column in {ADVANTAGES: advantage, **({} if ppo is None else {RETURNS: returns})}.items():
-        columns[name] = [own.tolist() for own in column.split(sizes)]
+        columns[name] = [part.tolist() for part in column.split(sizes)]
     return columns
 
 

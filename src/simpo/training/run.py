@@ -1,4 +1,4 @@
-"""The workflow of ``simpo train``, ``simpo sft`` and ``simpo reward``: one run in one folder."""
+"""The workflow of ``simpo train``, ``sft``, ``reward`` and ``online``: one run in one folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from simpo.training.settings import (
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training: the recipe's parts, the command line and file that they were read from, and callbacks."""
+    """One training run: the parts of its recipe, the command line and file they came from, and callbacks."""
 
     model: ModelArguments
     data: DataArguments
@@ -70,23 +70,23 @@ class TrainingJob:
 
 
 def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
-    """Train in a run folder: the same call continues a killed run and leaves a finished one as it is.
+    """Train in a run folder. The same call continues a killed run and leaves a finished one unchanged.
 
-    Held-out rows, if there are any, are scored before and after. The folder gets the model, tokenizer, template, model
-    card and ``results.json``. Nothing is written before data, model and configuration have proved usable.
+    Any held-out rows are scored before and after training. The folder receives the model, tokenizer, chat template,
+    model card and ``results.json``. Nothing is written before the data, model and configuration have been checked.
 
     Returns:
         The path of ``results.json``.
 
     Raises:
         SimpoError: a setting, the data or the model cannot be used, or the disk is full.
-        InterruptedRun: a signal came; a checkpoint has been saved.
+        InterruptedRun: a signal stopped the run; a checkpoint has been saved.
     """
     config = job.config
     if config.upload_to is not None:
         check_target(config.upload_to)
     if config.process_index:
-        logging.getLogger("simpo").setLevel(logging.ERROR)  # the main rank reports what all ranks notice
+        logging.getLogger("simpo").setLevel(logging.ERROR)  # the main rank reports what all ranks observe
     folder_path = Path(config.output_dir)
     with RunFolder(folder_path, command=kind.command, writes=config.process_index == 0) as folder:
         folder.log(f"objective: {kind.describe(config).objective}")
@@ -99,7 +99,7 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
             accept_changes=config.accept_changes,
         )
         if from_main(folder.finished):
-            folder.log(f"{config.output_dir} holds this run, finished")
+            folder.log(f"{config.output_dir} already holds this run, finished")
             _upload(config, folder)
             return folder_path / FILE_NAME
         for callback in job.run_callbacks:
@@ -108,7 +108,7 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
         if trainer.eval_dataset is not None:
             before = _score(trainer, folder_path, "before", known=not folder.changed)
         metrics += _train(trainer, folder)
-        _save_model(trainer, folder_path, job.model.save_dtype)  # first, so that no later failure costs the training
+        _save_model(trainer, folder_path, job.model.save_dtype)  # first, so that no later failure loses the model
         metrics += trainer.summary()
         if before is not None:
             metrics += trainer.compare(before, _score(trainer, folder_path, "after", known=False))
@@ -121,7 +121,7 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
 
 
 def _upload(config: Any, folder: RunFolder) -> None:
-    """Upload a finished run where the recipe has ``push_to_hub``; the same command continues a broken upload."""
+    """Upload a finished run if the recipe sets ``push_to_hub``; the same command continues a failed upload."""
     if config.upload_to is not None and folder.writes:
         files = files_to_push(folder.path)
         url = push(folder.path, config.upload_to, files, private=bool(config.hub_private_repo), report=folder.log)
@@ -131,9 +131,9 @@ def _upload(config: Any, folder: RunFolder) -> None:
 def _prepare(
     kind: type[PackedTrainer], job: TrainingJob, folder: RunFolder
 ) -> tuple[PackedTrainer, list[Metric], Identity]:
-    """Everything that can fail before the first write: the trainer, metrics of the data, and the run's identity."""
+    """Return the trainer, metrics of the data and the run's identity: everything that can fail before writing."""
     config = job.config
-    with config.main_process_first(desc="reading and tokenizing the data"):  # the others find it in the cache
+    with config.main_process_first(desc="reading and tokenizing the data"):  # other ranks then read it from the cache
         processing, raw, prepared = prepare_data(kind, job)
     metrics = []
     for part in prepared.values():
@@ -144,7 +144,7 @@ def _prepare(
     if held_out is not None:
         metrics += _overlap(train, held_out, kind.row_noun, folder)
     elif config.eval_strategy != "no" or config.do_eval:
-        folder.log(f"no held-out {kind.row_noun} are named (eval_dataset_name): training without evaluation")
+        folder.log(f"no held-out {kind.row_noun} (set eval_dataset_name); training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
     for callback in job.run_callbacks:
         callback.prepare(config, processing, raw.get("eval"), folder.log)
@@ -154,9 +154,9 @@ def _prepare(
     identity = training_identity(job.model, job.data, config, train, held_out)
     identity |= {key: str(value) for key, value in job.callback_settings.items()}
     _check_ranks_agree(identity, config)
-    set_seed(config.seed)  # a new adapter's first weights are random
+    set_seed(config.seed)  # a new adapter is initialized at random
     model = kind.load(job.model)
-    more: dict[str, Any] = {"loading": job.model} if kind.takes_loading else {}
+    extra: dict[str, Any] = {"loading": job.model} if kind.takes_loading else {}
     with third_party(IMPOSSIBLE):
         trainer = kind(
             model,
@@ -165,28 +165,28 @@ def _prepare(
             eval_dataset=held_out,
             processing_class=processing,
             callbacks=list(job.callbacks),
-            **more,
+            **extra,
         )
     for callback in job.run_callbacks:
         callback.check_trainer(trainer)
     check_optimizer(trainer)
     if generation := getattr(trainer.model, "generation_config", None):
-        with third_party("model_name_or_path: generation_config.json"):  # which saving would refuse
+        with third_party("model_name_or_path: generation_config.json"):  # saving would reject an invalid one
             generation.validate(strict=True)
     if isinstance(trainer.model, PeftModel):
         trained, total = trainer.model.get_nb_trainable_parameters()
         folder.log(f"adapter: {trained:,} of {total:,} parameters are trained")
         if config.disable_dropout and job.model.lora.get("lora_dropout"):
-            folder.log("lora_dropout: has no effect while disable_dropout is true, its default")
+            folder.log("lora_dropout: has no effect unless disable_dropout is false")
     return trainer, metrics, identity
 
 
 def training_identity(
     model: ModelArguments, data: DataArguments, config: Any, train: Dataset, held_out: Dataset | None
 ) -> Identity:
-    """Start model, rows in their order, and every setting that influences training.
+    """Return what identifies a run: start model, rows in order, and every setting that influences training.
 
-    Data and models count by their contents, not by where they come from; a hub model by its name and revision.
+    Data and models are identified by their contents rather than their location, a hub model by its name and revision.
     """
     found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
     found |= {key: str(value) for key, value in (model.new_adapter | model.quantization).items()}
@@ -200,12 +200,12 @@ def training_identity(
 
 
 def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict[str, Dataset], dict[str, Prepared]]:
-    """The tokenizer or, for rows with images, the processor; and the rows as they were read, and tokenized.
+    """Return the tokenizer (the processor for rows with images), the raw rows and the tokenized rows.
 
-    Both hold the rows of ``train`` and, if any are named, of ``eval``.
+    Rows are keyed by ``train`` and, if there are held-out rows, ``eval``.
     """
     template = job.data.chat_template
-    processing: Any = load_tokenizer(job.model, chat_template=template)  # a wrong name is found before data is read
+    processing: Any = load_tokenizer(job.model, chat_template=template)  # a wrong name fails before data is read
     found = zip(("train", "eval"), load_datasets(job.data), strict=True)
     raw = {label: rows for label, rows in found if rows is not None}
     if kind.takes_images and any(map(has_images, raw.values())):
@@ -214,24 +214,25 @@ def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict
 
 
 def _overlap(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> list[Metric]:
-    """Count the held-out rows that are also training rows; an error if all are."""
+    """Count the held-out rows that are also training rows; raise :class:`SimpoError` if all of them are."""
     rows, prompts = shared_rows(train, held_out)
     count = len(held_out)
     if rows == count:
         raise SimpoError(
-            f"eval_dataset_name, dataset_test_split: all {count:,} held-out {noun} are training {noun}; name others, "
-            "e.g. dataset_train_split: train[:90%] and dataset_test_split: train[90%:]"
+            f"eval_dataset_name, dataset_test_split: all {count:,} held-out {noun} are also training {noun}; hold out "
+            "others, e.g. dataset_train_split: train[:90%] and dataset_test_split: train[90%:]"
         )
     if prompts:
         folder.log(
-            f"eval: {rows:,} of {count:,} held-out {noun} are training {noun}, and {prompts:,} have a prompt of one"
+            f"eval: {rows:,} of {count:,} held-out {noun} are also training {noun}, and {prompts:,} share a prompt "
+            "with one"
         )
     found = {"rows_in_train": rows, "prompts_in_train": prompts}
     return [Metric(f"data/eval/{name}", value, n=count) for name, value in found.items()]
 
 
 def _check_ranks_agree(identity: Identity, config: Any) -> None:
-    """Raise :class:`SimpoError`, on every rank, if one was started with another recipe, model or data."""
+    """Raise :class:`SimpoError` on every rank if any was started with another recipe, model or data."""
     ranks = gather_object([identity]) if config.world_size > 1 else [identity]
     for rank, other in enumerate(ranks):
         for key, value in ranks[0].items():
@@ -243,9 +244,9 @@ def _check_ranks_agree(identity: Identity, config: Any) -> None:
 
 
 def _score(trainer: PackedTrainer, folder: Path, stage: Stage, *, known: bool) -> Scores:
-    """Scores of the held-out rows under the weights as they are; they and examples are left in ``folder``.
+    """Score the held-out rows with the current weights, and write the scores and examples to ``folder``.
 
-    Those of a killed run, which are ``known``, are read if their files are whole.
+    If a killed run may have left valid files (``known``), read them instead when they are intact.
     """
     path, examples, rows = folder / HELD_OUT[stage], folder / EXAMPLES[stage], trainer.eval_dataset
     scores = from_main(read_scores(path, len(rows)) if known else None)
@@ -259,7 +260,7 @@ def _score(trainer: PackedTrainer, folder: Path, stage: Stage, *, known: bool) -
 
 
 def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
-    """Train, from the newest whole checkpoint if there is one; the metrics of training."""
+    """Train, from the newest undamaged checkpoint if there is one, and return the metrics of training."""
     if trainer.args.guard != "off":
         trainer.add_callback(Guard(trainer, trainer.args.guard))
     stop = StopOnSignal()
@@ -269,7 +270,7 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
         own = start is not None and Path(start).resolve().parent == folder.path.resolve()
         trainer.add_callback(MetricsFile(folder.metrics, own=own))
         log_as_lines(trainer, folder.log)
-    set_seed(trainer.args.seed)  # whether the held-out rows have just been scored or their scores were read
+    set_seed(trainer.args.seed)  # so that it does not matter whether held-out scores were computed or read
     with stop:
         outcome = trainer.train(resume_from_checkpoint=start)
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
@@ -277,20 +278,20 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
 
 
 def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:
-    """The newest whole checkpoint of this run, or the one that the recipe names, or None for the start model."""
-    found = from_main(last_good_checkpoint(folder.path) if folder.writes else None)
-    if found is not None:
-        folder.log(f"continues from {found}")
-        return str(found)
+    """Return this run's newest undamaged checkpoint, else the one in the recipe, or None for the start model."""
+    checkpoint = from_main(last_good_checkpoint(folder.path) if folder.writes else None)
+    if checkpoint is not None:
+        folder.log(f"continues from {checkpoint}")
+        return str(checkpoint)
     if folder.resuming:
-        folder.log("no checkpoint had been saved: starting from the beginning")
+        folder.log("no checkpoint was saved; starting from the beginning")
     return checkpoint_from_recipe(trainer.args)
 
 
 def _save_model(trainer: PackedTrainer, folder: Path, dtype: str | None) -> None:
-    """Model, rounded to ``dtype`` if there is one, tokenizer and trainer state, each file whole or absent."""
+    """Save the model (rounded to ``dtype`` if given), tokenizer and trainer state, each file atomically."""
     if callable(to_eval := getattr(trainer.optimizer, "eval", None)):
-        to_eval()  # schedule-free optimizers: the averaged weights, as an evaluation would leave them
+        to_eval()  # schedule-free optimizers: save the averaged weights, as used for evaluation
     main, wait = trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
     name = provisional(folder / ".files")
     with shared_staging(staged_files(folder), name, main=main, wait=wait) as staging:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the average loss over the tokens of answers, alone or in every step of online training."""
+"""Supervised fine-tuning: the mean loss per answer token, on its own or added to every step of online training."""
 
 # ruff: noqa: D102 - the base class documents the methods
 
@@ -25,9 +25,9 @@ from simpo.training.packed import Description, PackedTrainer
 
 
 class SFTTrainer(PackedTrainer):
-    """Trains a causal language model on conversations, on the assistant's turns only.
+    """Trains a causal language model on the assistant's turns of conversations.
 
-    A step's loss is the mean over its scored tokens, as everywhere in this field. Arguments and errors are those of
+    The loss of a step is the mean over its scored tokens, as usual. Arguments and errors are those of
     :class:`~simpo.training.packed.PackedTrainer`.
     """
 
@@ -58,29 +58,29 @@ class SFTTrainer(PackedTrainer):
         return compare_conversations(before, after)
 
 
-# ---- PPO-ptx: the loss of language modeling on other data, added to every step of online training.
+# ---- PPO-ptx: a language modeling loss on other data, added to every step of online training.
 
-PTX = "ptx"  # the label of the data set in messages
+PTX = "ptx"  # what messages call the data set
 
 
 class Pretraining:
-    """Demonstrations whose average negative log-probability per token is part of every step's loss.
+    """Demonstrations whose mean negative log-probability per token is added to every step's loss.
 
-    Ouyang et al. 2022, arXiv 2203.02155, equation 2, the term with gamma. The rows of a step depend on its number
-    alone, so that a training that is continued takes the same ones. ``name`` is the hub id, file or folder of the data
-    set; ``means`` are those of the loss per token.
+    This is the gamma term of equation 2 in Ouyang et al. 2022, arXiv 2203.02155. The rows of a step depend only on its
+    number, so a resumed run uses the same ones. ``name`` is the hub id, file or folder of the data set; ``means``
+    holds the running mean of the loss per token.
     """
 
     def __init__(self, trainer: Any, name: str) -> None:
         self._trainer = trainer
-        self.rows = trainer._tokenized(load_rows(name, split="train"), trainer.processing_class, trainer.args, PTX)
+        self.rows = trainer._tokenize(load_rows(name, split="train"), trainer.processing_class, trainer.args, PTX)
         plan = trainer._plan(self.rows, trainer.args.ptx_batch_size or trainer.args.train_batch_size, training=True)
         self._plan = replace(plan, weights=scored_tokens(self.rows), drop_last=False)
         self._comparisons = ComparisonRows(self.rows)
         self.means = RunningMeans(("ptx/loss",), trainer.args.device)
 
     def backward(self, model: nn.Module) -> None:
-        """Add the gradient of the next step's rows; ranks exchange theirs with the step's last micro-batch."""
+        """Add the gradient of the next step's rows; it is synchronized along with the step's last micro-batch."""
         trainer, args = self._trainer, self._trainer.args
         epoch, number = divmod(trainer.state.global_step, self._plan.steps)
         step = self._plan.step(self._plan.order(epoch), number, args.process_index)
@@ -93,7 +93,7 @@ class Pretraining:
                     weights = batch.packed.weights.to(losses)
                     loss = (losses * weights).sum() * (args.ptx_weight * args.world_size / step.weight)
                 if not losses.isfinite().all():
-                    where = describe_rows(self.rows, batch.rows)
-                    raise SimpoError(f"ptx_dataset_name: the loss is not finite; rows: {where}; nothing was updated")
+                    places = describe_rows(self.rows, batch.rows)
+                    raise SimpoError(f"ptx_dataset_name: the loss is not finite; rows: {places}; nothing was updated")
                 trainer.accelerator.backward(loss)
             self.means.add(losses.detach()[:, None], batch.packed.weights)

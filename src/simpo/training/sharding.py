@@ -1,6 +1,6 @@
-"""A ``Trainer`` for models that FSDP2 shards or DeepSpeed partitions, whose checkpoints are ordinary files.
+"""``ShardedTrainer``: a ``Trainer`` for FSDP2 and DeepSpeed that saves models as ordinary files.
 
-Because the files are ordinary, a checkpoint of any number of ranks, sharded with FSDP2 or not, continues on any other.
+A checkpoint can therefore resume on any other number of ranks, with FSDP2 or without.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from simpo.models.zero import gathered_forwards, prepare_deepspeed
 
 
 class ShardedTrainer(Trainer):
-    """A ``Trainer`` that can be evaluated before it has trained and whose checkpoints are ordinary, sharded or not.
+    """A ``Trainer`` that can evaluate before training and writes ordinary checkpoints, sharded or not.
 
-    A sharded model is so from the start, because a forward of the whole model might not fit one device. Without FSDP
-    and DeepSpeed everything is as ``Trainer`` has it.
+    A model is sharded from the start, because a forward pass of the full model might not fit on one device. Without
+    FSDP and DeepSpeed it behaves like ``Trainer``.
     """
 
     model: Any
@@ -45,42 +45,42 @@ class ShardedTrainer(Trainer):
         prepare_sharding(self.accelerator, self.model)
         self._shards = self.accelerator.distributed_type == DistributedType.FSDP
         if self._shards:
-            # New weights are random: all ranks take the main one's, as in DDP.
+            # New weights are initialized at random, so all ranks take the main one's, as in DDP.
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     shared = parameter.detach().to(self.accelerator.device)
                     torch.distributed.broadcast(shared, src=0)
                     parameter.data.copy_(shared)
-            self.create_optimizer()  # FSDP2 needs both together
+            self.create_optimizer()  # FSDP2 has to prepare the model and optimizer together
             model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model = self.model_wrapped = model
 
     def forwards(self) -> AbstractContextManager[None]:
-        """Context for forwards that may run before training, when no DeepSpeed engine gathers weights yet."""
+        """Return a context for forward passes that may run before training, without an engine to gather weights yet."""
         before = self.is_deepspeed_enabled and self.deepspeed is None
         return gathered_forwards(self.model) if before else nullcontext()
 
     def check_engine(self, checkpoint: Path, saved_by: int) -> None:
-        """Check that this run can load ``checkpoint``: DeepSpeed's have files of their own, one set per process.
+        """Check that this run can load ``checkpoint``; DeepSpeed has its own files, one set per process.
 
         Raises:
             SimpoError: it was saved with another engine, ZeRO stage or number of processes (``saved_by``).
         """
-        there = here = "without DeepSpeed"
+        saved = current = "without DeepSpeed"
         if any(checkpoint.glob("global_step*")):
             zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
-            there = f"with DeepSpeed {'at' if zero3 else 'below'} ZeRO stage 3 by {saved_by} processes"
+            saved = f"with DeepSpeed {'at' if zero3 else 'below'} ZeRO stage 3 on {saved_by} processes"
         if self.is_deepspeed_enabled:
             zero3 = self.accelerator.state.deepspeed_plugin.zero_stage == 3
-            here = f"with DeepSpeed {'at' if zero3 else 'below'} ZeRO stage 3 by {self.args.world_size} processes"
-        if there != here:
+            current = f"with DeepSpeed {'at' if zero3 else 'below'} ZeRO stage 3 on {self.args.world_size} processes"
+        if saved != current:
             raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} was saved {there}, and this run is {here}; continue it the same "
-                "way, or start a new run from its weights (model_name_or_path)"
+                f"resume_from_checkpoint: {checkpoint} was saved {saved}, but this run is {current}; continue it the "
+                "same way, or start a new run from its weights (model_name_or_path)"
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in ``Trainer``, but only the adapter of a sharded model is gathered if it has one."""
+        """Save as ``Trainer`` does, but if a sharded model has an adapter, gather only the adapter."""
         if self._shards and isinstance(self.model, PeftModel):
             trained = ((name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad)
             self._save(output_dir, {name: _whole(tensor.detach()).cpu() for name, tensor in trained})
@@ -88,7 +88,7 @@ class ShardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if state_dict:  # gathered: tied weights came apart
+        if state_dict:  # gathering has untied tied weights
             tied = getattr(self.model, "all_tied_weights_keys", {}).items()
             state_dict |= {name: state_dict[source] for name, source in tied if source in state_dict}
         super()._save(output_dir, state_dict)
@@ -105,14 +105,14 @@ class ShardedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # a bare model has none
+        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # absent with save_only_model
             folder = Path(checkpoint)
             state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu", mmap=True)
             _load_state(self.optimizer, state)
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _load_weights(self.model, Path(resume_from_checkpoint))  # never under DeepSpeed, which has files of its own
+        _load_weights(self.model, Path(resume_from_checkpoint))  # never called with DeepSpeed, which has its own files
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
@@ -122,25 +122,25 @@ class ShardedTrainer(Trainer):
 
 
 def prepare_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Configure accelerate's FSDP for training here, if it is going to shard ``model``.
+    """Check that ``model`` can be sharded as requested, and configure accelerate's FSDP if it is used.
 
-    Log-probabilities leave a model in fp32 and gradients are averaged over ranks in fp32, as without sharding;
-    accelerate's policy for ``bf16`` would round both. Under autocast nothing else needs a cast. Models are saved whole.
+    As without sharding, log-probabilities leave the model in fp32 and gradients are averaged over ranks in fp32;
+    accelerate's policy for ``bf16`` would round both. Autocast handles all other casts. Models are saved unsharded.
     """
     parallelism = accelerator.parallelism_config
     if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
         raise SimpoError(
             "parallelism_config: tensor, context and sequence parallelism are not supported, because every process "
-            "takes its own rows; use fsdp"
+            "trains on different rows; use fsdp"
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise SimpoError("model: its weights are sharded already; hand over the whole model and set fsdp: true")
+        raise SimpoError("model: its weights are already sharded; pass the unsharded model and set fsdp: true")
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if getattr(model, "is_loaded_in_4bit", False):
         raise SimpoError(
-            "fsdp: a base model in 4 bits is not sharded (not yet); leave out fsdp, so that every process holds it, or "
-            "load_in_4bit"
+            "fsdp: sharding a base model in 4 bits is not supported yet; leave out fsdp, so that every process holds "
+            "all of it, or leave out load_in_4bit"
         )
     if not accelerator.is_fsdp2:
         raise SimpoError("fsdp_config: FSDP 1 is not supported; set its version to 2")
@@ -153,7 +153,7 @@ def prepare_sharding(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Make ``model.parameters()`` the shards again: a forward without a backward leaves some weights gathered."""
+    """Turn ``model.parameters()`` back into shards; a forward pass without backward leaves some weights gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -161,9 +161,9 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Inside, every rank has all weights of a sharded model and makes as many forwards as it likes; all ranks enter.
+    """Gather a sharded model's weights, so that ranks may run different numbers of forward passes inside.
 
-    This takes the memory of the whole model's weights on every device. Without FSDP2 nothing changes.
+    Every rank must enter, and every device needs memory for the full weights. Without FSDP2 this does nothing.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     # Trainer wraps this method in FSDP hooks, which would reshard the root's weights after every call.
@@ -177,23 +177,23 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         reshard(model)
         if generate is not None:
             model.generate = generate
-        for module in shards:  # the root's are needed again at once, in the backward
-            again = accelerator.state.fsdp_plugin.reshard_after_forward and module is not model
-            module.set_reshard_after_forward(bool(again), recurse=False)
+        for module in shards:  # the backward pass needs the root's right away
+            restored = accelerator.state.fsdp_plugin.reshard_after_forward and module is not model
+            module.set_reshard_after_forward(bool(restored), recurse=False)
 
 
-# ---- Weights: whole in files, and of a sharded model each rank has a part.
+# ---- Weights: full tensors in files, shards in memory.
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Names and slices, not yet read, of the weights in a checkpoint's files."""
+    """Yield the names and lazy slices of the weights in a checkpoint."""
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             yield from ((name, tensors.get_slice(name)) for name in tensors.keys())  # noqa: SIM118
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into a model, which may be sharded, one at a time; every rank reads the files."""
+    """Load a checkpoint's weights one at a time into a possibly sharded model; every rank reads the files."""
     target: dict[str, Tensor] = model.state_dict()
     stored: Iterable[tuple[str, Tensor]] = ((name, tensor[...]) for name, tensor in stored_tensors(folder))
     if isinstance(model, PeftModel):
@@ -201,11 +201,11 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     elif unknown := [name for name, _ in stored_tensors(folder) if name not in target]:
         if isinstance(model, FSDPModule):
             raise SimpoError(
-                f"resume_from_checkpoint: {folder}: {unknown[0]} has no place in the sharded model (not yet)"
+                f"resume_from_checkpoint: {folder}: loading {unknown[0]} into a sharded model is not supported yet"
             )
-        _load_renamed(folder, model)  # transformers saves the experts of mixtures apart
+        _load_renamed(folder, model)  # e.g. transformers saves each expert of a mixture separately
         return
-    loaded = set(getattr(model, "all_tied_weights_keys", {}))  # which are stored once
+    loaded = set(getattr(model, "all_tied_weights_keys", {}))  # tied weights are stored only once
     with torch.no_grad():
         for name, tensor in stored:
             target[name].copy_(_as_sharded(tensor, target[name]))
@@ -213,27 +213,28 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     missing = [name for name, _ in model.named_parameters() if name not in loaded]
     if missing and not isinstance(model, PeftModel):
         raise SimpoError(
-            f"resume_from_checkpoint: {folder} belongs to another model ({missing[0]} is missing there); name a "
-            "checkpoint of this model"
+            f"resume_from_checkpoint: {folder} belongs to another model (it has no {missing[0]}); use a checkpoint of "
+            "this model"
         )
 
 
 def _load_renamed(folder: Path, model: Any) -> None:
-    """Load weights with other names through transformers, which needs the memory of a second model."""
+    """Load weights stored under other names through transformers, which needs memory for a second model."""
     kind: Any = type(model)
     loaded, report = kind.from_pretrained(folder, dtype=next(model.parameters()).dtype, output_loading_info=True)
     try:
         if any(report[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-            raise RuntimeError("weights are missing or left over")
+            raise RuntimeError("weights are missing, unexpected, or of another shape")
         model.load_state_dict(loaded.state_dict())
     except RuntimeError as error:
         raise SimpoError(
-            f"resume_from_checkpoint: {folder} belongs to another model ({one_line(error, 200)})"
+            f"resume_from_checkpoint: {folder} belongs to another model ({one_line(error, 200)}); use a checkpoint of "
+            "this model"
         ) from error
 
 
 def _gather_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """The optimizer's state with whole tensors on the CPU, as without sharding; empty on ranks that do not keep it."""
+    """Return the optimizer's state with full tensors on the CPU, as without sharding; empty unless ``keep``."""
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -246,8 +247,8 @@ def _gather_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, 
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.dim() and layout(value) != layout(parameters[index]):
                 raise SimpoError(
-                    f"optim: the state {name!r} of {type(optimizer).__name__} is not sharded as the weights are and "
-                    "cannot be saved; use adamw_torch"
+                    f"optim: cannot save the state {name!r} of {type(optimizer).__name__}, because it is not sharded "
+                    "like the weights; use adamw_torch"
                 )
             full = _whole(value) if isinstance(value, Tensor) else value
             if keep:
@@ -256,7 +257,7 @@ def _gather_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, 
 
 
 def _load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state of whole tensors into an optimizer, whose parameters may be sharded."""
+    """Load a state with full tensors into an optimizer with possibly sharded parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shards = {
         index: {
@@ -269,7 +270,7 @@ def _load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None
 
 
 def _as_sharded(whole: Tensor, other: Tensor) -> Tensor:
-    """``whole`` on the device of ``other``, or the shard of it that this rank has of ``other``."""
+    """Move ``whole`` to the device of ``other``, keeping only this rank's shard if ``other`` is sharded."""
     whole = whole.to(other.device)
     if not isinstance(other, DTensor):
         return whole
