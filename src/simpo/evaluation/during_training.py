@@ -35,7 +35,7 @@ from simpo.runs.manifest import is_intact, write_digest
 from simpo.training.batches import prompts_from_rows
 from simpo.training.callbacks import RunCallback
 from simpo.training.configs import OnlineConfig
-from simpo.training.guard import alarm
+from simpo.training.guard import warn_or_stop
 from simpo.training.packed import PackedTrainer
 from simpo.training.rollouts import AnsweredPrompt
 from simpo.training.sampling import preserve_rng_state, sample_answers
@@ -247,7 +247,7 @@ class Generations(RunCallback):
             path, rate = self._folder / f"step-{step}.jsonl", self._config.learning_rate
             what = f"the answers to held-out prompts have collapsed (start -> now: {', '.join(signs)}; {path})"
             what += f" with learning_rate {rate:g}"
-            alarm(self._config.guard, step, "answers", what, Path(self._config.output_dir))
+            warn_or_stop(self._config.guard, step, "answers", what, Path(self._config.output_dir))
         return metrics
 
     def _compare_with_start(self, answers: _Answers, step: int) -> tuple[dict[str, float], list[str]]:

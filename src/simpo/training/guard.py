@@ -45,7 +45,7 @@ _REMEDIES = {
 }
 
 
-def alarm(mode: str, step: int, sign: str, finding: str, folder: Path) -> None:
+def warn_or_stop(mode: str, step: int, sign: str, finding: str, folder: Path) -> None:
     """Warn of a sign of collapse, or stop the run by raising :class:`SimpoError`. Every rank must call this."""
     text = f"step {step}: {finding}: {_REMEDIES[sign]}"
     if mode == "warn":
@@ -136,7 +136,7 @@ class Guard(TrainerCallback):
     def _report(self, sign: str, step: int, finding: str) -> None:
         if sign not in self._reported:
             self._reported.add(sign)
-            alarm(self._mode, step, sign, finding, Path(self._trainer.args.output_dir))
+            warn_or_stop(self._mode, step, sign, finding, Path(self._trainer.args.output_dir))
 
 
 def _preferred(rows: Dataset) -> Dataset:
