@@ -57,6 +57,8 @@ def test_metrics_of_a_checkpoint_are_restored(tmp_path, caplog, damage):
     whole = [*logs[:1], logs[1] | {"loss": None}]
     if damage is not None:
         path.write_bytes(damage)
-    MetricsFile(JsonLines(path), own=True).on_train_begin(None, TrainerState(global_step=2, log_history=logs), None)
+    MetricsFile(JsonLines(path), from_this_run=True).on_train_begin(
+        None, TrainerState(global_step=2, log_history=logs), None
+    )
     assert list(JsonLines(path)) == whole
     assert ("restored from the checkpoint" in caplog.text) == (damage is not None)

@@ -297,7 +297,7 @@ def test_every_step_has_its_prompts_and_their_answers_are_stored_first(online, t
 
 def test_each_pass_over_a_rollout_has_all_of_its_prompts():
     schedule = Schedule(18, per_step=4, sync_every=6, rollout_epochs=3, seed=1, drop_last=False)
-    places = [schedule.place(1, step) for step in range(schedule.steps)]
+    places = [schedule.position(1, step) for step in range(schedule.steps)]
     assert [(one.rollout, one.first_step, one.epoch, one.minibatch) for one in places[:6]] == [
         (3, 15, epoch, minibatch) for epoch in range(3) for minibatch in range(2)
     ]

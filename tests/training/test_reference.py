@@ -37,7 +37,7 @@ def test_it_is_what_the_start_model_says(counted, pairs, naive_responses, make_m
     rows = pairs(7)
     trainer, _ = counted(rows)
     expected = naive_responses(make_model("gpt2"), rows["prompt_ids"][:], rows["response_ids"][:]).logp.tolist()
-    assert flat(trainer.completed(rows)[REF_LOGPS]) == pytest.approx(expected, abs=1e-9)
+    assert flat(trainer.add_columns(rows)[REF_LOGPS]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
@@ -51,9 +51,9 @@ def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
         other.train()
         other.evaluate()
         assert scored == []
-        assert other.completed(rows)[REF_LOGPS][:] == first.completed(rows)[REF_LOGPS][:]
+        assert other.add_columns(rows)[REF_LOGPS][:] == first.add_columns(rows)[REF_LOGPS][:]
     kto, scored = counted(rows, objective="kto")
-    kto.completed(kto.train_dataset)
+    kto.add_columns(kto.train_dataset)
     assert scored == [3, 3, 2]  # the mismatched responses only
 
 
@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path
     monkeypatch.setattr(reference, "_ROWS_PER_FILE", 2)
     rows = pairs(7)
     trainer, scored = counted(rows)
-    expected = trainer.completed(rows)[REF_LOGPS][:]
+    expected = trainer.add_columns(rows)[REF_LOGPS][:]
     (folder,) = (path for path in (tmp_path / "reference").iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == [f"0000{number}.json" for number in range(4)]
     (folder / "00003.json").unlink()
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path
     text = (folder / "00000.json").read_text()
     (folder / "00000.json").write_text(text.replace("-", "-1", 1))
     again, scored = counted(rows)
-    assert again.completed(rows)[REF_LOGPS][:] == expected
+    assert again.add_columns(rows)[REF_LOGPS][:] == expected
     assert scored == [2, 2, 1]
     for number in (0, 1):
         assert f"0000{number}.json is damaged; computing it again" in caplog.text
@@ -79,13 +79,13 @@ def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatc
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     for std in (0.3, 0.2):
         trainer, scored = counted(pairs(3), reference_cache=None, model=make_model("gpt2", std=std))
-        trainer.completed(pairs(3))
+        trainer.add_columns(pairs(3))
         assert scored == [3]
     assert len(list((tmp_path / "home" / "simpo" / "reference").iterdir())) == 2
 
 
 def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_path):
-    counted(pairs(3))[0].completed(pairs(3))
+    counted(pairs(3))[0].add_columns(pairs(3))
     with pytest.raises(SimpoError, match=f"reference_cache: {tmp_path}.* of another model or precision; use"):
         counted(pairs(3), model=make_model("gpt2", std=0.2))
     (tmp_path / "reference" / "policy.json").write_text("{")
@@ -95,10 +95,10 @@ def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_pa
 
 def test_a_folder_that_no_longer_says_whose_it_is_is_no_other_models(counted, pairs, make_model, tmp_path):
     rows = pairs(3)
-    first, other = counted(rows)[0].completed(rows)[REF_LOGPS][:], make_model("gpt2", std=0.2)
+    first, other = counted(rows)[0].add_columns(rows)[REF_LOGPS][:], make_model("gpt2", std=0.2)
     (tmp_path / "reference" / "policy.json").unlink()
     trainer, scored = counted(rows, model=other)
-    assert trainer.completed(rows)[REF_LOGPS][:] != first
+    assert trainer.add_columns(rows)[REF_LOGPS][:] != first
     assert scored == [3]
 
 

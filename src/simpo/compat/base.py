@@ -342,7 +342,7 @@ class PortedPreferenceTrainer(PortedTrainer, PreferenceTrainer):
         self._update_mean_length(batches)
         super().before_step(model, batches)
 
-    def before_evaluating(self, batches: Sequence[PlannedBatch]) -> None:
+    def before_evaluation(self, batches: Sequence[PlannedBatch]) -> None:
         """Compute the mean chosen length that the micro-batches need."""
         self._update_mean_length(batches)
 

@@ -150,16 +150,16 @@ class MetricsFile(TrainerCallback):
 
     Args:
         lines: the file.
-        own: whether the checkpoint belongs to this run, so that its logs should already be in the file.
+        from_this_run: whether the checkpoint belongs to this run, so that its logs should already be in the file.
     """
 
-    def __init__(self, lines: JsonLines, *, own: bool) -> None:
-        self._lines, self._own = lines, own
+    def __init__(self, lines: JsonLines, *, from_this_run: bool) -> None:
+        self._lines, self._from_this_run = lines, from_this_run
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         history = [json_safe({"step": None, "epoch": None, **logs}) for logs in state.log_history]
         if list(islice(self._lines, len(history))) != history:
-            if self._own:
+            if self._from_this_run:
                 logger.warning("%s: lines were missing or damaged; restored from the checkpoint", self._lines.path)
             self._lines.keep(0)
             self._lines.append(history)

@@ -56,9 +56,9 @@ from simpo.training.reference import policy_fingerprint
 from simpo.training.rollouts import (
     ROLLOUT_NAMES,
     Annotator,
-    Place,
     RolloutFiles,
     Schedule,
+    StepPosition,
     training_rows,
 )
 from simpo.training.settings import settings_identity
@@ -267,27 +267,27 @@ class OnlineTrainer(PreferenceTrainer):
 
     def micro_batches(self, data_epoch: int, step: int) -> list[PlannedBatch]:
         """Return this rank's micro-batches of a step; a rollout without a file is sampled at its first step."""
-        place = self._schedule.place(data_epoch, step)
-        if self._rollout is None or self._rollout[0] != place.rollout:
-            self._load_rollout(place)
+        position = self._schedule.position(data_epoch, step)
+        if self._rollout is None or self._rollout[0] != position.rollout:
+            self._load_rollout(position)
         assert self._rollout is not None
         rows = self._rollout[1]
-        self._staleness = self.state.global_step - place.first_step
-        plan, order = self._plan(rows, self.args.train_batch_size, training=False), self._schedule.order(place)
-        planned = plan.step(order, place.minibatch, self.args.process_index)
+        self._staleness = self.state.global_step - position.first_step
+        plan, order = self._plan(rows, self.args.train_batch_size, training=False), self._schedule.order(position)
+        planned = plan.step(order, position.minibatch, self.args.process_index)
         if self._gradient is not None:
-            step_rows = order[place.minibatch * plan.rows_per_step :][: plan.rows_per_step]
+            step_rows = order[position.minibatch * plan.rows_per_step :][: plan.rows_per_step]
             mean_length = response_tokens(rows)[step_rows].sum() / response_counts(rows)[step_rows].sum()
             self._denominator = mean_length if self._gradient.normalization == "tokens" else self.args.max_new_tokens
         comparisons = ComparisonRows(rows)
         return [comparisons[micro, planned.weight] for micro in planned.micro_batches]
 
-    def _load_rollout(self, place: Place) -> None:
+    def _load_rollout(self, position: StepPosition) -> None:
         """Read or sample the rollout of a step and convert it into training rows."""
         assert self.annotator is not None
-        records = self._files.records(place, self.annotator)
+        records = self._files.records(position, self.annotator)
         rows = training_rows(records, self.args)
-        self._rollout = place.rollout, rows
+        self._rollout = position.rollout, rows
         if self._gradient is not None:
             self._kl_coef = records[0]["kl_coef"]
         if RETURNS in rows.column_names:
@@ -369,7 +369,7 @@ class OnlineTrainer(PreferenceTrainer):
             return torch.full_like(found.logps, torch.nan)
         assert batch.values is not None
         assert batch.returns is not None
-        values = self._value.of(batch.packed) if found.values is None else found.values
+        values = self._value.values(batch.packed) if found.values is None else found.values
         return value_loss(values, batch.values.to(values), batch.returns.to(values), clip=self.args.ppo.value_clip)
 
     # ---- PPO's value function and the pretraining loss in Trainer's loop.

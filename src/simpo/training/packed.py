@@ -190,19 +190,19 @@ class PackedTrainer(ResumableTrainer):
         """Return each row's weight in the mean over its step, ``[rows]``, or None if all rows count equally."""
         return None
 
-    def completed(self, rows: Dataset) -> Dataset:
+    def add_columns(self, rows: Dataset) -> Dataset:
         """Add the columns this trainer needs to tokenized rows. Every rank must call this."""
         return rows
 
     @property
     def step_rows(self) -> Dataset:
         """The rows to which the row numbers in a step's micro-batches refer."""
-        return self.completed(self.train_dataset)
+        return self.add_columns(self.train_dataset)
 
     def before_step(self, model: nn.Module, batches: Sequence[PlannedBatch]) -> None:
         """Compute anything that needs all micro-batches of a step, before its first forward pass."""
 
-    def before_evaluating(self, batches: Sequence[PlannedBatch]) -> None:
+    def before_evaluation(self, batches: Sequence[PlannedBatch]) -> None:
         """Compute anything that needs all micro-batches in one element of :meth:`get_eval_dataloader`."""
 
     def forward_rows(self, model: nn.Module, batch: PlannedBatch) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class PackedTrainer(ResumableTrainer):
         """Return a loader with one element per optimizer step: this rank's micro-batches from the shared plan."""
         if self.train_dataset is None:
             raise SimpoError("train_dataset: missing; pass the rows to train on")
-        rows = self.completed(self.train_dataset)
+        rows = self.add_columns(self.train_dataset)
         plan = self._plan(rows, self.args.train_batch_size, training=True)
         if plan.steps == 0:
             raise SimpoError(
@@ -260,7 +260,7 @@ class PackedTrainer(ResumableTrainer):
             raise SimpoError("eval_dataset: missing; pass the rows to evaluate on")
         rows = self._tokenize(rows, self.processing_class, self.args, "eval")
         check_rows(Limits.of(self.model.config), rows, "eval")
-        rows = self.completed(rows)
+        rows = self.add_columns(rows)
         plan = self._plan(rows, self.args.eval_batch_size, training=False)
         return step_loader(rows, plan, lambda: 0, self.args, self.images)
 
@@ -460,7 +460,7 @@ class PackedTrainer(ResumableTrainer):
         self.callback_handler.eval_dataloader = dataloader  # progress bars show its length
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             for inputs in dataloader:
-                self.before_evaluating(inputs["micro_batches"])
+                self.before_evaluation(inputs["micro_batches"])
                 for batch in inputs["micro_batches"]:
                     metrics = self.compute_loss(self.model, batch, return_outputs=True)[1]
                     if batch.packed.weights.any():  # not a filler

@@ -143,16 +143,16 @@ class PreferenceTrainer(PackedTrainer):
         """Return the column ``weight``, which held-out rows do not have."""
         return np.array(rows[WEIGHT][:]) if WEIGHT in rows.column_names else None
 
-    def completed(self, rows: Dataset) -> Dataset:
+    def add_columns(self, rows: Dataset) -> Dataset:
         """Add the reference's log-probabilities if the objective needs them."""
         if ("label" in rows.column_names) != self._unpaired:
             raise SimpoError("eval_dataset: must be comparisons or labeled single responses just like train_dataset")
-        return self._reference.completed(rows) if self._precomputed else rows
+        return self._reference.add_logps(rows) if self._precomputed else rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate and freeze the reference before a checkpoint or a step changes the weights, then train."""
         for rows in self._all_rows():
-            self.completed(rows)
+            self.add_columns(rows)
         self._reference.freeze()
         return super().train(*args, **kwargs)
 

@@ -144,7 +144,7 @@ def write_examples(path: Path, trainer: PackedTrainer) -> None:
     Each JSON line has the row's number, ``where`` it came from, the ``prompt``, and for every response the ``texts`` of
     its tokens and their ``logps`` in nats, null for tokens that are not scored. Reward models have no ``logps``.
     """
-    rows: Any = trainer.completed(trainer.eval_dataset)
+    rows: Any = trainer.add_columns(trainer.eval_dataset)
     count = min(len(rows), _EXAMPLES)
     numbers = sorted(np.random.default_rng(trainer.args.seed).permutation(len(rows))[:count].tolist())
     rows = rows.select(numbers)

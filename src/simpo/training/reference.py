@@ -67,7 +67,7 @@ class ReferenceModel:
 
     def __init__(self, trainer: PackedTrainer, cache: str | None, *, copy_weights: bool) -> None:
         self._trainer, self._cache = trainer, cache
-        self._completed: dict[str, Dataset] = {}
+        self._with_logps: dict[str, Dataset] = {}
         self._frozen = False
         self._weights: list[Tensor] = []
         if copy_weights:
@@ -91,17 +91,17 @@ class ReferenceModel:
 
     # ---- Log-probabilities computed before training.
 
-    def completed(self, rows: Dataset) -> Dataset:
+    def add_logps(self, rows: Dataset) -> Dataset:
         """Add the log-probabilities of the rows' responses and of any mismatched responses."""
         key = rows._fingerprint
-        if key not in self._completed:
+        if key not in self._with_logps:
             if REF_LOGPS not in rows.column_names:
                 rows = rows.add_column(REF_LOGPS, self._cached_logps(rows), feature=List(Value("float64")))
             if MISMATCHED_IDS in rows.column_names and MISMATCHED_REF_LOGP not in rows.column_names:
                 logps = [logp for (logp,) in self._cached_logps(mismatched_rows(rows))]
                 rows = rows.add_column(MISMATCHED_REF_LOGP, logps, feature=Value("float64"))
-            self._completed[key] = rows
-        return self._completed[key]
+            self._with_logps[key] = rows
+        return self._with_logps[key]
 
     @cached_property
     def _policy(self) -> str:

@@ -82,7 +82,7 @@ class AnsweredPrompt(NamedTuple):
 Annotator = Callable[[Sequence[AnsweredPrompt]], Sequence[Sequence[float | None]]]
 
 
-class Place(NamedTuple):
+class StepPosition(NamedTuple):
     """Where a step belongs: its rollout, that rollout's first step and prompts, the pass over them, the minibatch."""
 
     rollout: int
@@ -114,7 +114,7 @@ class Schedule:
         """Number of optimizer steps in an epoch of the data."""
         return self.minibatches * self.rollout_epochs
 
-    def place(self, data_epoch: int, step: int) -> Place:
+    def position(self, data_epoch: int, step: int) -> StepPosition:
         """Return where ``step`` of epoch ``data_epoch`` belongs."""
         block, within = divmod(step, self.sync_every)
         size = self.sync_every // self.rollout_epochs  # minibatches per rollout
@@ -126,13 +126,13 @@ class Schedule:
             order = np.random.default_rng((self.seed, data_epoch)).permutation(self.prompts)
         order = order[: self.minibatches * self.per_step]
         chosen = order[block * size * self.per_step : (block + 1) * size * self.per_step]
-        return Place(rollout, first_step, chosen, epoch, minibatch)
+        return StepPosition(rollout, first_step, chosen, epoch, minibatch)
 
-    def order(self, place: Place) -> np.ndarray:
+    def order(self, position: StepPosition) -> np.ndarray:
         """Return the order of a rollout's prompts in this pass; the first pass keeps it, later ones shuffle."""
-        if place.epoch == 0 or self.seed is None:
-            return np.arange(len(place.prompts))
-        return np.random.default_rng((self.seed, place.rollout, place.epoch)).permutation(len(place.prompts))
+        if position.epoch == 0 or self.seed is None:
+            return np.arange(len(position.prompts))
+        return np.random.default_rng((self.seed, position.rollout, position.epoch)).permutation(len(position.prompts))
 
 
 # ---- Rollout files.
@@ -186,21 +186,21 @@ class RolloutFiles:
             raise SimpoError(f"output_dir: {self._folder} holds the rollouts of another run; name a new folder")
         write_text(path, json.dumps({"fingerprint": digest}) + "\n")
 
-    def records(self, place: Place, annotator: Annotator) -> list[Record]:
+    def records(self, position: StepPosition, annotator: Annotator) -> list[Record]:
         """Return a rollout's prompts with scored answers, from its file or newly sampled. Every rank must call this."""
-        trainer, path = self._trainer, self._path(place.rollout)
+        trainer, path = self._trainer, self._path(position.rollout)
         args = trainer.args
         known = self._read(path)
         if known is not None:
             return known
-        if trainer.state.global_step != place.first_step:
+        if trainer.state.global_step != position.first_step:
             raise SimpoError(
                 f"{path} is missing or damaged, and the weights that sampled its answers no longer exist; restore the "
                 "file, or start over in a new folder"
             )
         began, previous = time.monotonic(), None
-        if place.rollout > 0 and (args.kl_target or args.normalize_scores):
-            before = self._path(place.rollout - 1)
+        if position.rollout > 0 and (args.kl_target or args.normalize_scores):
+            before = self._path(position.rollout - 1)
             previous = self._read(before)
             if previous is None:
                 raise SimpoError(
@@ -208,7 +208,7 @@ class RolloutFiles:
                     "digest (.NAME.sha256) from the run that saved the checkpoint in resume_from_checkpoint"
                 )
         with preserve_rng_state(args.device):
-            records = self._sample_records(place, annotator)
+            records = self._sample_records(position, annotator)
         if args.gradient is not None:
             columns = adapted_columns(records, previous, args)
             records = [{**record, **columns} for record in records]
@@ -223,18 +223,20 @@ class RolloutFiles:
         found: Any = read_lines(path) if main and is_intact(path) else None
         return from_main(found)
 
-    def _sample_records(self, place: Place, annotator: Annotator) -> list[Record]:
+    def _sample_records(self, position: StepPosition, annotator: Annotator) -> list[Record]:
         """Sample and score answers; compute policy log-probabilities and, if needed, reference ones and values."""
         trainer = self._trainer
-        tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(place.prompts))
-        samples, logps, old_values = self._answers([prompt.ids for prompt in prompts], place.rollout)
+        tokenizer, prompts = trainer.processing_class, prompts_from_rows(trainer.train_dataset.select(position.prompts))
+        samples, logps, old_values = self._answers([prompt.ids for prompt in prompts], position.rollout)
         ids = [[list(sampled.ids) for sampled in answers] for answers in samples]
         answered = list(map(AnsweredPrompt, prompts, samples, response_texts(tokenizer, prompts, samples)))
         scores: Any = {}
         if trainer.is_world_process_zero():
-            scores["scores"] = self._scores("annotator", annotator, answered, place.rollout)
+            scores["scores"] = self._scores("annotator", annotator, answered, position.rollout)
             if trainer.gold_annotator is not None:
-                scores["gold_scores"] = self._scores("gold_annotator", trainer.gold_annotator, answered, place.rollout)
+                scores["gold_scores"] = self._scores(
+                    "gold_annotator", trainer.gold_annotator, answered, position.rollout
+                )
         scores = from_main(scores)
         ref_logps: list[Any] = [None] * len(ids)
         if self._reference.has_copy:
@@ -308,7 +310,7 @@ class RolloutFiles:
             return self._logps(rows), None
         value.module.eval()
         if value.head is None:
-            return self._logps(rows), trainer.compute_for_responses(rows, value.of, response_tokens(rows))
+            return self._logps(rows), trainer.compute_for_responses(rows, value.values, response_tokens(rows))
 
         def compute(batch: PackedBatch) -> Tensor:
             found = token_outputs(trainer.model, batch, value_head=value.head, path=trainer.path)

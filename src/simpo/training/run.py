@@ -267,8 +267,8 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
     trainer.add_callback(stop)
     start = _starting_point(trainer, folder)
     if folder.writes:
-        own = start is not None and Path(start).resolve().parent == folder.path.resolve()
-        trainer.add_callback(MetricsFile(folder.metrics, own=own))
+        from_this_run = start is not None and Path(start).resolve().parent == folder.path.resolve()
+        trainer.add_callback(MetricsFile(folder.metrics, from_this_run=from_this_run))
         log_as_lines(trainer, folder.log)
     set_seed(trainer.args.seed)  # so that it does not matter whether held-out scores were computed or read
     with stop:

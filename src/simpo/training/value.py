@@ -71,7 +71,7 @@ class ValueFunction:
         """The trained parameters."""
         return list(self._trained().values())
 
-    def of(self, batch: PackedBatch) -> Tensor:
+    def values(self, batch: PackedBatch) -> Tensor:
         """Return the network's values ``[S]`` of the states in which the scored tokens of ``batch`` are chosen."""
         return value_forward(self.module, batch, path=self._path)
 
@@ -79,7 +79,7 @@ class ValueFunction:
         """Run the network on ``comparisons`` to find out early whether it can read them, and on which path."""
         batch = PackedBatch.build(comparisons).to(next(self.module.parameters()).device)
         with torch.no_grad():
-            self.of(batch)
+            self.values(batch)
 
     # ---- Optimizer steps.
 
