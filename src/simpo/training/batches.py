@@ -171,7 +171,7 @@ class ComparisonRows(TorchDataset):
             scores = _flat([(0.0, -math.inf) if given is None else given for given in scores])
         if MISMATCHED_IDS in columns:
             prompts = zip(comparisons, columns[MISMATCHED_IDS], strict=True)
-            others = [TokenizedComparison(one.prompt_ids, [ids], images=one.images) for one, ids in prompts]
+            others = [TokenizedComparison(prompt.prompt_ids, [ids], images=prompt.images) for prompt, ids in prompts]
             mismatched = PackedBatch.build(others, micro.weights)
         return PlannedBatch(
             PackedBatch.build(comparisons, micro.weights),
@@ -215,12 +215,12 @@ def comparisons_to_check(
     """
     rows = datasets[0]
     numbers = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())
-    found = comparisons_of(rows, numbers, reader)
-    for other in datasets:
-        if len(illustrated := rows_with_images(other)[:_ILLUSTRATED].tolist()):
-            more = [number for number in illustrated if other is not rows or number not in numbers]
-            return found + (comparisons_of(other, more, reader) if more else [])
-    return found
+    comparisons = comparisons_of(rows, numbers, reader)
+    for dataset in datasets:
+        if len(illustrated := rows_with_images(dataset)[:_ILLUSTRATED].tolist()):
+            more = [number for number in illustrated if dataset is not rows or number not in numbers]
+            return comparisons + (comparisons_of(dataset, more, reader) if more else [])
+    return comparisons
 
 
 def _comparisons(columns: Mapping[str, Any], reader: ImageReader | None) -> list[TokenizedComparison]:
@@ -279,8 +279,8 @@ def step_loader(
 
 def prompts_from_rows(rows: Dataset) -> list[Prompt]:
     """Return the prompts in rows built by :meth:`~simpo.training.online.OnlineTrainer.prepare`."""
-    found = [json.loads(text) for text in rows[CONTENT][:]]
-    return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in found]
+    records = [json.loads(text) for text in rows[CONTENT][:]]
+    return [Prompt(**fields | {"context": Context(**fields["context"])}) for fields in records]
 
 
 def rows_digest(rows: Dataset) -> str:
@@ -389,8 +389,8 @@ def _has_unknown_id(column: Any, embeddings: int | None) -> bool:
 
 def describe_rows(dataset: Dataset, rows: Sequence[int]) -> str:
     """Describe where ``rows`` come from, listing the first few by file and line."""
-    known = "where" in dataset.column_names
-    named = [dataset[row]["where"] if known else f"row {row}" for row in rows[:_ROWS_NAMED]]
+    has_origin = "where" in dataset.column_names
+    named = [dataset[row]["where"] if has_origin else f"row {row}" for row in rows[:_ROWS_NAMED]]
     more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
     return ", ".join(named) + more
 
@@ -414,8 +414,8 @@ def image_reader(
     Rows with images require ``processing_class`` to be the model's processor.
     """
     given = [rows for rows in datasets if rows is not None]
-    found = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
-    if not found:
+    illustrated = [(rows, numbers[0]) for rows in given if len(numbers := rows_with_images(rows))]
+    if not illustrated:
         freeze_parts_unused_by_text(model)
         return None
     if not isinstance(processing_class, ProcessorMixin):
@@ -434,7 +434,7 @@ def image_reader(
         raise SimpoError(
             f"images: not supported for {type(inner).__name__}, whose rotary frequencies depend on a row's length"
         )
-    rows, number = found[0]
+    rows, number = illustrated[0]
     row = rows[int(number)]
     (image, *_) = reader.tensors(row[IMAGES], row[DIGESTS])
     check_image_inputs(causal_lm(inner), image, reader.example(row[IMAGES][0]))
@@ -447,12 +447,12 @@ def image_tensors(columns: Mapping[str, Any], reader: ImageReader | None) -> lis
     Raise :class:`SimpoError` if a row has images and ``reader`` is None: the trainer was created without images.
     """
     count = len(columns["prompt_ids"])
-    several = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)
-    found: list[tuple[ImageTensors, ...]] = []
-    for references, digests in several:
+    cells = zip(columns.get(IMAGES) or [[]] * count, columns.get(DIGESTS) or [[]] * count, strict=True)
+    tensors: list[tuple[ImageTensors, ...]] = []
+    for references, digests in cells:
         if references and reader is None:
             raise SimpoError(
                 "images: the trainer was created with rows that have no images; include rows with images from the start"
             )
-        found.append(reader.tensors(references, digests) if references and reader is not None else ())
-    return found
+        tensors.append(reader.tensors(references, digests) if references and reader is not None else ())
+    return tensors

@@ -41,8 +41,8 @@ _MEANS_NAME = "running_means.json"
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders in ``folder``, newest first, including damaged ones."""
-    found = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _NAME.fullmatch(path.name))
-    return sorted(found, key=step_of, reverse=True)
+    paths = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
@@ -135,11 +135,11 @@ def rotate(folder: Path, limit: int | None, *, newest: Path, best: str | None) -
     """
     if limit is None or limit <= 0:
         return
-    kept = {newest.name} | ({Path(best).name} if best else set())
+    keep = {newest.name} | ({Path(best).name} if best else set())
     before = [path.name for path in checkpoints(folder) if step_of(path) < step_of(newest)]
-    kept |= set([name for name in before if name not in kept][: max(0, limit - len(kept))])
+    keep |= set([name for name in before if name not in keep][: max(0, limit - len(keep))])
     for path in checkpoints(folder):
-        if path.name not in kept:
+        if path.name not in keep:
             remove_folder(path)
 
 
@@ -219,15 +219,15 @@ class ResumableTrainer(ShardedTrainer):
         folder = Path(self.args.output_dir)
         if requested and requested is not True:
             return Path(requested)
-        found = last_good_checkpoint(folder) if requested or self.args.save_strategy != "no" else None
-        if requested and found is None:
+        checkpoint = last_good_checkpoint(folder) if requested or self.args.save_strategy != "no" else None
+        if requested and checkpoint is None:
             raise SimpoError(f"resume_from_checkpoint: there is no undamaged checkpoint in {folder}")
-        if found is not None and not requested:
+        if checkpoint is not None and not requested:
             raise SimpoError(
                 f"output_dir: {folder} already holds checkpoints; continue from them with resume_from_checkpoint=True, "
                 "or name a new folder"
             )
-        return found
+        return checkpoint
 
     def _restore(self, checkpoint: Path) -> None:
         """Check the checkpoint and restore the state that ``Trainer`` does not."""

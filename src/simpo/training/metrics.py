@@ -142,12 +142,12 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
                 continue
             values = scores[name][rows]
             if name != ACCURACY:
-                found = mean_interval(values)
+                interval = mean_interval(values)
             elif pairs:
-                found = proportion_interval(int(values.sum()), len(values))
+                interval = proportion_interval(int(values.sum()), len(values))
             else:  # a ranking has several pairs, and only some of them may be correct
-                found = share_interval(values)
-            metrics.append(Metric.of(f"eval_{name}", found, stage))
+                interval = share_interval(values)
+            metrics.append(Metric.of(f"eval_{name}", interval, stage))
     if pairs and not has_reference:
         p = mcnemar(before[ACCURACY].astype(bool), after[ACCURACY].astype(bool))
         metrics.append(Metric(f"eval_{ACCURACY}/p_value", p, n=len(before[ACCURACY]), method="McNemar, one-sided"))
@@ -170,10 +170,10 @@ def _area_under_roc(stage: Stage, scores: Scores) -> Metric:
 def compare_conversations(before: Scores, after: Scores) -> list[Metric]:
     """Return the mean loss per scored token, in nats, and its exponential, the perplexity."""
     losses = {stage: mean_interval(scores["loss"], scores[WEIGHT]) for stage, scores in _stages(before, after)}
-    metrics = [Metric.of("eval_loss", found, stage) for stage, found in losses.items()]
-    for stage, found in losses.items():
-        value, low, high = (None if x is None else _exp(x) for x in (found.value, found.low, found.high))
-        perplexity = Interval(math.nan if value is None else value, low, high, found.n, found.method)
+    metrics = [Metric.of("eval_loss", interval, stage) for stage, interval in losses.items()]
+    for stage, interval in losses.items():
+        value, low, high = (None if x is None else _exp(x) for x in (interval.value, interval.low, interval.high))
+        perplexity = Interval(math.nan if value is None else value, low, high, interval.n, interval.method)
         metrics.append(Metric.of("eval_perplexity", perplexity, stage))
     return metrics
 
@@ -196,7 +196,7 @@ def compare_rewards(before: Scores, after: Scores) -> list[Metric]:
         correct = margins > 0
         for name, subset in ((f"{ACCURACY}/chosen_longer", lengths > 0), (f"{ACCURACY}/chosen_shorter", lengths < 0)):
             metrics.append(Metric.of(f"eval_{name}", _accuracy(correct, subset), stage))
-        metrics += [Metric.of(f"eval_{name}", found, stage) for name, found in _calibration(margins, correct)]
+        metrics += [Metric.of(f"eval_{name}", interval, stage) for name, interval in _calibration(margins, correct)]
     return metrics
 
 
@@ -229,5 +229,5 @@ def _accuracy(correct: np.ndarray, subset: np.ndarray) -> Interval:
         return proportion_interval(int((correct & subset).sum()), n)
     rows = subset.any(1)
     counts = subset[rows].sum(1)
-    found = share_interval((correct & subset)[rows].sum(1) / counts, counts)
-    return Interval(found.value, found.low, found.high, n, found.method)
+    interval = share_interval((correct & subset)[rows].sum(1) / counts, counts)
+    return Interval(interval.value, interval.low, interval.high, n, interval.method)

@@ -323,7 +323,7 @@ class OnlineTrainer(PreferenceTrainer):
         assert batch.advantages is not None
         assert batch.behavior_logps is not None
         exact = args.kl_in == "loss" and args.kl_estimator == "exact"
-        found = token_outputs(
+        outputs = token_outputs(
             model,
             packed,
             reference=self._reference.states(packed) if exact else None,
@@ -331,12 +331,12 @@ class OnlineTrainer(PreferenceTrainer):
             value_head=None if self._value is None else self._value.head,
             path=self.path,
         )
-        logp = found.logps
+        logp = outputs.logps
         # Before the first update, the policy is the one that sampled the answers.
         behavior = logp.detach() if self._staleness == 0 else batch.behavior_logps.to(logp)
         rollout = Rollout(logp, behavior, batch.advantages.to(logp), packed.response_of, len(packed.lengths))
-        value_losses = self._value_losses(found, batch)
-        terms = self._regularization(found, batch)
+        value_losses = self._value_losses(outputs, batch)
+        terms = self._regularization(outputs, batch)
         if self.args.ppo is not None:
             terms = terms + self.args.ppo.value_weight * value_losses
         losses = gradient.loss(rollout, denominator=self._denominator)
@@ -344,32 +344,32 @@ class OnlineTrainer(PreferenceTrainer):
         counts = torch.tensor([len(span.responses) for span in packed.layout.spans], device=logp.device)
         owner = torch.repeat_interleave(counts)
         with torch.no_grad():
-            entropy = -logp if found.entropy is None else found.entropy
+            entropy = -logp if outputs.entropy is None else outputs.entropy
             index, columns = owner[packed.response_of], (gradient.ratios(rollout), gradient.clipped(rollout), entropy)
             metrics = [mean_by(values.to(logp), index, len(counts)) for values in columns]
             # The value function does not learn from answers without a score.
-            known = torch.ones_like(logp) if batch.returns is None else (~batch.returns.isnan()).to(logp)
-            metrics.append(sum_by(value_losses * known, index, len(counts)) / sum_by(known, index, len(counts)))
+            scored = torch.ones_like(logp) if batch.returns is None else (~batch.returns.isnan()).to(logp)
+            metrics.append(sum_by(value_losses * scored, index, len(counts)) / sum_by(scored, index, len(counts)))
         return mean_by(losses, owner, len(counts)), torch.stack(metrics, dim=1)
 
-    def _regularization(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
+    def _regularization(self, outputs: TokenOutputs, batch: PlannedBatch) -> Tensor:
         """Return token terms ``[S]``: a KL penalty, unless it is part of the rewards, minus an entropy bonus."""
-        args, terms = self.args, torch.zeros_like(found.logps)
+        args, terms = self.args, torch.zeros_like(outputs.logps)
         if args.kl_in == "loss" and self._kl_coef:
-            kl = found.divergence
+            kl = outputs.divergence
             if kl is None:
                 assert batch.ref_token_logps is not None
-                kl = kl_estimate(found.logps, batch.ref_token_logps.to(found.logps), args.kl_estimator)
+                kl = kl_estimate(outputs.logps, batch.ref_token_logps.to(outputs.logps), args.kl_estimator)
             terms = terms + self._kl_coef * kl
-        return terms if found.entropy is None else terms - args.entropy_coef * found.entropy
+        return terms if outputs.entropy is None else terms - args.entropy_coef * outputs.entropy
 
-    def _value_losses(self, found: TokenOutputs, batch: PlannedBatch) -> Tensor:
+    def _value_losses(self, outputs: TokenOutputs, batch: PlannedBatch) -> Tensor:
         """Return the value function's loss per token, ``[S]``; NaN without a value function."""
         if self._value is None:
-            return torch.full_like(found.logps, torch.nan)
+            return torch.full_like(outputs.logps, torch.nan)
         assert batch.values is not None
         assert batch.returns is not None
-        values = self._value.values(batch.packed) if found.values is None else found.values
+        values = self._value.values(batch.packed) if outputs.values is None else outputs.values
         return value_loss(values, batch.values.to(values), batch.returns.to(values), clip=self.args.ppo.value_clip)
 
     # ---- PPO's value function and the pretraining loss in Trainer's loop.

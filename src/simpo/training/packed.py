@@ -493,8 +493,8 @@ class PackedTrainer(ResumableTrainer):
         with torch.no_grad(), self.accelerator.autocast(), self.forwards():
             for step in PlanSampler(plan, lambda: 0, self.args.process_index):
                 for micro, _ in step:
-                    found = compute(PackedBatch.build(comparisons_of(rows, micro.rows, self.images)).to(device))
+                    results = compute(PackedBatch.build(comparisons_of(rows, micro.rows, self.images)).to(device))
                     if any(micro.weights):  # not a filler
                         index = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in micro.rows])
-                        values[torch.from_numpy(index).to(device)] = found.to(values)
+                        values[torch.from_numpy(index).to(device)] = results.to(values)
         return self._sum_over_ranks(values)

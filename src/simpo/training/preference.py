@@ -211,13 +211,13 @@ class PreferenceTrainer(PackedTrainer):
         if not args.kl_weight and not args.wpo_weights:
             return super().forward_rows(model, batch)
         reference = self._reference.states(packed) if args.kl_weight else None
-        found = token_outputs(model, packed, reference=reference, log_collision=args.wpo_weights, path=self.path)
+        outputs = token_outputs(model, packed, reference=reference, log_collision=args.wpo_weights, path=self.path)
         weights, added = None, []
-        if found.log_collision is not None:
-            weights = wpo_weights(responses_of(packed, found.logps - found.log_collision), batch.pairs)
-        losses, metrics = self.loss_and_metrics(self._desensitized(packed, found.logps), batch, weights)
-        if found.divergence is not None:
-            added.append(mean_by_comparison(packed, found.divergence))  # [C], over the scored tokens of a comparison
+        if outputs.log_collision is not None:
+            weights = wpo_weights(responses_of(packed, outputs.logps - outputs.log_collision), batch.pairs)
+        losses, metrics = self.loss_and_metrics(self._desensitized(packed, outputs.logps), batch, weights)
+        if outputs.divergence is not None:
+            added.append(mean_by_comparison(packed, outputs.divergence))  # [C], over the scored tokens of a comparison
             losses = losses + args.kl_weight * added[0]
         if weights is not None:
             added.append(batch.pairs.mean(weights))

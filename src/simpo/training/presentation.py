@@ -124,8 +124,8 @@ def _results(metrics: Iterable[Metric], rows: str) -> list[str]:
     if not stages:
         return ["There were none."]
     lines = [f"| metric | before | after | {rows} |", "|---|---|---|---|"]
-    for name, found in stages.items():
-        before, after = found.get("before"), found["after"]
+    for name, by_stage in stages.items():
+        before, after = by_stage.get("before"), by_stage["after"]
         lines.append(f"| {name} | {before.text if before else '-'} | {after.text} | {after.n} |")
     return lines
 

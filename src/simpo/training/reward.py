@@ -135,8 +135,8 @@ class RewardTrainer(PackedTrainer):
             margins += (y[pairs.better] - y[pairs.worse]).split(pair_counts)
             lengths += (batch.packed.lengths[pairs.better] - batch.packed.lengths[pairs.worse]).to(y).split(pair_counts)
         scores = dict(zip(self.metric_names, torch.cat(metrics).double().numpy().T, strict=True))
-        for name, found in ((MARGINS, margins), (LENGTHS, lengths)):
-            scores[name] = pad_sequence(found, batch_first=True, padding_value=math.nan).double().numpy()
+        for name, differences in ((MARGINS, margins), (LENGTHS, lengths)):
+            scores[name] = pad_sequence(differences, batch_first=True, padding_value=math.nan).double().numpy()
         return scores | {WEIGHT: np.ones(len(rows))}
 
 
@@ -148,11 +148,11 @@ def _levels(row: Mapping[str, Any], margin: str, where: str) -> list[float]:
         raise SimpoError(f"{where}: margin: column needs pairs, but this row has more than two responses; use scores")
     extra = json.loads(row.get("extra") or "{}")
     names = [("margin",)] if margin == "column" else [pair for pair in SCORE_COLUMNS if pair[0] in extra]
-    found = [extra.get(name) for name in (names[0] if names else SCORE_COLUMNS[0])]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in found):
+    values = [extra.get(name) for name in (names[0] if names else SCORE_COLUMNS[0])]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         wanted = "column margin" if margin == "column" else "columns chosen_score and rejected_score"
         raise SimpoError(f"{where}: margin: {margin} needs a number in the {wanted}")
-    levels = [*map(float, found), 0.0][:2]
+    levels = [*map(float, values), 0.0][:2]
     if levels[0] < levels[1]:
         raise SimpoError(f"{where}: margin: must be at least 0, not {levels[0] - levels[1]:g}")
     return levels

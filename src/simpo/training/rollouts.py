@@ -181,8 +181,8 @@ class RolloutFiles:
         path = self._folder / _IDENTITY
         remove_leftovers(self._folder)
         with third_party(f"output_dir: {path} is damaged; name a new folder"):
-            known = json.loads(path.read_text())["fingerprint"] if path.exists() else None
-        if known not in (None, digest) and not self._trainer.args.accept_changes:
+            stored = json.loads(path.read_text())["fingerprint"] if path.exists() else None
+        if stored not in (None, digest) and not self._trainer.args.accept_changes:
             raise SimpoError(f"output_dir: {self._folder} holds the rollouts of another run; name a new folder")
         write_text(path, json.dumps({"fingerprint": digest}) + "\n")
 
@@ -190,9 +190,9 @@ class RolloutFiles:
         """Return a rollout's prompts with scored answers, from its file or newly sampled. Every rank must call this."""
         trainer, path = self._trainer, self._path(position.rollout)
         args = trainer.args
-        known = self._read(path)
-        if known is not None:
-            return known
+        stored = self._read(path)
+        if stored is not None:
+            return stored
         if trainer.state.global_step != position.first_step:
             raise SimpoError(
                 f"{path} is missing or damaged, and the weights that sampled its answers no longer exist; restore the "
@@ -220,8 +220,8 @@ class RolloutFiles:
 
     def _read(self, path: Path) -> list[Record] | None:
         main = self._trainer.is_world_process_zero()
-        found: Any = read_lines(path) if main and is_intact(path) else None
-        return from_main(found)
+        records: Any = read_lines(path) if main and is_intact(path) else None
+        return from_main(records)
 
     def _sample_records(self, position: StepPosition, annotator: Annotator) -> list[Record]:
         """Sample and score answers; compute policy log-probabilities and, if needed, reference ones and values."""
@@ -287,16 +287,16 @@ class RolloutFiles:
         returned = [list(scores) for scores in annotator(answered)]
         if [len(scores) for scores in returned] != [len(one.texts) for one in answered]:
             raise SimpoError(f"{name}: rollout {rollout}: it must return exactly one score for each answer")
-        found = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
+        cleaned = [[None if x is None or not math.isfinite(x) else float(x) for x in scores] for scores in returned]
         allowed = self._trainer.args.max_missing_scores
-        missing, total = sum(scores.count(None) for scores in found), sum(map(len, found))
+        missing, total = sum(scores.count(None) for scores in cleaned), sum(map(len, cleaned))
         if name == "annotator" and missing > allowed * total:
-            first = next(one for one, scores in zip(answered, found, strict=True) if None in scores)
+            first = next(one for one, scores in zip(answered, cleaned, strict=True) if None in scores)
             raise SimpoError(
                 f"annotator: rollout {rollout}: no score for {missing:,} of {total:,} answers, more than "
                 f"max_missing_scores {allowed:g} permits; the first one answers the prompt at {first.prompt.where}"
             )
-        return found
+        return cleaned
 
     def _logps(self, rows: Dataset) -> Tensor:
         """Return the log-probabilities of all response tokens in ``rows``, ``[S]`` float64."""
@@ -313,9 +313,9 @@ class RolloutFiles:
             return self._logps(rows), trainer.compute_for_responses(rows, value.values, response_tokens(rows))
 
         def compute(batch: PackedBatch) -> Tensor:
-            found = token_outputs(trainer.model, batch, value_head=value.head, path=trainer.path)
-            assert found.values is not None
-            return torch.stack([found.logps, found.values], dim=1)
+            outputs = token_outputs(trainer.model, batch, value_head=value.head, path=trainer.path)
+            assert outputs.values is not None
+            return torch.stack([outputs.logps, outputs.values], dim=1)
 
         logps, values = trainer.compute_for_responses(rows, compute, response_tokens(rows), columns=(2,)).unbind(1)
         return logps, values
@@ -388,11 +388,11 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
             columns[LABEL_PROBABILITY] = [1 / (1 + math.exp(worse - better)) for better, worse in columns["scores"]]
         if records[0]["ref_logps"] is not None:
             columns[REF_LOGPS] = [[sum(record["ref_logps"][k]) for k in chosen] for record, chosen in answers]
-    kinds: dict[str, Any] = dict.fromkeys(columns, List(Value("float64")))
-    kinds |= {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "where": Value("string")}
+    types: dict[str, Any] = dict.fromkeys(columns, List(Value("float64")))
+    types |= {"prompt_ids": TOKENS, "response_ids": List(TOKENS), "where": Value("string")}
     if args.soft_labels:
-        kinds[LABEL_PROBABILITY] = Value("float64")
-    return Dataset.from_dict(columns, features=Features(kinds))
+        types[LABEL_PROBABILITY] = Value("float64")
+    return Dataset.from_dict(columns, features=Features(types))
 
 
 def _divergence(record: Record) -> float:
@@ -465,14 +465,14 @@ def _token_columns(
         numbers, segments = segment[of_known].unique_consecutive(return_inverse=True)
         if ppo is not None:
             values = tokens[VALUES][of_known]
-            found, returns[of_known] = ppo.estimate(reward[known], penalty[of_known], values, segments)
-            found = whiten(found) if args.whiten_advantages else found
+            estimates, returns[of_known] = ppo.estimate(reward[known], penalty[of_known], values, segments)
+            estimates = whiten(estimates) if args.whiten_advantages else estimates
         else:
             per_answer = reward[known] - sum_by(penalty[of_known], segments, len(numbers))
             groups = group[known].unique_consecutive(return_inverse=True)[1]
             per_answer = advantages(per_answer, groups, gradient.baseline, scale_by_std=gradient.scale_by_std)
-            found = (whiten(per_answer) if args.whiten_advantages else per_answer)[segments]
-        advantage[of_known] = found
+            estimates = (whiten(per_answer) if args.whiten_advantages else per_answer)[segments]
+        advantage[of_known] = estimates
     sizes = list(map(len, columns[BEHAVIOR]))
     for name, column in {ADVANTAGES: advantage, **({} if ppo is None else {RETURNS: returns})}.items():
         columns[name] = [part.tolist() for part in column.split(sizes)]

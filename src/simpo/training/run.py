@@ -188,15 +188,17 @@ def training_identity(
 
     Data and models are identified by their contents rather than their location, a hub model by its name and revision.
     """
-    found: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
-    found |= {key: str(value) for key, value in (model.new_adapter | model.quantization).items()}
+    identity: Identity = {"model": model_digest(model), "dtype": model.dtype, "chat_template": data.chat_template}
+    identity |= {key: str(value) for key, value in (model.new_adapter | model.quantization).items()}
     if model.save_dtype is not None:
-        found["save_dtype"] = model.save_dtype
-    found["data/train"] = rows_digest(train)
-    found["data/eval"] = None if held_out is None else rows_digest(held_out)
+        identity["save_dtype"] = model.save_dtype
+    identity["data/train"] = rows_digest(train)
+    identity["data/eval"] = None if held_out is None else rows_digest(held_out)
     checkpoint = checkpoint_from_recipe(config)
-    found["resume_from_checkpoint"] = None if checkpoint is None else file_digest(Path(checkpoint) / manifest.FILE_NAME)
-    return found | settings_identity(config)
+    identity["resume_from_checkpoint"] = (
+        None if checkpoint is None else file_digest(Path(checkpoint) / manifest.FILE_NAME)
+    )
+    return identity | settings_identity(config)
 
 
 def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict[str, Dataset], dict[str, Prepared]]:
@@ -206,8 +208,8 @@ def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict
     """
     template = job.data.chat_template
     processing: Any = load_tokenizer(job.model, chat_template=template)  # a wrong name fails before data is read
-    found = zip(("train", "eval"), load_datasets(job.data), strict=True)
-    raw = {label: rows for label, rows in found if rows is not None}
+    datasets = zip(("train", "eval"), load_datasets(job.data), strict=True)
+    raw = {label: rows for label, rows in datasets if rows is not None}
     if kind.takes_images and any(map(has_images, raw.values())):
         processing = load_processor(job.model, chat_template=template)
     return processing, raw, {label: kind.prepare(rows, processing, job.config, label) for label, rows in raw.items()}
@@ -227,8 +229,8 @@ def _overlap(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) ->
             f"eval: {rows:,} of {count:,} held-out {noun} are also training {noun}, and {prompts:,} share a prompt "
             "with one"
         )
-    found = {"rows_in_train": rows, "prompts_in_train": prompts}
-    return [Metric(f"data/eval/{name}", value, n=count) for name, value in found.items()]
+    counts = {"rows_in_train": rows, "prompts_in_train": prompts}
+    return [Metric(f"data/eval/{name}", value, n=count) for name, value in counts.items()]
 
 
 def _check_ranks_agree(identity: Identity, config: Any) -> None:

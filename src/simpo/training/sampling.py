@@ -99,12 +99,12 @@ class VllmSampler:
     def sample(self, prompts: Sequence[list[int]], settings: SamplingSettings) -> list[list[Sampled]]:
         """Sample answers from the current weights and return them on every rank. Every rank must call this."""
         self._write_weights()
-        found: Any = None
+        records: Any = None
         if self._trainer.is_world_process_zero():
             self._load_weights()
             assert self._engine is not None
-            found = list(sample_chunks(self._engine, prompts, settings, missing_chunks(prompts, settings)))
-        return gather(from_main(found), len(prompts))
+            records = list(sample_chunks(self._engine, prompts, settings, missing_chunks(prompts, settings)))
+        return gather(from_main(records), len(prompts))
 
     def accepts(self, samples: Sequence[Sequence[Sampled]], logps: Sequence[Sequence[Sequence[float]]]) -> bool:
         """Return whether the last answers come from the current weights; if not, restart vLLM for the next ones.

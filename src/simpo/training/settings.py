@@ -306,11 +306,11 @@ Identity = dict[str, str | None]
 def settings_identity(config: Any) -> Identity:
     """Return every setting of a configuration that affects the result of training."""
     settings = config.to_dict() | getattr(config, "hyperparameters", {})  # hyperparameters with defaults filled in
-    found: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
+    identity: Identity = {"rows per step": str(config.per_device_train_batch_size * config.world_size)}
     for key, value in sorted(settings.items()):
         if key not in _NOT_IN_IDENTITY and not key.startswith(_NOT_IN_IDENTITY_PREFIXES):
-            found[key] = str(value)
-    return found
+            identity[key] = str(value)
+    return identity
 
 
 def checkpoint_from_recipe(config: Any) -> str | None:
@@ -321,10 +321,10 @@ def checkpoint_from_recipe(config: Any) -> str | None:
 
 def settings_of(*arguments: Any) -> dict[str, Any]:
     """Return every key and value of a recipe's dataclasses, for the run's record."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part in arguments:
-        found |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
-    return found
+        values |= part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+    return values
 
 
 # ---- Errors from transformers, accelerate or an optimizer about their settings, raised before anything starts.
