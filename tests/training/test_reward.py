@@ -198,7 +198,7 @@ def test_what_cannot_be_trained(make_model, make_reward_trainer, rankings, tmp_p
     with pytest.raises(SimpoError, match="GPT2LMHeadModel is not a reward model; load it with AutoModelForSequence"):
         make_reward_trainer(rankings, model=make_model("gpt2"))
     feedback = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "label": [True]})
-    with pytest.raises(SimpoError, match="reward models are trained on comparisons, but these rows are labeled"):
+    with pytest.raises(SimpoError, match="reward models need comparisons, but these rows are labeled"):
         RewardTrainer.prepare(feedback, None, RewardConfig(str(tmp_path), use_cpu=True), "train")
     for settings, said in (
         ({"truncation": "paper"}, "truncation: 'paper'"),

@@ -120,9 +120,8 @@ def _stages(before: Scores, after: Scores) -> Iterator[tuple[Stage, Scores]]:
 def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = False) -> list[Metric]:
     """Return the mean of every metric before and after training, over the rows it applies to.
 
-    For pairs, also test whether accuracy improved by more than chance. For single responses, also compute the area
-    under the ROC curve: the share of (desirable, undesirable) combinations where the desirable one has the larger
-    reward.
+    For pairs, also test whether accuracy improved by more than chance. For single responses, add the area under the
+    ROC curve: the share of (desirable, undesirable) combinations where the desirable one has the larger reward.
 
     Args:
         before: scores of the start model.

@@ -67,8 +67,7 @@ from simpo.training.value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-_PLACEHOLDER_TOKENS = 8  # length of each placeholder answer
-_VALUE_CHECK_ROWS = 2  # rows used to check the packed forward pass of the value function
+_PLACEHOLDER_TOKENS, _VALUE_CHECK_ROWS = 8, 2  # length of placeholder answers; rows a value network is checked on
 # For policy gradients: mean importance ratio, share of clipped tokens, entropy per token (exact if entropy_coef needs
 # it, otherwise estimated as the negative log-probability), and the loss of PPO's value function.
 _POLICY_NAMES = ("policy/ratio", "policy/clip_fraction", "policy/entropy", "value/loss")

@@ -76,9 +76,7 @@ class RewardTrainer(PackedTrainer):
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize comparisons; with margins, also add the column :data:`~simpo.training.batches.LEVELS`."""
         if is_feedback(dataset):
-            raise SimpoError(
-                f"{label}: reward models are trained on comparisons, but these rows are labeled single responses"
-            )
+            raise SimpoError(f"{label}: reward models need comparisons, but these rows are labeled single responses")
         prepared = prepare(dataset, tokenizer, args.tokenize_settings, label=label)
         rows = prepared.dataset
         check_rankings(rows, label)

@@ -142,8 +142,7 @@ class RolloutFiles:
     """The ``rollouts`` folder of a run: each rollout is sampled, scored and written once, and read again on resume.
 
     ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the start model, ``value`` PPO's
-    value function, ``engine`` samples answers (default: the recipe's engine), and ``loading`` is how the model was
-    loaded.
+    value function, ``engine`` samples answers (default: the recipe's), and ``loading`` is how the model was loaded.
     """
 
     def __init__(
