@@ -507,5 +507,5 @@ def test_single_responses_are_for_kto(judged, make_trainer, pairs):
         make_trainer(judged, objective="dpo")
     with pytest.raises(SimpoError, match="train: every row has the label true; both desirable"):
         make_trainer(judged.select([0, 3, 4]), objective="kto")
-    with pytest.raises(SimpoError, match="eval_dataset: must be comparisons or labeled single responses"):
+    with pytest.raises(SimpoError, match="eval_dataset: must hold comparisons or labeled single responses"):
         make_trainer(judged, objective="kto").evaluate(pairs(3))

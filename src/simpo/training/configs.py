@@ -360,7 +360,7 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
     )
     value_weight: float | None = setting(None, f"ppo: weight of the value loss (default: {PPO.value_weight}).", above=0)
     value_clip: float | None = setting(
-        None, f"ppo: most a value may move from its estimate in the rollout (default: {PPO.value_clip}).", above=0
+        None, f"ppo: how far a value may move from its estimate in the rollout (default: {PPO.value_clip}).", above=0
     )
     discount: float | None = setting(
         None, f"ppo: discount factor gamma of later rewards (default: {PPO.discount:g}).", least=0, most=1
