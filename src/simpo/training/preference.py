@@ -146,9 +146,7 @@ class PreferenceTrainer(PackedTrainer):
     def add_columns(self, rows: Dataset) -> Dataset:
         """Add the reference's log-probabilities if the objective needs them."""
         if ("label" in rows.column_names) != self._unpaired:
-            raise SimpoError(
-                "eval_dataset: must hold comparisons or labeled single responses, whichever train_dataset does"
-            )
+            raise SimpoError("eval_dataset: must hold comparisons or labeled single responses, as train_dataset does")
         return self._reference.add_logps(rows) if self._precomputed else rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
