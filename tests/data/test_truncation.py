@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from simpo.data.settings import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, TokenizeSettings, fit
+from simpo.data.settings import OVERLONG, PROMPT_CUT, RESPONSE_CUT, STILL_OVERLONG, TokenizeSettings, truncate
 from simpo.data.tokenizing import prepare
 from simpo.errors import SimpoError
 
@@ -18,47 +18,47 @@ def limits(max_length, max_prompt_length, **settings):
 
 @pytest.mark.parametrize("truncation", ["prompt", "drop", "paper"])
 def test_what_fits_is_left_alone(truncation):
-    assert fit(PROMPT, [SHORT, LONG], limits(20, 4, truncation=truncation), BOS) == (PROMPT, [SHORT, LONG], [])
+    assert truncate(PROMPT, [SHORT, LONG], limits(20, 4, truncation=truncation), BOS) == (PROMPT, [SHORT, LONG], [])
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("keep_end", [BOS, 16, 17, 18]), ("keep_start", [BOS, 10, 11, 12])])
 def test_prompt_is_cut_and_keeps_its_bos(mode, expected):
-    fitted = fit(PROMPT, [SHORT, LONG], limits(19, 4, truncation_mode=mode), BOS)
-    assert fitted == (expected, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
+    truncated = truncate(PROMPT, [SHORT, LONG], limits(19, 4, truncation_mode=mode), BOS)
+    assert truncated == (expected, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
 
 
 @pytest.mark.parametrize("truncation", ["prompt", "paper"])
 def test_a_comparison_that_fits_exactly_after_its_prompt_is_cut_is_kept_whole(truncation):
     """Four tokens of the prompt and ten of the response: one token less of room drops or cuts it."""
     prompt = PROMPT[-4:] if truncation == "paper" else [BOS, *PROMPT[-3:]]
-    exact = fit(PROMPT, [SHORT, LONG], limits(14, 4, truncation=truncation), BOS)
+    exact = truncate(PROMPT, [SHORT, LONG], limits(14, 4, truncation=truncation), BOS)
     assert exact == (prompt, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
-    assert fit(PROMPT, [SHORT, LONG], limits(13, 4, truncation=truncation), BOS) != exact
+    assert truncate(PROMPT, [SHORT, LONG], limits(13, 4, truncation=truncation), BOS) != exact
 
 
 def test_prompt_without_bos_keeps_its_end():
-    assert fit(PROMPT[1:], [SHORT, LONG], limits(18, 4), None)[0] == PROMPT[-4:]
+    assert truncate(PROMPT[1:], [SHORT, LONG], limits(18, 4), None)[0] == PROMPT[-4:]
 
 
 def test_responses_that_still_do_not_fit_drop_the_comparison():
-    fitted = fit(PROMPT, [SHORT, LONG], limits(13, 4), BOS)
-    assert fitted == (PROMPT, [SHORT, LONG], [f"dropped: {STILL_OVERLONG}"])
+    truncated = truncate(PROMPT, [SHORT, LONG], limits(13, 4), BOS)
+    assert truncated == (PROMPT, [SHORT, LONG], [f"dropped: {STILL_OVERLONG}"])
 
 
 def test_drop_cuts_nothing():
-    fitted = fit(PROMPT, [SHORT, LONG], limits(19, 4, truncation="drop"), BOS)
-    assert fitted == (PROMPT, [SHORT, LONG], [f"dropped: {OVERLONG}"])
+    truncated = truncate(PROMPT, [SHORT, LONG], limits(19, 4, truncation="drop"), BOS)
+    assert truncated == (PROMPT, [SHORT, LONG], [f"dropped: {OVERLONG}"])
 
 
 def test_paper_cuts_both_responses_without_their_end():
     """max_length - max_prompt_length tokens stay of each; the prompt keeps its end and loses its BOS."""
-    fitted = fit(PROMPT, [SHORT, LONG], limits(12, 4, truncation="paper"), BOS)
-    assert fitted == (PROMPT[-4:], [SHORT, LONG[:8]], [f"cut: {PROMPT_CUT}", f"cut: {RESPONSE_CUT}"])
+    truncated = truncate(PROMPT, [SHORT, LONG], limits(12, 4, truncation="paper"), BOS)
+    assert truncated == (PROMPT[-4:], [SHORT, LONG[:8]], [f"cut: {PROMPT_CUT}", f"cut: {RESPONSE_CUT}"])
 
 
 def test_paper_with_a_short_prompt_cuts_responses_only():
-    fitted = fit(PROMPT[:3], [LONG, SHORT], limits(12, 4, truncation="paper"), BOS)
-    assert fitted == (PROMPT[:3], [LONG[:8], SHORT], [f"cut: {RESPONSE_CUT}"])
+    truncated = truncate(PROMPT[:3], [LONG, SHORT], limits(12, 4, truncation="paper"), BOS)
+    assert truncated == (PROMPT[:3], [LONG[:8], SHORT], [f"cut: {RESPONSE_CUT}"])
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def _is_included(name: str, metadata: Mapping[str, Any]) -> bool:
     return (not only or name in only) and name not in metadata.get("without", ())
 
 
-def fit(setting: Setting, annotation: Any) -> Any:
+def convert_setting(setting: Setting, annotation: Any) -> Any:
     """Convert a setting's value to its field's type; raise :class:`SimpoError` if it does not fit."""
     try:
         return coerce(setting.value, annotation)

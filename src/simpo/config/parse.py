@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from simpo.config.fields import Key, Setting, accepts, build, check_installed, describe, fit, keys_of
+from simpo.config.fields import Key, Setting, accepts, build, check_installed, convert_setting, describe, keys_of
 from simpo.config.foreign import known_spellings, objective_mistakes, paper_settings, resolve
 from simpo.errors import CombinedError, SimpoError, third_party
 
@@ -351,7 +351,7 @@ def parse_settings(
     values = {}
     for name, setting in settings.items():
         try:
-            values[name] = fit(setting, keys[name].annotation)
+            values[name] = convert_setting(setting, keys[name].annotation)
             if name == "report_to":
                 check_installed(values[name], setting.label)
         except SimpoError as error:

@@ -138,7 +138,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RenderSettings) -> None:
         self._tokenizer, self._settings = tokenizer, settings
         self.source = template_of(tokenizer)
-        if unread := self.unread(settings.chat_template_kwargs):
+        if unread := self.unread_variables(settings.chat_template_kwargs):
             known = ", ".join(sorted(self.variables)) or "none"
             raise SimpoError(f"chat_template_kwargs: the chat template never reads {unread[0]!r}; it reads {known}")
 
@@ -157,7 +157,7 @@ class ChatTemplate:
                 raise BadRow(NO_SYSTEM_ROLE) from refused
             raise
 
-    def unread(self, kwargs: Mapping[str, Any]) -> list[str]:
+    def unread_variables(self, kwargs: Mapping[str, Any]) -> list[str]:
         """Return the names of variables that the template never reads."""
         return [name for name in kwargs if name not in self.variables] if kwargs else []
 
@@ -197,7 +197,7 @@ class ChatTemplate:
         texts += [node.data for node in self._syntax_tree.find_all(nodes.TemplateData)]
         return frozenset("".join(found) for text in texts for found in _NAMED_ROLE.findall(text))
 
-    def shows(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
+    def renders(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
         """Whether the template accepts the messages and its output contains all of the texts."""
         try:
             rendered = self.render(messages, context or Context())
@@ -249,10 +249,10 @@ class ChatTemplate:
         first, second, _ = _SENTINELS
         parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}
         tool = {"type": "function", "function": {"name": first, "description": first, "parameters": parameters}}
-        return self.shows(_user_turn(second), [first], Context([tool]))
+        return self.renders(_user_turn(second), [first], Context([tool]))
 
     @cached_property
-    def renders_calls(self) -> bool:
+    def renders_tool_calls(self) -> bool:
         """Whether it renders tool calls."""
         return self._call_form is not None
 
@@ -376,7 +376,7 @@ class EndOfTurn:
     tail: str = ""  # everything that the template writes after the content of a final assistant message
 
     @property
-    def kept(self) -> str:
+    def response_suffix(self) -> str:
         """The part of ``tail`` before the end-of-turn token; it belongs to the response."""
         return self.tail.partition(self.text)[0] if self.text in self.tail else ""
 
@@ -432,7 +432,7 @@ _ENDS = (
 _MARKUP = re.compile(r"\w\W|\W\w")
 
 
-class GivenAnswers:
+class AnswerNormalizer:
     """Normalizes answers from the data for one tokenizer, whose template ends a turn with ``end``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> None:
@@ -445,7 +445,7 @@ class GivenAnswers:
         texts = {*_ENDS, *(text for text in own if text and _MARKUP.search(text))} - {end.text}
         self._unexpected = re.compile(rf"({'|'.join(map(re.escape, sorted(texts)))})\s*\Z")
 
-    def text(self, content: str) -> str:
+    def normalize(self, content: str) -> str:
         """Strip an end of turn that the answer already includes, because one is added later.
 
         Raises:

@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 from simpo.data.messages import (
-    ASKING,
     CONTEXT_COLUMNS,
     IMAGE,
     IMAGE_IN_TEXT,
+    PROMPTING_ROLES,
     ROLES,
     TRAIN,
     Context,
@@ -198,7 +198,7 @@ def _split_conversations(
     shared = next((i for i in range(shared) if any(other[i] != first[i] for other in conversations)), shared)
     if any(len(conversation) != shared + 1 for conversation in conversations):
         raise BadRow("the conversations differ in more than their last message")
-    if not shared or first[shared - 1]["role"] not in ASKING:
+    if not shared or first[shared - 1]["role"] not in PROMPTING_ROLES:
         raise BadRow("the prompt does not end with a user message")
     return first[:shared], tuple(conversation[-1] for conversation in conversations)
 
@@ -261,7 +261,7 @@ def _split_turns(
     if not first and not prompt:
         raise BadRow("the conversation starts with an assistant message")
     for before, message in pairwise(messages[max(0, len(prompt) - 1) :]):
-        if message["role"] == "assistant" and before["role"] not in ASKING:
+        if message["role"] == "assistant" and before["role"] not in PROMPTING_ROLES:
             raise BadRow("an assistant message does not follow a user or tool message")
     learned = [
         i
@@ -295,7 +295,7 @@ def read_prompt(
         return replace(comparison, responses=(), scores=None)
     if "messages" in row:
         name, messages = "messages", _read_dialogue(row["messages"], roles)
-        asking = [i for i, message in enumerate(messages) if message["role"] in ASKING]
+        asking = [i for i, message in enumerate(messages) if message["role"] in PROMPTING_ROLES]
         if not asking:
             raise BadRow("no user message")
         value: Any = drop_train_key(messages[: asking[-1] + 1])
@@ -303,7 +303,7 @@ def read_prompt(
         name, value = "prompt", row["prompt"]
         if isinstance(value, list):
             value = drop_train_key(read_messages(value, "prompt", images=True, roles=roles))
-            if value[-1]["role"] not in ASKING:
+            if value[-1]["role"] not in PROMPTING_ROLES:
                 raise BadRow("the prompt does not end with a user message")
         elif not isinstance(value, str):
             raise BadRow(f"prompt is {kind_of(value)}, not text or messages")

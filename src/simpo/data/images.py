@@ -51,7 +51,7 @@ class ImageReader:
 
     # ---- From the cells of a row to text.
 
-    def illustrated(self, found: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
+    def insert_images(self, found: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
         """Write a row's images into its rendered texts.
 
         Args:

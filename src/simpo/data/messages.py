@@ -20,7 +20,7 @@ Message = dict[str, Any]
 Response = str | Message
 
 # Roles whose messages the assistant answers.
-ASKING = ("user", "tool")
+PROMPTING_ROLES = ("user", "tool")
 # Keys that may hold a message's reasoning; chat templates differ in which one they read.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Roles that are always accepted; a chat template may name others.

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from simpo.data.chat_template import (
     NO_SYSTEM_ROLE,
     SENTINEL,
+    AnswerNormalizer,
     ChatTemplate,
     EndOfTurn,
-    GivenAnswers,
     as_object,
     end_of_turn,
 )
@@ -138,8 +138,8 @@ class Renderer:
         self.notices: list[str] = []
         self.roles = frozenset(ROLES)
         self.options: set[str] = set()
-        self._given = GivenAnswers(tokenizer, self.end)
-        self._cutter: _AnswerCutter | None = None
+        self._normalizer = AnswerNormalizer(tokenizer, self.end)
+        self._extractor: _AnswerExtractor | None = None
         self._insert_system = False
         if not tokenizer.chat_template:
             if self._settings != RenderSettings():
@@ -151,18 +151,18 @@ class Renderer:
             self.options = template.options
             added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
             tokens = {token.content: number for number, token in added if literal.pattern.fullmatch(token.content)}
-            self._cutter = _AnswerCutter(template, self.end, tokens)
+            self._extractor = _AnswerExtractor(template, self.end, tokens)
             # Same condition as in the paper's code.
             self._insert_system = insert_system and ("system" in template.source or "<|im_start|>" in template.source)
 
     def render(self, comparison: Comparison) -> Rendered:
         """Render one comparison."""
-        if self._cutter is None:
+        if self._extractor is None:
             return self._as_text(comparison)
-        template = self._cutter.template
-        opening, following, context, marker = self._chat(comparison, template)
+        template = self._extractor.template
+        opening, following, context, marker = self._prepare_messages(comparison, template)
         prompt = template.render(opening, context, generation_prompt=not self._paper)
-        answer = self._cutter.as_paper if self._paper else self._cutter.answer
+        answer = self._extractor.paper_answer if self._paper else self._extractor.answer
         answers = tuple(answer(prompt, opening, message, context) for message in following)
         conversations = [[*opening, message] for message in following] or [opening]
         return Rendered(prompt, answers, marker, _status(template, prompt, opening, conversations, context, answers))
@@ -171,16 +171,16 @@ class Renderer:
         """Render one conversation as one sequence, or as one per answer if the template renders earlier answers
         differently from what generation should produce.
         """
-        if self._cutter is None:
+        if self._extractor is None:
             text = self._as_text(conversation)
             return [RenderedTurns(text.prompt, text.answers, status=text.status)]
-        template = self._cutter.template
-        opening, rest, context, marker = self._chat(conversation, template)
+        template = self._extractor.template
+        opening, rest, context, marker = self._prepare_messages(conversation, template)
         messages = [*opening, *rest]
         answers = []
         for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
             prompt = template.render(messages[:i], context, generation_prompt=True)
-            answers.append(self._cutter.answer(prompt, messages[:i], messages[i], context))
+            answers.append(self._extractor.answer(prompt, messages[:i], messages[i], context))
         status = _status(template, answers[-1].prompt, messages[:i], [messages], context, answers)
         *earlier, last = answers
         if not earlier or (
@@ -203,13 +203,13 @@ class Renderer:
             )
         if context.columns:
             raise BadRow(f"the row has {next(iter(context.columns))}, but the tokenizer has no chat template")
-        texts = [self._given.text(str(text)) for text in comparison.responses]
+        texts = [self._normalizer.normalize(str(text)) for text in comparison.responses]
         if not all(text.strip() for text in texts):
             raise BadRow(_EMPTY)
         answers = tuple(Answer(prompt, text, self.end) for text in texts)
         return Rendered(prompt, answers, status=tuple(f"ignored: column {name!r}" for name in context.without_effect))
 
-    def _chat(
+    def _prepare_messages(
         self, comparison: Comparison, template: ChatTemplate
     ) -> tuple[list[Message], list[Message], Context, str | None]:
         """Return the messages of the prompt and those after it, the context, and the marker of special-token text."""
@@ -219,7 +219,7 @@ class Renderer:
         if self._insert_system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": ""}, *opening]
         size = len(opening)
-        messages = [template.with_arguments(self._as_given(message)) for message in (*opening, *following)]
+        messages = [template.with_arguments(self._strip_end_of_turn(message)) for message in (*opening, *following)]
         for message in messages[size:]:
             content = message["content"]
             opens = self._whole_answers and "</think>" in template.source and content.lstrip().startswith("<think>")
@@ -244,11 +244,11 @@ class Renderer:
             context = replace(context, tools=mark(context.tools, marker))
         return messages[:size], messages[size:], context, marker
 
-    def _as_given(self, message: Message) -> Message:
+    def _strip_end_of_turn(self, message: Message) -> Message:
         """Return a message, without the end of turn that an assistant's content may include."""
         if message["role"] != "assistant":
             return message
-        return {**message, "content": self._given.text(message["content"])}
+        return {**message, "content": self._normalizer.normalize(message["content"])}
 
 
 def _fold_system_messages(messages: list[Message]) -> list[Message]:
@@ -266,7 +266,7 @@ def _fold_system_messages(messages: list[Message]) -> list[Message]:
 # ---- Extracting the assistant's turn from a rendered conversation.
 
 
-class _AnswerCutter:
+class _AnswerExtractor:
     """Extracts answers from rendered conversations; ``tokens`` maps structural tokens to ids, longest first."""
 
     def __init__(self, template: ChatTemplate, end: EndOfTurn, tokens: Mapping[str, int]) -> None:
@@ -288,7 +288,7 @@ class _AnswerCutter:
                 return Answer(prompt, text, end, whole, status)
         raise reasons[0]
 
-    def as_paper(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
+    def paper_answer(self, prompt: str, before: list[Message], message: Message, context: Context) -> Answer:
         """Return everything after ``prompt``, as in the paper's code."""
         whole = self.template.render([*before, message], context)
         if not whole.startswith(prompt):
@@ -402,7 +402,7 @@ class _AnswerCutter:
         Templates format arguments differently, so the calls are rendered again with arguments that every template
         writes the same way.
         """
-        if not self.template.renders_calls:
+        if not self.template.renders_tool_calls:
             raise BadRow("the chat template does not render tool calls")
         known, wanted = [], []
         for number, call in enumerate(calls):
@@ -438,7 +438,9 @@ def _status(
     rendered. ``conversations`` holds all messages of each of the row's conversations.
     """
     found = [f"column {name!r}, which has no effect" for name in context.without_effect]
-    found += [f"variable {name!r}, which the chat template never reads" for name in template.unread(context.kwargs)]
+    found += [
+        f"variable {name!r}, which the chat template never reads" for name in template.unread_variables(context.kwargs)
+    ]
     if context.tools and not template.reads_tools:
         found.append("tools, which the chat template does not render")
     for place, message in enumerate(asked):
@@ -448,7 +450,7 @@ def _status(
                 found.append("reasoning of earlier turns, which the chat template drops")
             if content.strip() not in prompt:
                 found.append("content of earlier answers, which the chat template drops")
-            if message.get("tool_calls") and not template.renders_calls:
+            if message.get("tool_calls") and not template.renders_tool_calls:
                 found.append("tool calls, which the chat template does not render")
         elif not _is_rendered(template, prompt, asked, place, context):
             if message["role"] == "system" and not template.has_system_role:
@@ -470,7 +472,7 @@ def _is_rendered(
     written = [max(map(prompt.count, (text, json.dumps(text, ensure_ascii=False)[1:-1]))) for text in texts]
     if all(found >= wanted for found, wanted in zip(written, counts, strict=True)):
         return True
-    return template.shows(_replaced(messages, place, {**messages[place], "content": SENTINEL}), [SENTINEL], context)
+    return template.renders(_replaced(messages, place, {**messages[place], "content": SENTINEL}), [SENTINEL], context)
 
 
 def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: Context) -> Iterator[str]:

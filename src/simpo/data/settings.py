@@ -101,7 +101,7 @@ OVERLONG = "longer than max_length"
 STILL_OVERLONG = "longer than max_length even after its prompt is cut"
 
 
-def fit(
+def truncate(
     prompt: list[int], responses: list[list[int]], settings: TokenizeSettings, bos: int | None
 ) -> tuple[list[int], list[list[int]], list[str]]:
     """Truncate or drop one comparison according to the settings.
@@ -122,38 +122,38 @@ def fit(
     if settings.truncation == "drop":
         return prompt, responses, [f"dropped: {OVERLONG}"]
     limit = settings.prompt_limit
-    kept = prompt
+    shortened = prompt
     if len(prompt) > limit:
         if settings.truncation_mode == "keep_start":
-            kept = prompt[:limit]
+            shortened = prompt[:limit]
         elif settings.truncation != "paper" and bos is not None and prompt[0] == bos:
-            kept = [bos, *prompt[len(prompt) - limit + 1 :]]
+            shortened = [bos, *prompt[len(prompt) - limit + 1 :]]
         else:
-            kept = prompt[-limit:]
-    cut = [f"cut: {PROMPT_CUT}"] if len(kept) < len(prompt) else []
-    if len(kept) + longest <= settings.max_length:
-        return kept, responses, cut
+            shortened = prompt[-limit:]
+    cut = [f"cut: {PROMPT_CUT}"] if len(shortened) < len(prompt) else []
+    if len(shortened) + longest <= settings.max_length:
+        return shortened, responses, cut
     if settings.truncation == "prompt":
         return prompt, responses, [f"dropped: {STILL_OVERLONG}"]
     room = settings.max_length - limit  # shorter than the longest response
-    return kept, [response[:room] for response in responses], [*cut, f"cut: {RESPONSE_CUT}"]
+    return shortened, [response[:room] for response in responses], [*cut, f"cut: {RESPONSE_CUT}"]
 
 
-def fit_turns(
+def truncate_turns(
     prompt: list[int], response: list[int], ends: Sequence[int], settings: TokenizeSettings, bos: int | None
 ) -> tuple[list[int], list[list[int]], list[str]]:
     """Truncate or drop one conversation according to the settings.
 
     Keeps as many of the assistant's turns as fit, from the first one on. If not even the first one fits, it is
-    truncated or dropped like a response in :func:`fit`.
+    truncated or dropped like a response in :func:`truncate`.
 
     ``response`` holds the ids of everything after the prompt up to the end of the last answer, ``ends`` the position in
-    it where each answer ends. Everything else is as in :func:`fit`, with a single response.
+    it where each answer ends. Everything else is as in :func:`truncate`, with a single response.
     """
     if settings.truncation == "drop":
-        return fit(prompt, [response], settings, bos)
+        return truncate(prompt, [response], settings, bos)
     end = max((end for end in ends if len(prompt) + end <= settings.max_length), default=ends[0])
-    kept, responses, status = fit(prompt, [response[:end]], settings, bos)
+    shortened, responses, status = truncate(prompt, [response[:end]], settings, bos)
     if end < len(response) and not any(entry.startswith("dropped: ") for entry in status):
         status = [f"cut: {TURNS_CUT}", *status]
-    return kept, responses, status
+    return shortened, responses, status

@@ -49,7 +49,7 @@ from simpo.data.rows import (
     rows_of,
     undecoded,
 )
-from simpo.data.settings import PROMPT_CUT, TURNS_CUT, TokenizeSettings, fit, fit_turns
+from simpo.data.settings import PROMPT_CUT, TURNS_CUT, TokenizeSettings, truncate, truncate_turns
 from simpo.data.shapes import FOREIGN_SHAPES, canonical, check_not_rendered, first_canonical
 from simpo.data.verification import cached, check_tokenized, map_cache_file
 from simpo.errors import SimpoError
@@ -287,7 +287,7 @@ class Tokenization(ABC):
             found = self.render(content)
             for rendered in found:
                 check_unicode("".join(rendered.texts))
-            illustrated = self.images.illustrated(found, images) if self.images else [(one, {}) for one in found]
+            illustrated = self.images.insert_images(found, images) if self.images else [(one, {}) for one in found]
         except BadRow as bad:
             return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
@@ -330,7 +330,7 @@ class Comparisons(Tokenization):
             responses.append(response if response[-1:] == [end] else [*response, end])
         if len(set(map(tuple, responses))) < len(responses):
             raise BadRow("identical responses")
-        prompt, responses, status = fit(prompt, responses, self.settings, self.bos)
+        prompt, responses, status = truncate(prompt, responses, self.settings, self.bos)
         return {"prompt_ids": prompt, "response_ids": responses}, status
 
 
@@ -384,7 +384,7 @@ class Conversations(Tokenization):
             response += [*own, answer.end.token_id, *rest]
             scored += [True] * (len(own) + 1) + [False] * len(rest)
             ends.append(len(response) - len(rest))
-        prompt, (kept,), status = fit_turns(prompt, response, ends, self.settings, self.bos)
+        prompt, (kept,), status = truncate_turns(prompt, response, ends, self.settings, self.bos)
         return {"prompt_ids": prompt, "response_ids": [kept], "scored": [scored[: len(kept)]]}, status
 
 

@@ -38,7 +38,7 @@ class ResponseText:
         end = end_of_turn(tokenizer)
         special = {one for one in tokenizer.all_special_ids if not marks_thinking(tokenizer.convert_ids_to_tokens(one))}
         self._special = special | {end.token_id}
-        self._before, self._after = _written_before(tokenizer), end.kept
+        self._before, self._after = _written_before(tokenizer), end.response_suffix
 
     def decode(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Text of the response ``ids`` to ``prompt``."""

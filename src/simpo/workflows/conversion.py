@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from simpo.config.fields import Key, Setting, coerce, fit, keys_of
+from simpo.config.fields import Key, Setting, coerce, convert_setting, keys_of
 from simpo.config.foreign import is_off, known_spellings, reject
 from simpo.config.parse import read_file
 from simpo.errors import CombinedError, SimpoError
@@ -414,7 +414,7 @@ def _translate(
             continue
         if name not in keys:
             raise ValueError(f"means {name}, which this command does not have")
-        parsed = fit(Setting(name, ours, None, name), keys[name].annotation)
+        parsed = convert_setting(Setting(name, ours, None, name), keys[name].annotation)
         allowed, why = UNSUPPORTED.get(name, (parsed, ""))
         if parsed != allowed and (parsed or allowed is True):
             raise ValueError(f"not supported ({why})")
