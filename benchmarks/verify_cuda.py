@@ -184,14 +184,14 @@ def _packed(kind: str, dtype: str, batch: PackedBatch, *, checkpointing: bool) -
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     used: set[str] = set()
-    choose = kernels.choose
+    choose = kernels.choose_kernel
 
     def spy(*args: object) -> kernels.Kernel | None:
         kernel = choose(*args)
         used.add("segments" if kernel is None else kernel.__name__)
         return kernel
 
-    with mock.patch.object(kernels, "choose", spy):
+    with mock.patch.object(kernels, "choose_kernel", spy):
         found = _result(model, policy_logprobs(model, batch, path="packed"))
     return found, ", ".join(sorted(used)) or "segments"
 

@@ -113,9 +113,9 @@ def test_mistakes_end_in_one_line_and_leave_nothing(base, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     for given, folder, message in [
         (base, "merged", "is not an adapter: it has no adapter_config.json"),
-        (adapter, "there", "exists already; name a new folder"),
+        (adapter, "there", "already exists; choose a new folder"),
         (lost, "merged", "is an adapter whose base model is missing: there is no folder '/nowhere/model'"),
-        (half_tied, "merged", "which are one matrix in this model"),
+        (half_tied, "merged", "which share their weights in this model"),
         (tmp_path / "nothing", "merged", "there is no folder"),
     ]:
         assert cli.main(["merge", str(given), f"--output_dir={tmp_path / folder}"]) == 2

@@ -101,7 +101,7 @@ def test_a_reward_is_read_at_the_end_of_turn(write_classifier):
 
 
 def test_models_that_are_not_reward_models(chat_world, write_classifier):
-    with pytest.raises(SimpoError, match=r"not a reward model: its files have no score\.weight"):
+    with pytest.raises(SimpoError, match=r"not a reward model: its files contain no score\.weight"):
         make_scorer(f"reward:{chat_world / 'model'}", JudgeOptions()).score(ROWS)
     with pytest.raises(SimpoError, match="3 labels"):
         make_scorer(f"reward:{write_classifier(3)}", JudgeOptions()).score(ROWS)
@@ -197,13 +197,13 @@ def test_a_model_of_several_objectives_uses_its_own_score(write_gated):
             last = len(ids) - 1 - ids[::-1].index(gate)
             shares = (weights["gate.weight"] @ states[last] + weights["gate.bias"]).softmax(-1)
             assert score == pytest.approx(float(shares @ rewards), abs=1e-5)
-    with pytest.raises(SimpoError, match="it needs custom code; read it, and allow it with trust_remote_code"):
+    with pytest.raises(SimpoError, match="it needs custom code; review it, then allow it with trust_remote_code"):
         make_scorer(f"reward:{folder}", JudgeOptions()).score(ROWS)
 
 
 def test_several_objectives_without_a_score_are_refused(write_gated):
     folder, *_ = write_gated(weighs=False)
-    with pytest.raises(SimpoError, match="it has 19 labels and its code gives no single score"):
+    with pytest.raises(SimpoError, match="it has 19 labels and its code returns no single score"):
         make_scorer(f"reward:{folder}", JudgeOptions(trust_remote_code=True)).score(ROWS)
 
 

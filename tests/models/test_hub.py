@@ -67,7 +67,7 @@ def test_the_repository_has_the_model_byte_for_byte_and_nothing_else(run, hub, c
 
 def test_a_public_repository_gets_nothing_that_is_to_be_private(run, hub):
     hub.private = False
-    with pytest.raises(SimpoError, match="someone/model: private: this repository exists and is public"):
+    with pytest.raises(SimpoError, match="someone/model: private: this repository already exists and is public"):
         push(run, "--private")
     assert (hub.puts, hub.commits) == ([], 0)
 
@@ -93,7 +93,7 @@ def test_an_interrupted_upload_commits_nothing_and_continues(run, hub):
 
 def test_a_token_without_permission(run, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    with pytest.raises(SimpoError, match=r"someone/model: the token may not write there \(403\)") as error:
+    with pytest.raises(SimpoError, match=r"someone/model: the token has no write access \(403\)") as error:
         push(run)
     assert "hf_reader" not in str(error.value)
     assert hub.commits == 0
@@ -102,7 +102,7 @@ def test_a_token_without_permission(run, hub, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a/b/c"], "'a/b/c' is not the id of a repository"),
+        (["a/b/c"], "'a/b/c' is not a repository id"),
         (["someone/model", "--include", "*.csv"], "include: '\\*.csv' matches no file"),
         (["someone/model", "--include", "../*"], "include: '../\\*' does not name files inside"),
         (["someone/model", "--include", "/etc/passwd"], "include: '/etc/passwd' does not name files inside"),
@@ -117,7 +117,7 @@ def test_what_is_refused(arguments, message, run, monkeypatch):
 def test_without_a_token(run, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(SimpoError, match="there is no token for the hub; set HF_TOKEN"):
+    with pytest.raises(SimpoError, match="no token for the hub; set HF_TOKEN"):
         push(run)
 
 
@@ -128,7 +128,7 @@ def test_folders_that_are_not_models(run, tmp_path):
     with pytest.raises(SimpoError, match=r"damaged \(model.safetensors: 7 bytes instead of 10,240"):
         files_to_push(run)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SimpoError, match="there is no model in it"):
+    with pytest.raises(SimpoError, match="contains no model"):
         files_to_push(tmp_path / "empty")
 
 

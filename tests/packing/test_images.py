@@ -172,7 +172,7 @@ def test_the_check_sees_attention_that_is_not_the_models(rows, caplog):
     model.model.language_model.register_forward_pre_hook(_without_blocks, with_kwargs=True)
     found = policy_logprobs(model, batch)
     assert state_of(model).path == "padded"
-    assert "images are not handed to a forward with a cache" in caplog.text
+    assert "images cannot be combined with a cache" in caplog.text
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -190,12 +190,12 @@ def test_inputs_are_those_of_the_processor(kind):
     one = make_row(processor, processor.image_token, [picture(40, 24)], ["a"])
     twice = processor(text=[processor.image_token * 2], images=[picture(40, 24)] * 2, return_tensors="pt")
     check_image_inputs(model, one.comparison.images[0], twice)
-    with pytest.raises(SimpoError, match="not supported: its input"):
+    with pytest.raises(SimpoError, match="not supported: pixel_mask would differ"):
         check_image_inputs(model, one.comparison.images[0], {**twice, "pixel_mask": torch.ones(2, 2)})
 
 
 def test_a_model_of_text_takes_no_images(make_model):
-    with pytest.raises(SimpoError, match="LlamaForCausalLM takes none"):
+    with pytest.raises(SimpoError, match="LlamaForCausalLM takes no images"):
         check_image_inputs(make_model("llama"), {}, {})
 
 

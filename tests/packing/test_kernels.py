@@ -181,13 +181,13 @@ def broken(query, key, value, layout, style):
 
 def agrees(kernel, dtype=torch.float32, window=16, softcap=None, sinks=False) -> bool:
     style = AttentionStyle(0.25, window, softcap)
-    return kernels._agrees(kernel, torch.device("cpu"), dtype, (4, 2, 16), style, sinks)
+    return kernels._is_correct(kernel, torch.device("cpu"), dtype, (4, 2, 16), style, sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (16, None, False), (16, 2.0, True)])
 def test_the_definition_agrees_with_itself(dtype, window, softcap, sinks, caplog):
-    kernels._agrees.cache_clear()
+    kernels._is_correct.cache_clear()
     with caplog.at_level(logging.WARNING, "simpo"):
         assert agrees(by_segment, dtype, window, softcap, sinks)
     assert not caplog.records
@@ -201,13 +201,13 @@ def test_the_definition_agrees_with_itself(dtype, window, softcap, sinks, caplog
         (top_left, "output"),
         (windowless, "output"),
         (sinkless, "output"),
-        (half_a_gradient, "disagrees in d_key;"),
+        (half_a_gradient, "has wrong d_key;"),
         (not_a_number, "output"),
         (broken, "no such kernel on this device"),
     ],
 )
 def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
-    kernels._agrees.cache_clear()
+    kernels._is_correct.cache_clear()
     with caplog.at_level(logging.WARNING, "simpo"):
         assert not agrees(kernel, dtype, sinks=kernel is sinkless)
         assert not agrees(kernel, dtype, sinks=kernel is sinkless)
@@ -228,21 +228,21 @@ def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
     ],
 )
 def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
-    assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
+    assert kernels.choose_kernel(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "_agrees", lambda *_: True)
-    kernel = kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style))
+    monkeypatch.setattr(kernels, "_is_correct", lambda *_: True)
+    kernel = kernels.choose_kernel(*inputs(2, dtype), AttentionStyle(SCALE, **style))
     assert (kernel and kernel.__name__) == expected
-    monkeypatch.setattr(kernels, "_agrees", lambda *_: False)
-    assert kernels.choose(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None
+    monkeypatch.setattr(kernels, "_is_correct", lambda *_: False)
+    assert kernels.choose_kernel(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None
 
 
 def test_the_check_uses_a_window_that_matters(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
-    monkeypatch.setattr(kernels, "_agrees", lambda *arguments: asked.append(arguments[4].window))
+    monkeypatch.setattr(kernels, "_is_correct", lambda *arguments: asked.append(arguments[4].window))
     for window in (None, 4, 4096):
-        kernels.choose(*inputs(2, torch.bfloat16), AttentionStyle(SCALE, window))
+        kernels.choose_kernel(*inputs(2, torch.bfloat16), AttentionStyle(SCALE, window))
     assert asked == [None, 4, 24]
 
 

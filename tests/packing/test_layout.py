@@ -179,7 +179,7 @@ def test_empty_parts_are_refused_by_name(prompt, responses, named):
     [
         ([[True]], "1 masks for 2 responses"),
         ([[True], [True]], r"scored\[1\] has 1 entries for 2 tokens"),
-        ([[True], [False, False]], r"scored\[1\] leaves no token"),
+        ([[True], [False, False]], r"scored\[1\] selects no token"),
     ],
 )
 def test_masks_of_another_shape_are_refused_by_name(scored, named):
@@ -197,5 +197,5 @@ def test_lengths_of_a_comparison():
 def test_impossible_batches_are_refused(comparisons):
     with pytest.raises(ValueError, match="at least one"):
         PackedBatch.build([])
-    with pytest.raises(ValueError, match="4 comparisons with 3 weights"):
+    with pytest.raises(ValueError, match="4 comparisons, but 3 weights"):
         PackedBatch.build(comparisons, [1.0] * 3)

@@ -301,7 +301,7 @@ def test_attention_is_in_autocasts_type(make_model, comparisons, monkeypatch):
     batch = PackedBatch.build(comparisons)
     policy_logprobs(model, batch)
     seen = set()
-    monkeypatch.setattr(attention, "choose", lambda *states_and_style: seen.add(states_and_style[:3]))
+    monkeypatch.setattr(attention, "choose_kernel", lambda *states_and_style: seen.add(states_and_style[:3]))
     with torch.autocast("cpu", torch.bfloat16):
         policy_logprobs(model, batch)
     assert {state.dtype for states in seen for state in states} == {torch.bfloat16}

@@ -136,7 +136,7 @@ def test_heads_of_other_kinds_are_the_models_own(kind, make_reward_model, answer
     with caplog.at_level(logging.WARNING, "simpo"):
         found = score_answers(model, answers)
     assert (state_of(model).path, state_of(model).fused_head) == ("padded", False)
-    assert "every response has a forward of its own" in caplog.text
+    assert "every response gets its own forward" in caplog.text
     sequences = [torch.tensor([one.prompt_ids + ids]) for one in answers for ids in one.response_ids]
     model.config.pad_token_id = None
     torch.testing.assert_close(found, torch.stack([model(input_ids=ids).logits[0, 0] for ids in sequences]))

@@ -65,7 +65,7 @@ def test_of_one_sequence_it_is_what_the_model_adds_to_its_loss():
 
 
 def test_rows_by_themselves():
-    """Where padding changes a model's numbers, every response has a forward of its own."""
+    """Where padding changes a model's numbers, every response gets its own forward."""
     model, rows = build("qwen3_moe"), comparisons()
     batch = PackedBatch.build(rows)
     choose_path(model, batch)

@@ -149,7 +149,7 @@ class _Forgetful(LlamaAttention):
 
 
 class ForgetfulLlama(hf.LlamaForCausalLM):
-    """One layer of three does not hand the layout on."""
+    """The layout does not reach the attention of one layer in three."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -222,11 +222,11 @@ class StrictLlama(hf.LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("kind", "base", "path", "because"),
     [
-        (ForgetfulLlama, "llama", "cached", "2 of its 3 layers"),
+        (ForgetfulLlama, "llama", "cached", "2 attention calls in 3 layers"),
         (WindowlessMistral, "mistral", "cached", "sliding windows"),
         (LookingBackLlama, "llama", "padded", "differ"),
         (CountingLlama, "llama", "padded", "differ"),
-        (StrictLlama, "llama", "cached", "does not take"),
+        (StrictLlama, "llama", "cached", "fails on such a batch"),
     ],
 )
 def test_what_ignores_part_of_the_layout_is_refused(
@@ -262,9 +262,9 @@ def test_rounding_of_a_deep_model_is_no_mistake(random_comparisons, monkeypatch)
     batch = PackedBatch.build(random_comparisons((60, (21, 9)), (5, (12, 30)), (40, (12, 30))))
     # far below the model's rounding, which depends on the processor
     monkeypatch.setitem(selfcheck._TOLERANCE, torch.bfloat16, (1e-4, 1e-3))
-    monkeypatch.setattr(selfcheck, "_MOST_TOLERANCES", 1)
+    monkeypatch.setattr(selfcheck, "_MAX_RELAXATION", 1)
     for most, path in ((1, "cached"), (1e4, "packed")):
-        monkeypatch.setattr(selfcheck, "_MOST_TOLERANCES", most)
+        monkeypatch.setattr(selfcheck, "_MAX_RELAXATION", most)
         model = deep()
         model.set_attn_implementation("eager")  # rounds in other places than the packed path
         assert choose_path(model, batch) == path
@@ -461,7 +461,7 @@ def test_a_model_that_looks_at_the_longest_row_computes_each_alone(
     with caplog.at_level(logging.WARNING, "simpo"):
         found = score_responses(model, rows, path=path).logp
     assert (state_of(model).path, state_of(model).separate_rows) == ("padded", True)
-    assert any("forward of its own" in record.message for record in caplog.records)
+    assert any("gets its own forward" in record.message for record in caplog.records)
     expected = torch.stack([logps.sum() for logps in naive_logprobs(model, rows).split(_sizes(rows))])
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-4)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(5))

@@ -146,7 +146,7 @@ def test_an_adapter_that_cannot_be_merged_says_so_at_once(bases, caplog, recwarn
     for given, said in (({"lora_modules_to_save": ["lm_head"]}, 1), ({"lora_target_modules": ["q_proj"]}, 0)):
         caplog.clear()
         load_model(arguments(base, **given))
-        assert caplog.text.count("which are one matrix in this model: it can be used, but not merged") == said
+        assert caplog.text.count("which share their weights in this model: it can be used, but not merged") == said
     assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
 
@@ -248,7 +248,7 @@ def test_an_adapter_is_continued_with_its_own_settings(bases, comparisons, tmp_p
             found, expected = (score_responses(m, comparisons).logp for m in (again, model))
         assert torch.equal(found, expected)
     for given, message in [
-        ({"lora_r": 8}, "lora_r: .*adapter with 4, which is continued; leave lora_r out"),
+        ({"lora_r": 8}, "lora_r: .*adapter with 4, which cannot change; leave lora_r out"),
         ({"lora_target_modules": ["all-linear"]}, "lora_target_modules: .*adapter with q_proj, v_proj,"),
     ]:
         with pytest.raises(SimpoError, match=message):
@@ -259,7 +259,7 @@ def test_a_tokenizer_that_an_adapter_lacks_is_its_base_models(chat_world, tmp_pa
     base = chat_world / "model"
     folder = save(load_model(ModelArguments(str(base), use_peft=True)), tmp_path / "adapter")
     assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(base)).get_vocab()
-    assert "has no tokenizer; its base model's is used" in caplog.text
+    assert "has no tokenizer; using its base model's" in caplog.text
 
 
 def another_base(folder, bases):
@@ -311,15 +311,15 @@ def fewer_weights(folder, bases):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (another_base, "an adapter for another model than .* has no place here"),
-        (wider_base, r"an adapter for another model than .* is \[.*\] there, \[.*\] here"),
-        (other_kind_of_base, "an adapter for another model: .*q_proj"),
+        (another_base, "the adapter belongs to another model than .* is unexpected"),
+        (wider_base, r"the adapter belongs to another model than .* has shape \[.*\] instead of \[.*\]"),
+        (other_kind_of_base, "the adapter belongs to another model: .*q_proj"),
         (no_base, "is an adapter whose base model is missing: there is no folder '/nowhere/model'"),
         (unnamed_base, "does not name its base model"),
         (not_json, "cannot be loaded"),
         (no_weights, "adapter_model.safetensors cannot be read"),
         (broken_weights, "adapter_model.safetensors cannot be read"),
-        (fewer_weights, "an adapter for another model than .* is missing"),
+        (fewer_weights, "the adapter belongs to another model than .* is missing"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_path):
@@ -333,23 +333,23 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"use_peft": False}, "lora_r: only an adapter takes it; set use_peft: true"),
-        ({"use_peft": False, "lora_r": None, "load_in_4bit": True}, "load_in_4bit: only an adapter takes it"),
-        ({"lora_target_modules": ["no_such_layer"]}, "use_peft: the adapter cannot be put on .*no_such_layer"),
+        ({"use_peft": False}, "lora_r: applies only to adapters; set use_peft: true"),
+        ({"use_peft": False, "lora_r": None, "load_in_4bit": True}, "load_in_4bit: applies only to adapters"),
+        ({"lora_target_modules": ["no_such_layer"]}, "use_peft: cannot add an adapter to this model .*no_such_layer"),
         (
             {"lora_target_modules": ["q_proj", "proj"]},
-            "lora_target_modules: no suitable layer's name ends with 'proj'",
+            "lora_target_modules: no suitable layer has a name ending in 'proj'",
         ),
         (
             {"lora_modules_to_save": ["lm_haed"]},
-            "lora_modules_to_save: no suitable layer's name ends with 'lm_haed'",
+            "lora_modules_to_save: no suitable layer has a name ending in 'lm_haed'",
         ),
         ({"lora_r": 0}, "lora_r: must be at least 1, not 0"),
         ({"lora_alpha": 0}, "lora_alpha: must be at least 1, not 0"),
         ({"lora_dropout": -0.1}, "lora_dropout: must be at least 0 and below 1, not -0.1"),
         ({"lora_dropout": 1.0}, "lora_dropout: must be at least 0 and below 1, not 1.0"),
-        ({"use_bnb_nested_quant": True}, "use_bnb_nested_quant: only a model in 4 bits takes it; set load_in_4bit"),
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: only a model in 4 bits takes it"),
+        ({"use_bnb_nested_quant": True}, "use_bnb_nested_quant: applies only to 4-bit models; set load_in_4bit"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: applies only to 4-bit models"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(given, message, bases):
@@ -373,7 +373,7 @@ def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
     assert any("router" in record.message for record in caplog.records)
     adapted(input_ids=torch.tensor([[3, 4, 5]]))
     asked = ModelArguments(str(tmp_path), use_peft=True, lora_target_modules=["q_proj", "router"])
-    with pytest.raises(SimpoError, match="lora_target_modules: no suitable layer's name ends with 'router'"):
+    with pytest.raises(SimpoError, match="lora_target_modules: no suitable layer has a name ending in 'router'"):
         load_model(asked)
 
 
@@ -420,7 +420,7 @@ def test_an_adapter_with_a_name_of_its_own(bases, make_trainer, pairs, tmp_path)
 def test_an_adapter_in_a_folder_of_its_name_is_pointed_to(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama"))
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"), adapter_name="sft").save_pretrained(tmp_path)
-    with pytest.raises(SimpoError, match=rf"is not an adapter itself; name the one in it: {tmp_path / 'sft'}$"):
+    with pytest.raises(SimpoError, match=rf"only contains an adapter; name its folder: {tmp_path / 'sft'}$"):
         load_model(str(tmp_path))
     load_model(str(tmp_path / "sft"))
 
@@ -462,7 +462,7 @@ def test_new_tokens_need_both_ends(bases, tmp_path):
     base.resize_token_embeddings(65, mean_resizing=False)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["embed_tokens"]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(SimpoError, match="an adapter for 65 tokens on a model with 61, without both"):
+    with pytest.raises(SimpoError, match="was trained with 65 tokens and the model has 61, but the adapter lacks"):
         load_model(str(tmp_path))
 
 

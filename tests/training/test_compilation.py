@@ -115,6 +115,6 @@ def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(make_model, mon
 def test_a_model_without_layers_is_an_error(make_trainer, pairs):
     trainer = make_trainer(pairs(2))
     with pytest.raises(
-        SimpoError, match=r"^torch_compile: Linear has no layers that could be compiled; set it to false$"
+        SimpoError, match=r"^torch_compile: Linear has no layers that can be compiled; set it to false$"
     ):
         compile_layers(torch.nn.Linear(2, 2), trainer.args, trainer.accelerator)

@@ -259,5 +259,5 @@ def test_a_configuration_that_cannot_be_read(given, problem, monkeypatch):
     with pytest.raises(SimpoError, match=problem):
         read_config(given, 1, 1)
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(SimpoError, match="start with torchrun"):
+    with pytest.raises(SimpoError, match="start the run with torchrun"):
         read_config("{}", 1, 1)

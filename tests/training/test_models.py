@@ -57,7 +57,7 @@ MASK = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.la
     [
         ({"config": layers(4)}, r"12 missing \(model\.layers\.3\.input_layernorm\.weight, "),
         ({"config": layers(2)}, r"12 unexpected \(model\.layers\.2\.input_layernorm\.weight, "),
-        ({"config": {"vocab_size": 70}}, r"2 of another shape \(lm_head\.weight, model\.embed_tokens\.weight\)"),
+        ({"config": {"vocab_size": 70}}, r"2 with the wrong shape \(lm_head\.weight, model\.embed_tokens\.weight\)"),
         ({"without": "lm_head.weight"}, r"1 missing \(lm_head\.weight\)"),
         ({"extra": {"v_head.weight": torch.ones(1)}}, r"1 unexpected \(v_head\.weight\)"),
         ({"rename": "base_model.model.{}".format}, r"39 unexpected \(base_model\.model\.lm_head\.weight, "),
@@ -107,7 +107,7 @@ def test_a_reward_model_is_no_policy_and_a_language_model_no_judge(tied, make_mo
     reward.save_pretrained(tmp_path / "rm")
     with pytest.raises(SimpoError, match=r"unexpected \(score\.weight\)"):
         load_model(str(tmp_path / "rm"))
-    with pytest.raises(SimpoError, match=r"not a reward model: its files have no score\.weight"):
+    with pytest.raises(SimpoError, match=r"not a reward model: its files contain no score\.weight"):
         load_reward_model(ModelArguments(str(tmp_path / "lm")))
     config = json.loads((tmp_path / "lm/config.json").read_text())
     (tmp_path / "lm/config.json").write_text(json.dumps(config | layers(4)))

@@ -305,7 +305,7 @@ def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward, tmp_pat
 def test_loading(chat_world, trained, caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # as commands do
     language_model = ModelArguments(str(chat_world / "model"))
-    with pytest.raises(SimpoError, match=r"is not a reward model: its files have no score\.weight"):
+    with pytest.raises(SimpoError, match=r"is not a reward model: its files contain no score\.weight"):
         load_reward_model(language_model)
     with caplog.at_level(logging.WARNING):
         model = load_reward_model(language_model, new_head=True)
@@ -317,7 +317,7 @@ def test_loading(chat_world, trained, caplog, tmp_path, monkeypatch):
         load_reward_model(ModelArguments(str(trained), use_peft=True, load_in_4bit=True))
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], base_model_name_or_path="somewhere")
     adapter.save_pretrained(tmp_path)
-    with pytest.raises(SimpoError, match="is a language model's adapter; merge it first: simpo merge"):
+    with pytest.raises(SimpoError, match="is an adapter for a language model; merge it first: simpo merge"):
         load_reward_model(ModelArguments(str(tmp_path)), new_head=True)
 
 

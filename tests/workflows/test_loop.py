@@ -262,7 +262,7 @@ def test_several_annotators(world, chat_world, monkeypatch, capsys):
         (["--annotator=exact"], "not a question of the tiny world"),
         (["--judges=reward:{model}"], "is not a reward model"),
         (["--lora_r=8"], "lora_r: "),
-        (["--use_peft=true", "--lora_target_modules=nothing"], "the adapter cannot be put on the model"),
+        (["--use_peft=true", "--lora_target_modules=nothing"], "cannot add an adapter to this model"),
         (["--max_length=12"], "fits max_length 12"),
         (["--max_batch_tokens=9"], "max_batch_tokens: 9 "),
         (["--torch_compile=true", "--torch_compile_backend=x"], "training is impossible with these settings"),

@@ -1,4 +1,4 @@
-"""Facts about a model that are known before its weights are read: limits, generation settings and digest."""
+"""Describes a model before its weights are read: its limits, generation settings and digest."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _FILES = (
 
 
 def load_config(arguments: ModelArguments) -> Any:
-    """The configuration of a model, or of the base model of an adapter."""
+    """Load the configuration of a model, or of an adapter's base model."""
     return load_files(AutoConfig, base_model_of(arguments))
 
 
 def with_dtype(model: ModelArguments) -> ModelArguments:
-    """The arguments with the type of the weights chosen: bf16 on an accelerator and fp32 on a CPU, unless given."""
+    """Fill in the dtype of the weights, unless given: bf16 on an accelerator, fp32 on a CPU."""
     chosen = model.dtype or ("float32" if device().type == "cpu" else "bfloat16")
     return dataclasses.replace(model, dtype=chosen)
 
 
 def model_digest(model: ModelArguments) -> str:
-    """SHA-256 of a local model's files, with an adapter's base model; of a hub model its name.
+    """Return the SHA-256 of a local model's files, including an adapter's base model, or a hub model's name.
 
-    The files are weights, configurations and those of the tokenizer, which answers are decoded with.
+    The files are the weights, the configurations and the tokenizer's, because answers are decoded with it.
     """
     folder = Path(model.model_name_or_path)
     files = sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})
@@ -51,7 +51,7 @@ def model_digest(model: ModelArguments) -> str:
 
 
 def display_name(name: str) -> str:
-    """A hub name as it is; of a local path only the last part, which reveals nothing about the machine."""
+    """Return a hub name unchanged, and only the last part of a local path, which reveals nothing about the machine."""
     return Path(name).name if Path(name).exists() else name
 
 
@@ -59,27 +59,27 @@ def display_name(name: str) -> str:
 class Limits:
     """The longest text and the token ids that a model can read, according to its configuration."""
 
-    # Most tokens of a text; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).
+    # Maximum length in tokens; None if there is no bound (no positions, ALiBi, dynamic RoPE scaling).
     positions: int | None
     embeddings: int | None  # number of token ids; None if the configuration does not give it
 
     @classmethod
     def of(cls, config: Any) -> Limits:
-        """The limits of a model with this configuration."""
+        """Read the limits from a model's configuration."""
         text = config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None)
         ropes = getattr(text, "rope_parameters", None) or {}
-        ropes = [ropes] if "rope_type" in ropes else [one for one in ropes.values() if isinstance(one, dict)]
+        ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
         embeddings = getattr(text, "vocab_size", None)
         if limit is None or getattr(text, "alibi", False) or any(rope["rope_type"] == "dynamic" for rope in ropes):
             return cls(None, embeddings)
-        for rope in ropes:  # YaRN is switched on without raising max_position_embeddings
+        for rope in ropes:  # YaRN does not require raising max_position_embeddings
             if rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings"):
                 limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
         return cls(limit, embeddings)
 
     def fault(self, length: int, ids: Iterable[int] = ()) -> str | None:
-        """Why a model cannot read a prompt and answer of ``length`` tokens with these ids, as text; None if it can."""
+        """Explain why a model cannot read ``length`` tokens of prompt and answer with these ids; None if it can."""
         if self.positions is not None and length > self.positions:
             return f"{length:,} tokens with its answer; the model has room for {self.positions:,}"
         if self.embeddings is not None:
@@ -91,31 +91,31 @@ class Limits:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model whose weights have not been read."""
+    """A model whose weights have not been read yet."""
 
-    arguments: ModelArguments  # where it is, with the type of its weights chosen
-    limits: Limits  # of what it can read
+    arguments: ModelArguments  # where it is and how to load it, with the dtype filled in
+    limits: Limits  # what it can read
     generation_config: GenerationConfig  # its generation settings
 
     @property
     def context(self) -> int | None:
-        """Positions that the model has; None if it has no bound."""
+        """The context length in tokens; None if there is no bound."""
         return self.limits.positions
 
     @classmethod
     def read(cls, arguments: ModelArguments) -> Checkpoint:
-        """Read the configuration of a model on disk or on the hub, and choose the type of its weights."""
+        """Read the configuration of a model on disk or on the hub, and choose the dtype of its weights."""
         config = load_config(arguments)
         base = base_model_of(arguments)
-        found = generation_config(arguments.model_name_or_path, arguments.model_revision)
-        found = found or generation_config(base.model_name_or_path, base.model_revision)
+        generation = generation_config(arguments.model_name_or_path, arguments.model_revision)
+        generation = generation or generation_config(base.model_name_or_path, base.model_revision)
         return cls(
             with_dtype(arguments),
             Limits.of(config),
-            found or GenerationConfig.from_model_config(config),  # a checkpoint need not have one
+            generation or GenerationConfig.from_model_config(config),  # the file is optional
         )
 
     def load(self) -> PreTrainedModel:
-        """The model, on the accelerator if there is one."""
+        """Load the model onto the accelerator, if there is one."""
         model: Any = load_model(self.arguments)
         return model.to(device())

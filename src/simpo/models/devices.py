@@ -1,4 +1,4 @@
-"""Devices: which one a process computes on, what the processes of a run share, and kernels and compiled layers."""
+"""Chooses the device, frees memory, shares objects between processes, and sets up Liger kernels and compilation."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from simpo.packing.model import causal_lm
 
 Value = TypeVar("Value")
 
-_CPU_OUT_OF_MEMORY = "can't allocate memory"  # PyTorch's allocator raises an ordinary RuntimeError
+_CPU_OUT_OF_MEMORY = "can't allocate memory"  # PyTorch's CPU allocator raises an ordinary RuntimeError
 
-# Liger's own losses replace the model's forward, and the output layer of packed batches needs as little memory.
+# Liger's own losses replace the model's forward, and packed batches compute the output layer with as little memory.
 _LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 
-# Compiled graphs of one function: transformers' layers of all kinds share one, each with and without gradients.
-_MOST_GRAPHS = 64
+# Compiled graphs per function: all kinds of transformers layers share one function, each with and without gradients.
+_MAX_GRAPHS = 64
 
 
 def device() -> torch.device:
-    """The accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
+    """Return the accelerator, or the CPU if there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def free_memory() -> None:
-    """Free the memory of models that are no longer needed; trainers and models hold references to one another."""
+    """Free the memory of models that are no longer used; trainers and models form reference cycles."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -48,14 +48,14 @@ def free_memory() -> None:
 
 @contextmanager
 def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
-    """If memory runs out, free it and raise :class:`SimpoError` with ``advise()`` instead of PyTorch's error."""
+    """Turn out-of-memory errors into a :class:`SimpoError` with ``advise()`` as its message, after freeing memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and _CPU_OUT_OF_MEMORY not in str(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold what had been computed
+        traceback.clear_frames(error.__traceback__)  # the frames hold tensors
     else:
         return
     free_memory()
@@ -63,7 +63,7 @@ def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
 
 
 def from_main(value: Value, group: dist.ProcessGroup | None = None) -> Value:
-    """The main process's ``value`` in every process; all have to call it. It can be any object that pickles."""
+    """Return the main process's ``value``, any picklable object, in every process. Every process must call this."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     values = [value]
@@ -72,7 +72,7 @@ def from_main(value: Value, group: dist.ProcessGroup | None = None) -> Value:
 
 
 def liger_config(config: Mapping[str, bool] | None, device: torch.device) -> dict[str, bool]:
-    """A ``liger_kernel_config`` for norms, rotary embeddings and gated layers, with Liger's losses off."""
+    """Build a ``liger_kernel_config`` for norms, rotary embeddings and gated layers, without Liger's losses."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise SimpoError("use_liger_kernel: liger-kernel is not installed; install it, or leave the key out")
     if device.type not in ("cuda", "xpu", "npu") or importlib.util.find_spec("triton") is None:
@@ -82,14 +82,14 @@ def liger_config(config: Mapping[str, bool] | None, device: torch.device) -> dic
         )
     if requested := [name for name in _LIGER_LOSSES if (config or {}).get(name)]:
         raise SimpoError(
-            f"liger_kernel_config: {requested[0]} is not supported (it replaces the model's forward; losses here have "
-            "an output layer of their own that does not materialize logits); leave it out"
+            f"liger_kernel_config: {requested[0]} is not supported, because it replaces the model's forward; leave it "
+            "out (losses are computed without materializing logits anyway)"
         )
     return {**(config or {}), **dict.fromkeys(_LIGER_LOSSES, False)}
 
 
 def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
-    """Refuse a type of model, or names of kernels in ``config``, that Liger would silently ignore."""
+    """Raise :class:`SimpoError` for a model type, or kernel names in ``config``, that Liger would silently ignore."""
     appliers = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     kind: Any = causal_lm(model).config.model_type
     if kind not in appliers:
@@ -104,15 +104,17 @@ def check_liger(model: nn.Module, config: Mapping[str, bool]) -> None:
 def compile_layers(model: nn.Module, args: TrainingArguments, accelerator: Accelerator) -> None:
     """Compile the layers of ``model`` in place, and keep ``accelerator`` from compiling the whole model.
 
-    Layers of one kind share their compiled code, for any number of tokens. The rest of the forward looks at a batch's
-    lengths in Python and would be compiled again for every batch. A model without layers of transformers' own kind is
-    an error.
+    Layers of the same kind share compiled code for any number of tokens. The rest of the forward reads a batch's
+    lengths in Python and would be recompiled for every batch.
+
+    Raises:
+        SimpoError: the model has none of transformers' own layers.
     """
     accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise SimpoError(f"torch_compile: {type(model).__name__} has no layers that could be compiled; set it to false")
-    torch._dynamo.config.recompile_limit = max(_MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+        raise SimpoError(f"torch_compile: {type(model).__name__} has no layers that can be compiled; set it to false")
+    torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         with third_party("torch_compile_backend, torch_compile_mode"):
             layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)

@@ -1,4 +1,4 @@
-"""Upload the model of a finished run to the hub: its files, card and results, in one commit."""
+"""Uploads the model of a finished run to the hub: its files, card and results, in one commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs import manifest
 
-# The files of a model with its card and results. A run's recipe, log, data and checkpoints are not uploaded.
+# A model's files, its card and results. A run's recipe, log, data and checkpoints are not uploaded.
 _FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
@@ -26,13 +26,13 @@ _DENIED = (401, 403)
 
 
 def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
-    """The files of a model in ``folder``, sorted, and those that match a pattern of ``include``."""
+    """List the model's files in ``folder`` and all files that match a pattern in ``include``, sorted."""
     if not folder.is_dir():
         raise SimpoError(f"{folder}: no such folder")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise SimpoError(f"{folder}: there is no model in it; name the folder of a finished run")
+        raise SimpoError(f"{folder}: contains no model; name the folder of a finished run")
     if (folder / manifest.FILE_NAME).is_file() and (fault := manifest.find_damage(folder)):
-        raise SimpoError(f"{folder}: damaged ({fault}); start the run again, or repair the folder")
+        raise SimpoError(f"{folder}: damaged ({fault}); rerun the command that made it, or restore the files")
     found = {path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, name) for name in _FILES)}
     for pattern in include:
         if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
@@ -45,15 +45,15 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
     base = _base_of(adapter) if adapter.is_file() else None
     if base and (Path(base).is_absolute() or Path(base).exists()):
         raise SimpoError(
-            f"{adapter}: its base model is a folder on this machine ({base}), which nobody else has; merge the adapter "
-            "with simpo merge and push the result"
+            f"{adapter}: its base model is a local folder ({base}), which others cannot load; merge the adapter with "
+            "simpo merge and push the result"
         )
     return sorted(found)
 
 
 def _base_of(adapter: Path) -> str | None:
-    """The base model that an adapter's configuration names; raises :class:`SimpoError` if it is not readable."""
-    with third_party(f"{adapter}: not the configuration of an adapter; restore the file, or train again"):
+    """Return the base model named in an adapter's configuration; raises :class:`SimpoError` if it is unreadable."""
+    with third_party(f"{adapter}: not a valid adapter configuration; restore the file, or train again"):
         settings = json.loads(adapter.read_text(encoding="utf-8"))
         base = settings.get("base_model_name_or_path")
         if not isinstance(base, str | None):
@@ -62,12 +62,12 @@ def _base_of(adapter: Path) -> str | None:
 
 
 def check_target(repo: str) -> str:
-    """The token that is used for ``repo``; raises :class:`SimpoError` if there is none or the name is not valid."""
-    with third_party(f"{repo!r} is not the id of a repository, such as name/model"):
+    """Return the token to use for ``repo``; raises :class:`SimpoError` if there is none or the name is invalid."""
+    with third_party(f"{repo!r} is not a repository id such as name/model"):
         validate_repo_id(repo)
     token = get_token()
     if token is None:
-        raise SimpoError("there is no token for the hub; set HF_TOKEN, or run 'hf auth login'")
+        raise SimpoError("no token for the hub; set HF_TOKEN, or run 'hf auth login'")
     return token
 
 
@@ -79,20 +79,21 @@ def push(
     private: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Upload ``files`` of ``folder`` in one commit, so that the repository has all of them or none.
+    """Upload ``files`` from ``folder`` in one commit, so that the repository gets all of them or none.
 
-    Large files are sent before the commit, one after the other, and the hub keeps them: the same call after an
-    interruption sends only the missing ones. Without changes there is no commit.
+    Large files are uploaded before the commit, one by one, and the hub keeps them: after an interruption, the same call
+    uploads only what is missing. Without changes there is no commit.
 
-    Returns the address of the repository.
+    Returns:
+        The URL of the repository.
     """
     api = HfApi(token=check_target(repo))
     with _hub_errors(repo):
         url = api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(url.repo_id).private:
             raise SimpoError(
-                f"{repo}: private: this repository exists and is public; nothing was uploaded. Change it on "
-                "the hub, name another one, or leave private out"
+                f"{repo}: private: this repository already exists and is public; nothing was uploaded. Make it private "
+                "on the hub, choose another name, or leave private out"
             )
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         for number, operation in enumerate(operations, start=1):
@@ -110,12 +111,15 @@ def _hub_errors(repo: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else None
         if status in _DENIED:
             raise SimpoError(
-                f"{repo}: the token may not write there ({status}); nothing was committed. Use a token with write "
-                "permission, or another name"
+                f"{repo}: the token has no write access ({status}); nothing was committed. Use a token with write "
+                "access, or choose another repository"
             ) from error
-        raise SimpoError(f"{repo}: {one_line(error)}; nothing was committed, the same command continues") from error
+        raise SimpoError(
+            f"{repo}: {one_line(error)}; nothing was committed, rerun the same command to continue"
+        ) from error
     except (OSError, RuntimeError, httpx.HTTPError, OfflineModeIsEnabled) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         raise SimpoError(
-            f"{repo}: the upload broke off ({one_line(cause)}); nothing was committed, the same command continues"
+            f"{repo}: the upload was interrupted ({one_line(cause)}); nothing was committed, rerun the same command to "
+            "continue"
         ) from error

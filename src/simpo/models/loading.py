@@ -1,4 +1,4 @@
-"""Models and tokenizers from the hub or a folder, and the checks that their files are complete."""
+"""Loads models and tokenizers from the hub or a folder, and checks that their files are complete."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ from simpo.runs.files import write_text
 
 logger = logging.getLogger(__name__)
 
-# Attention masks that old checkpoints store as if they were weights; not every architecture declares them.
+# Attention masks that old checkpoints store like weights; not every architecture declares them.
 _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(inv_freq|position_ids)$")
-# Parts of a checkpoint that its architecture's class for text alone does not have.
+# Parts of a checkpoint that its text-only class does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
-_OWN_CODE = "it needs custom code; read it, and allow it with trust_remote_code (--trust_remote_code)"
+_NEEDS_REMOTE_CODE = "it needs custom code; review it, then allow it with trust_remote_code (--trust_remote_code)"
 _PICKLE = (
-    "a pickle, which can hold code; convert it to safetensors (with transformers: "
+    "a pickle, which can contain code; convert it to safetensors (with transformers: "
     "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER), and the same with AutoTokenizer), or, if you "
     "trust it, allow it with allow_pickle (--allow_pickle)"
 )
-_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
+_FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "with the wrong shape"}
 _FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def load_model(model: str | ModelArguments) -> PreTrainedModel | PeftModel:
-    """A causal language model, under an adapter if ``model`` names one or ``use_peft`` asks for a new one.
+    """Load a causal language model, with an adapter if ``model`` names one or ``use_peft`` asks for a new one.
 
-    Weights are fp32 unless ``dtype`` is given: at the learning rates of preference optimization most of Adam's
-    updates round to nothing in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights. An adapter's weights
-    are always fp32, and a new one's are drawn from torch's generator.
+    Weights are fp32 unless ``dtype`` is given: at the learning rates of preference optimization, most of Adam's updates
+    would be rounded away in bf16 weights. ``bf16: true`` computes in bf16 from fp32 weights. An adapter's weights are
+    always fp32, and those of a new adapter are drawn from torch's global generator.
     """
     arguments = ModelArguments.of(model)
     name = arguments.model_name_or_path
@@ -79,71 +79,71 @@ def load_model(model: str | ModelArguments) -> PreTrainedModel | PeftModel:
             ) from error
         base.generation_config = generation_config(name, arguments.model_revision) or base.generation_config
         return continue_adapter(base, adapter, name, revision=arguments.model_revision, given=arguments.lora)
-    if not arguments.use_peft and (useless := [*arguments.lora, *arguments.quantization]):
-        raise SimpoError(f"{useless[0]}: only an adapter takes it; set use_peft: true, or leave it out")
+    if not arguments.use_peft and (unused := [*arguments.lora, *arguments.quantization]):
+        raise SimpoError(f"{unused[0]}: applies only to adapters; set use_peft: true, or leave it out")
     whole = _load_causal(arguments)
     return add_adapter(whole, arguments.lora, arguments.model_revision) if arguments.use_peft else whole
 
 
 def check_model_files(arguments: ModelArguments) -> None:
-    """Refuse a model whose files are incomplete, without reading the weights: for engines that load it themselves."""
+    """Raise :class:`SimpoError` if a model's files are incomplete, without loading it; for engines that do so."""
     _load_causal(base_model_of(arguments), device_map="meta")
 
 
 def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     config = load_files(AutoConfig, arguments)
     model, loading = load_weights(auto_class(config), arguments, **options)
-    if type(model.config) is not type(config):  # transformers reads the language model out of a larger checkpoint
+    if type(model.config) is not type(config):  # transformers extracted the language model from a larger checkpoint
         loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _OTHER_MODALITIES.search(key)}
         logger.warning(
-            "%s: only its language model (%s) is loaded, and will be saved", config.name_or_path, type(model).__name__
+            "%s: only its language model (%s) is loaded and saved", config.name_or_path, type(model).__name__
         )
     check_weights(arguments.model_name_or_path, model, loading)
     if not arguments.quantization:
         return model
     keep_gradients(model)
-    # Puts what is not quantized (norms, embeddings, output layer) in fp32.
+    # Converts everything that is not quantized (norms, embeddings, output layer) to fp32.
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def auto_class(config: Any) -> Any:
-    """The ``Auto`` class for a causal language model, or for a model of text and images where that is the only one."""
+    """Return the ``Auto`` class for causal language models or, if there is none, for models of text and images."""
     known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     if not config.is_encoder_decoder:
         for mapping, auto in zip(known, classes, strict=True):
             if type(config) in mapping:
                 return auto
-    return AutoModelForCausalLM  # custom code, or transformers' own message
+    return AutoModelForCausalLM  # either there is custom code, or transformers explains the problem
 
 
 def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
-    """A model, and which weights its files lack, have in addition, or have in another shape; see :func:`check_weights`.
+    """Load a model and report missing, unexpected and mismatched weights, for :func:`check_weights`.
 
-    Weights that are tied, and those that transformers declares as expected, are not among them.
+    Tied weights, and those that transformers itself expects to differ, are not reported.
     """
     options = _loading_options(arguments) | options
     if not arguments.allow_pickle:
         name = arguments.model_name_or_path
-        folder = Path(name)  # from the hub, transformers itself takes safetensors only
+        folder = Path(name)  # for the hub, use_safetensors is enough
         pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
         if pickled and not any(folder.glob("*.safetensors")):
             raise SimpoError(f"model_name_or_path: {name!r} stores its weights as {pickled[0]}, {_PICKLE}")
         options["use_safetensors"] = True
-    if arguments.trust_remote_code:  # code from before transformers 5, such as ArmoRM's, imports this text
+    if arguments.trust_remote_code:  # code written for transformers 4, such as ArmoRM's, imports this name
         modeling_llama.__dict__.setdefault("LLAMA_INPUTS_DOCSTRING", "")
     with _without_report():
         model, loading = load_files(auto, arguments, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     text = model.config.get_text_config()
     softcap = getattr(text, "attn_logit_softcapping", None)
     if softcap and text._attn_implementation == "sdpa" and "attn_implementation" not in options:
-        model.set_attn_implementation("eager")  # sdpa has no softcap, which transformers 5.17 ignores
+        model.set_attn_implementation("eager")  # sdpa has no softcap, and transformers 5.17 silently drops it
     loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _STORED_MASKS.search(key)}
     return model, loading
 
 
 def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
-    """The options of ``from_pretrained`` for the type of the weights, quantization and attention."""
+    """Build the ``from_pretrained`` options for dtype, quantization and attention."""
     dtype: Any = arguments.dtype or "float32"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     options: dict[str, Any] = {"dtype": dtype}
@@ -152,7 +152,7 @@ def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
         package = _FLASH_PACKAGES.get(attention, attention)
         flash = attention.startswith("flash_attention")
         if flash and (importlib.util.find_spec(package) is None or not torch.cuda.is_available()):
-            # No error, because packed batches do not need it.
+            # Not an error, because packed batches do not need it.
             logger.warning(
                 "attn_implementation: %s is not available here; generation uses the model's default", attention
             )
@@ -161,7 +161,7 @@ def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
     if quantization := arguments.quantization:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise SimpoError("load_in_4bit: bitsandbytes is not installed; pip install 'simpo[qlora]'")
-        if arguments.dtype in (None, "auto"):  # for matrix products; on a CPU bf16 gains nothing
+        if arguments.dtype in (None, "auto"):  # the dtype of matrix products; bf16 gains nothing on a CPU
             dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -177,67 +177,67 @@ def _loading_options(arguments: ModelArguments) -> dict[str, Any]:
 def _without_report() -> Iterator[None]:
     """Hide transformers' table of missing and unexpected weights; :func:`check_weights` reports them.
 
-    A filter, because that logger also checks a plan for several GPUs wherever a level is set on it.
+    It uses a filter, because setting a level on that logger would also enable checks of multi-GPU plans.
     """
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
-    theirs = logging.getLogger("transformers.modeling_utils")
-    theirs.addFilter(is_other)
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    transformers_logger.addFilter(is_other)
     try:
         yield
     finally:
-        theirs.removeFilter(is_other)
+        transformers_logger.removeFilter(is_other)
 
 
 def check_weights(name: str, model: PreTrainedModel, loading: Mapping[str, set[Any]]) -> None:
-    """Refuse files with weights missing (transformers would draw them at random), left over or of another shape."""
+    """Raise :class:`SimpoError` for missing (transformers would initialize them), unexpected or mismatched weights."""
     faults = []
-    for fault, what in _FAULTS.items():
+    for fault, description in _FAULTS.items():
         keys = sorted(key if isinstance(key, str) else key[0] for key in loading[fault])
         if keys:
-            faults.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+            faults.append(f"{len(keys)} {description} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
     if faults:
-        advice = _OWN_CODE if has_remote_code(model) else "name a folder whose config.json and weights belong together"
+        advice = "name a folder whose config.json and weights belong together"
         raise SimpoError(
-            f"model_name_or_path: {name!r} does not hold the weights of a {type(model).__name__}: {'; '.join(faults)}; "
-            f"{advice}"
+            f"model_name_or_path: {name!r} does not contain the weights of a {type(model).__name__}: "
+            f"{'; '.join(faults)}; {_NEEDS_REMOTE_CODE if has_remote_code(model) else advice}"
         )
 
 
 def has_remote_code(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is one of transformers' own classes although its files name code of theirs."""
+    """Whether ``model`` has a class from transformers although its files come with their own code."""
     return type(model).__module__.startswith("transformers.") and bool(getattr(model.config, "auto_map", None))
 
 
 def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
-    """``from_pretrained`` of one of transformers' ``Auto`` classes, whose errors become one line."""
+    """Call ``from_pretrained`` of a transformers ``Auto`` class, and turn its errors into one line."""
     name = arguments.model_name_or_path
     check_folder(name)
     try:
         return auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
         )
-    except Exception as error:  # damaged files and code that comes with models raise anything
+    except Exception as error:  # damaged files and custom code can raise anything
         reason = one_line(error, None)
         if "trust_remote_code" in reason and not arguments.trust_remote_code:
-            reason = _OWN_CODE
+            reason = _NEEDS_REMOTE_CODE
         elif "Unrecognized configuration class" in reason:
             reason = f"transformers has no {auto.__name__.removeprefix('Auto')} for models of its type"
         elif options.get("use_safetensors") and "model.safetensors" in reason and isinstance(error, OSError):
-            reason = f"it has no model.safetensors; if its weights are in pytorch_model.bin: that is {_PICKLE}"
+            reason = f"it has no model.safetensors; if its weights are in pytorch_model.bin, that is {_PICKLE}"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:500]}") from error
 
 
 def check_folder(name: str) -> None:
-    """Refuse a path that does not exist, before it is taken for a name on the hub."""
+    """Raise :class:`SimpoError` for a path that does not exist, before it is mistaken for a name on the hub."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SimpoError(f"model_name_or_path: there is no folder {name!r}")
 
 
 def generation_config(name: str, revision: str) -> GenerationConfig | None:
-    """The generation settings that a model or an adapter was saved with, if it was."""
+    """Load the generation settings saved with a model or an adapter, or None if there are none."""
     try:
         with third_party(f"model_name_or_path: {name!r}: generation_config.json"):
             config = GenerationConfig.from_pretrained(name, revision=revision)
@@ -248,33 +248,33 @@ def generation_config(name: str, revision: str) -> GenerationConfig | None:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
         raise SimpoError(
-            f"model_name_or_path: {name!r}: generation_config.json: eos_token_id: {ends!r} are not token ids"
+            f"model_name_or_path: {name!r}: generation_config.json: eos_token_id: {ends!r} contains invalid token ids"
         )
     return config
 
 
 def base_model_of(arguments: ModelArguments) -> ModelArguments:
-    """``arguments`` for the base model if they name an adapter; the same for any other model."""
+    """Return ``arguments`` for the base model if they name an adapter, otherwise unchanged."""
     check_folder(arguments.model_name_or_path)
     adapter = find_adapter(arguments.model_name_or_path, arguments.model_revision)
     return arguments if adapter is None else base_arguments(adapter, arguments)
 
 
 def base_arguments(adapter: LoraConfig, arguments: ModelArguments) -> ModelArguments:
-    """``arguments`` for the base model of ``adapter``."""
+    """Return ``arguments`` for the base model of ``adapter``."""
     base, revision = adapter.base_model_name_or_path, adapter.revision or "main"
     return dataclasses.replace(arguments, model_name_or_path=base, model_revision=revision)
 
 
 def load_tokenizer(model: str | ModelArguments, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with ``chat_template`` (a template, the path of a file with one, or ``"none"``).
+    """Load a model's tokenizer, optionally with another ``chat_template`` (a template, a file, or ``"none"``).
 
-    An adapter that was saved without one gets its base model's, which is reported.
+    An adapter saved without a tokenizer gets its base model's, which is logged.
     """
     arguments = ModelArguments.of(model)
     name = arguments.model_name_or_path
     tokenizer = _load_own_or_base(AutoTokenizer, arguments)
-    with third_party(f"model_name_or_path: {name!r}: its tokenizer does not work"):  # settings of other types
+    with third_party(f"model_name_or_path: {name!r}: its tokenizer does not work"):  # e.g. settings of wrong types
         tokenizer.decode(tokenizer("a").input_ids)
     if chat_template is None:
         return tokenizer
@@ -283,19 +283,19 @@ def load_tokenizer(model: str | ModelArguments, *, chat_template: str | None = N
     elif "{" in chat_template:
         tokenizer.chat_template = chat_template
     else:
-        with third_party(f"chat_template: {chat_template[:80]!r} is neither a template nor a file of one"):
+        with third_party(f"chat_template: {chat_template[:80]!r} is neither a template nor a file with one"):
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer
 
 
 def load_processor(model: str | ModelArguments, *, chat_template: str | None = None) -> ProcessorMixin:
-    """The processor of a vision-language model, with the tokenizer that :func:`load_tokenizer` returns."""
+    """Load the processor of a vision-language model, with the tokenizer from :func:`load_tokenizer`."""
     arguments = ModelArguments.of(model)
     tokenizer = load_tokenizer(arguments, chat_template=chat_template)
     processor = _load_own_or_base(AutoProcessor, arguments)
     if not isinstance(processor, ProcessorMixin):
         raise SimpoError(
-            f"model_name_or_path: {arguments.model_name_or_path!r} has no processor, which rows with images need"
+            f"model_name_or_path: {arguments.model_name_or_path!r} has no processor; rows with images need one"
         )
     processor.tokenizer = tokenizer
     if chat_template is not None:
@@ -304,28 +304,28 @@ def load_processor(model: str | ModelArguments, *, chat_template: str | None = N
 
 
 def _load_own_or_base(auto: Any, arguments: ModelArguments) -> Any:
-    """A tokenizer or processor from the model's files, or from its base model's if an adapter has none."""
+    """Load a tokenizer or processor from the model's files, or from the base model's if an adapter has none."""
     name = arguments.model_name_or_path
-    check_folder(name)  # or a missing folder is looked up on the hub as an adapter
+    check_folder(name)  # otherwise a missing folder would be looked up as an adapter on the hub
     try:
         return load_files(auto, arguments)
     except SimpoError:
         adapter = find_adapter(name, arguments.model_revision)
         if adapter is None:
             raise
-        logger.warning("%s has no %s; its base model's is used", name, auto.__name__.removeprefix("Auto").lower())
+        logger.warning("%s has no %s; using its base model's", name, auto.__name__.removeprefix("Auto").lower())
         return load_files(auto, base_arguments(adapter, arguments))
 
 
 def round_weights(folder: Path, dtype: str) -> None:
-    """Round the weights of a saved model or adapter to ``dtype``, file by file, and note it in ``config.json``."""
+    """Round the weights of a saved model or adapter to ``dtype``, file by file, and update ``config.json``."""
     kind, size = getattr(torch, dtype), 0
     for path in sorted(folder.glob("*.safetensors")):
         tensors = {name: each.to(kind) if each.is_floating_point() else each for name, each in load_file(path).items()}
         size += sum(each.nbytes for each in tensors.values())
         replacement = path.with_suffix(".rounded")
         save_file(tensors, replacement, metadata={"format": "pt"})
-        replacement.replace(path)  # not written in place, because what has been read is still mapped from the file
+        replacement.replace(path)  # not written in place, because the tensors are still memory-mapped from the file
     for path in folder.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text(encoding="utf-8"))
         index["metadata"]["total_size"] = size
@@ -339,15 +339,15 @@ def round_weights(folder: Path, dtype: str) -> None:
 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Add the token that ends a response in training to those that end generation, and log it.
+    """Make generation stop at the token that ends a response in training, and log the change.
 
-    The generation settings of base models lack the chat template's end of turn.
+    A base model's generation settings lack the chat template's end-of-turn token.
     """
     settings = getattr(model, "generation_config", None)
-    if settings is None or tokenizer is None:  # a model that does not generate, or data that was tokenized elsewhere
+    if settings is None or tokenizer is None:  # the model does not generate, or the data was tokenized elsewhere
         return
     known, end = settings.eos_token_id, end_of_turn(tokenizer)
     ids = [] if known is None else known if isinstance(known, list) else [known]
     if end.token_id not in ids:
         settings.eos_token_id = [*ids, end.token_id]
-        logger.warning("generation_config: %s, which ends a turn, is added to eos_token_id", end.text)
+        logger.warning("generation_config: added the end-of-turn token %s to eos_token_id", end.text)

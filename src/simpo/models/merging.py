@@ -1,4 +1,4 @@
-"""Merge an adapter and its base model into an ordinary model."""
+"""Merges an adapter and its base model into an ordinary model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import PROCESSOR_NAME
 
 from simpo.errors import SimpoError, third_party
-from simpo.models.adapters import PARTS_TIED, changes_tied_weights, find_adapter
+from simpo.models.adapters import CANNOT_MERGE, changes_tied_weights, find_adapter
 from simpo.models.checkpoint import display_name
 from simpo.models.loading import check_folder, load_model, load_processor, load_tokenizer, round_weights
 from simpo.models.reward import load_reward_model
@@ -22,13 +22,13 @@ from simpo.runs.files import staged_folder
 
 
 def write_merged(arguments: ModelArguments, folder: Path) -> None:
-    """Write the merged model of an adapter, with tokenizer, template and card, whole or not at all.
+    """Merge an adapter into its base model and write the result, with tokenizer, template and card, atomically.
 
-    Without ``save_dtype`` the weights keep the type of the base model's files.
+    Without ``save_dtype``, the weights keep the dtype of the base model's files.
     """
     name = arguments.model_name_or_path
     if folder.exists():
-        raise SimpoError(f"output_dir: {folder} exists already; name a new folder")
+        raise SimpoError(f"output_dir: {folder} already exists; choose a new folder")
     check_folder(name)
     unrounded = "auto" if arguments.save_dtype is None else "float32"
     arguments = dataclasses.replace(arguments, dtype=arguments.dtype or unrounded)
@@ -50,14 +50,14 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter's product added to its weights, rounded once to their type."""
+    """Add the adapter's product to the base model's weights, rounded once to their dtype, and return that model."""
     if changes_tied_weights(model):
-        raise SimpoError(PARTS_TIED)
+        raise SimpoError(CANNOT_MERGE)
     return model.merge_and_unload()  # type: ignore[operator]
 
 
 def _card(adapter: str, base: str, title: str) -> ModelCard:
-    """The adapter's own card, if it has one, below a line about the merge."""
+    """Write a card that says what was merged, followed by the adapter's own card if it has one."""
     path = Path(adapter) / "README.md"
     with third_party(str(path)):
         before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None

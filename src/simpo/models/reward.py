@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers of transformers with one label, from files or on top of a language model."""
+"""Loads reward models: transformers sequence classifiers with one label, from files or on top of a language model."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ from simpo.packing.model import causal_lm, reading_last_tokens
 logger = logging.getLogger(__name__)
 
 _HEAD = "score.weight"
-_OUTPUT_LAYERS = {"lm_head", "embed_out", "unembed", "head"}  # in files; classes have the first name
+_OUTPUT_LAYERS = {"lm_head", "embed_out", "unembed", "head"}  # names in files; classes use the first
 
 
 def load_reward_model(
     model: str | ModelArguments, *, new_head: bool = False, gated: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """A reward model, under an adapter if the files are one or ``use_peft`` asks for a new one.
+    """Load a reward model, with an adapter if ``model`` names one or ``use_peft`` asks for a new one.
 
-    ``new_head`` puts a random head on a language model, and reports it; otherwise it is refused. ``gated`` accepts a
-    model of several labels whose own code may combine them to one score; see :func:`gated_scores`.
+    Args:
+        model: name, folder or arguments.
+        new_head: give language models a random score head, which is logged, instead of rejecting them.
+        gated: accept custom models with several labels, which may combine them into one score (:func:`gated_scores`).
     """
     arguments = ModelArguments.of(model)
     name, revision = arguments.model_name_or_path, arguments.model_revision
@@ -48,7 +50,7 @@ def load_reward_model(
     if adapter is not None:
         if adapter.task_type != "SEQ_CLS":
             raise SimpoError(
-                f"model_name_or_path: {name} is a language model's adapter; merge it first: simpo merge {name}"
+                f"model_name_or_path: {name} is an adapter for a language model; merge it first: simpo merge {name}"
             )
         base = _load(base_arguments(adapter, arguments), new_head=True)
         return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
@@ -69,21 +71,21 @@ def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log
         loading["missing_keys"].discard(_HEAD)
         loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _in_output_layer(model, key)}
     elif loading["missing_keys"] == {_HEAD} and not has_remote_code(model):
-        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files have no {_HEAD}")
+        raise SimpoError(f"model_name_or_path: {name!r} is not a reward model: its files contain no {_HEAD}")
     check_weights(name, model, loading)
     custom = not type(model).__module__.startswith("transformers.")
     if model.config.num_labels != 1 and not (gated and custom):
         raise SimpoError(f"model_name_or_path: {name!r} has {model.config.num_labels} labels; a reward model has one")
     if head_is_new and log:
-        logger.warning("%s is a language model: its output layer is replaced by a random score head", name)
+        logger.warning("%s is a language model: replaced its output layer with a random score head", name)
     return model
 
 
 @torch.no_grad()
 def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparison]) -> Tensor:
-    """``[R]`` scores of all responses by a model that weighs several objectives itself, such as ArmoRM.
+    """Score all responses, ``[R]``, with a model that combines several objectives itself, such as ArmoRM.
 
-    It has code of its own, so it gets one text at a time, without padding, and returns ``score``.
+    Its custom code gets one text at a time, without padding, and must return a ``score``.
     """
     scores = []
     with reading_last_tokens(model):
@@ -93,10 +95,10 @@ def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparis
                 try:
                     score = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids)), "score", None)
                 except ValueError as error:
-                    raise SimpoError(f"{model.name_or_path}: its own code refuses a text: {error}") from error
+                    raise SimpoError(f"{model.name_or_path}: its own code rejected a text: {error}") from error
                 if score is None or score.numel() != 1:
                     raise SimpoError(
-                        f"{model.name_or_path}: it has {model.config.num_labels} labels and its code gives no single "
+                        f"{model.name_or_path}: it has {model.config.num_labels} labels and its code returns no single "
                         "score; a reward model has one"
                     )
                 scores.append(score.float().flatten())
@@ -104,7 +106,7 @@ def gated_scores(model: PreTrainedModel, comparisons: Sequence[TokenizedComparis
 
 
 def _in_output_layer(model: PreTrainedModel, key: str) -> bool:
-    """Whether ``key`` is a weight of the layer that a score head replaces in a language model of this kind."""
+    """Whether ``key`` belongs to the output layer of a language model, which the score head replaces."""
     module = key.rpartition(".")[0]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     tied = {tied.rpartition(".")[0] for tied in getattr(causal, "_tied_weights_keys", None) or ()}
@@ -112,16 +114,16 @@ def _in_output_layer(model: PreTrainedModel, key: str) -> bool:
 
 
 def choose_padding(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make plain transformers read rewards where they are trained, also in a padded batch.
+    """Choose a padding token so that plain transformers reads rewards at the right token, even in a padded batch.
 
-    It reads them at the last token that is not padding, so padding must not be the end-of-turn token. Where the
-    tokenizer pads with that one, another special token becomes the padding of model and tokenizer; where it has no
-    other, the model gets none, and plain transformers refuses to score several sequences at a time.
+    transformers reads them at the last token that is not padding, so the end-of-turn token must not be padding. If the
+    tokenizer pads with it, another special token becomes the padding token of model and tokenizer. If there is no
+    other, the model gets no padding token, and plain transformers will score only one sequence at a time.
     """
     config: Any = causal_lm(model).config.get_text_config()
     end = end_of_turn(tokenizer).token_id
     others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != end]
     if tokenizer.pad_token_id in (None, end) and others:
         tokenizer.pad_token = others[0]
-        logger.warning("the tokenizer pads with %s from now on: rewards are read at the end-of-turn token", others[0])
+        logger.warning("the tokenizer now pads with %s, because rewards are read at the end-of-turn token", others[0])
     config.pad_token_id = None if tokenizer.pad_token_id == end else tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Objectives without a difference of a pair: whole rankings, and each response by its own log-ratio (APO, NCA, ...)."""
+"""Objectives that do not compare a pair directly: whole rankings, and responses judged one by one (APO, NCA, ...)."""
 
 # ruff: noqa: D102, E741 - the base class documents the methods; the papers write w and l for chosen and rejected
 
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from simpo.objectives.objective import OBJECTIVES, POSITIVE, Objective, Responses
 from simpo.objectives.preference import Beta, LabelSmoothing, LogRatioObjective
 
-# ---- Whole rankings: their likelihood instead of the mean over their pairs.
+# ---- Whole rankings: the likelihood of the ranking instead of the mean over its pairs.
 
 
 @dataclass(frozen=True)
 class Listwise(Objective):
-    """Plackett-Luce, ``[B]``: ``-log sigmoid(r(w) - r(l))`` of a pair, with SimPO's reward ``r(y) = beta * y.avg``.
+    """Plackett-Luce, ``[B]``: ``-log sigmoid(r(w) - r(l))`` for a pair, with SimPO's reward ``r(y) = beta * y.avg``.
 
-    Of a ranking: the sum, over its responses ``y`` that are better than others, of
-    ``log(1 + sum over worse z of exp(r(z) - r(y)))``, which is the negative log-likelihood of the ranking. Responses
-    with equal scores do not compete with each other. There is no target margin.
+    For a ranking: the sum of ``log(1 + sum over worse z of exp(r(z) - r(y)))`` over all responses ``y`` that are better
+    than another, which is the negative log-likelihood of the ranking. Responses with equal scores do not compete with
+    each other. There is no target margin.
     """
 
     name = "listwise"
@@ -37,10 +37,10 @@ class Listwise(Objective):
     def comparisons(self, y: Responses, pairs: Any, **context: Any) -> Tensor:
         rewards = self.implicit_reward(y)
         lead = rewards[pairs.worse] - rewards[pairs.better]  # [N]
-        # Per better response, log(1 + sum of exp(lead)), after the largest exponent has been subtracted.
+        # For each better response, log(1 + sum of exp(lead)), with the largest exponent factored out.
         top = torch.zeros_like(rewards).scatter_reduce(0, pairs.better, lead.detach(), "amax")
         terms = top + (-top).exp().index_add(0, pairs.better, (lead - top[pairs.better]).exp()).log()
-        # A response has as many pairs as it is better than others, and its term counts once.
+        # A response occurs in one pair per worse response, but its term counts once.
         count = torch.zeros_like(rewards).index_add(0, pairs.better, torch.ones_like(lead))
         shared = terms[pairs.better] / count[pairs.better]
         return rewards.new_zeros(len(pairs.best)).index_add(0, pairs.comparison, shared)
@@ -51,9 +51,9 @@ class Listwise(Objective):
 
 @dataclass(frozen=True)
 class ListwiseDPO(Listwise):
-    """Plackett-Luce, ``[B]``: ``-log sigmoid(r(w) - r(l))`` of a pair, with DPO's reward ``r(y) = beta * y.ratio``.
+    """Plackett-Luce, ``[B]``: ``-log sigmoid(r(w) - r(l))`` for a pair, with DPO's reward ``r(y) = beta * y.ratio``.
 
-    Rankings as in ``listwise``.
+    Rankings are handled as in ``listwise``.
     """
 
     name = "listwise_dpo"
@@ -69,16 +69,16 @@ class ListwiseDPO(Listwise):
 OBJECTIVES.update({objective.name: objective() for objective in (Listwise, ListwiseDPO)})
 
 
-# ---- Responses that are judged one by one, although they come in pairs.
+# ---- Responses judged one by one, although they come in pairs.
 
 
 @dataclass(frozen=True)
 class APOZero(LogRatioObjective):
     """APO-zero, ``[B]``: ``sigmoid(-beta * w.ratio) + sigmoid(beta * l.ratio)``.
 
-    For chosen responses that are better than what the model would write: they are raised and rejected ones lowered,
-    each with respect to the reference. The paper writes ``1 - sigmoid(x)`` for ``sigmoid(-x)``. It is the ``kto`` of
-    pairs with a reference point of 0.
+    Use it if chosen responses are better than the model's own: it raises chosen and lowers rejected responses, each
+    relative to the reference. The paper writes ``1 - sigmoid(x)`` for ``sigmoid(-x)``. On pairs, it equals ``kto`` with
+    a reference point of 0.
     """
 
     name = "apo_zero"
@@ -92,8 +92,7 @@ class APOZero(LogRatioObjective):
 class APODown(APOZero):
     """APO-down, ``[B]``: ``sigmoid(beta * w.ratio) + sigmoid(beta * (l.ratio - w.ratio))``.
 
-    For chosen responses that are worse than what the model would write: both responses are lowered, the rejected one
-    more.
+    Use it if even chosen responses are worse than the model's own: it lowers both responses, the rejected one more.
     """
 
     name = "apo_down"
@@ -105,7 +104,7 @@ class APODown(APOZero):
 
 @dataclass(frozen=True)
 class NCA(LogRatioObjective):
-    """NCA of pairs, ``[B]``: ``-log s(r(w)) - log s(-r(w)) / 2 - log s(-r(l)) / 2`` with ``r(y) = beta * y.ratio``.
+    """NCA for pairs, ``[B]``: ``-log s(r(w)) - log s(-r(w)) / 2 - log s(-r(l)) / 2`` with ``r(y) = beta * y.ratio``.
 
     ``s`` is the sigmoid. The middle term pulls the chosen response back once ``r(w)`` exceeds ``ln 2``.
     """
@@ -123,8 +122,8 @@ class NCA(LogRatioObjective):
 class SPPO(LogRatioObjective):
     """SPPO, ``[B]``: ``(w.ratio - t)**2 + (l.ratio + t)**2`` with ``t = (1/2 - label_smoothing) / beta``.
 
-    A response's log-ratio is pulled to ``(p - 1/2) / beta``, where ``p`` is the probability that it wins: 1 and 0 in
-    the hard form, ``1 - label_smoothing`` and ``label_smoothing`` otherwise, or a row's ``label_probability``. ``beta``
+    Each response's log-ratio is pulled to ``(p - 1/2) / beta``, where ``p`` is the probability that it wins: 1 and 0 in
+    the hard form, otherwise ``1 - label_smoothing`` and ``label_smoothing``, or a row's ``label_probability``. ``beta``
     is one over the paper's step size ``eta``. The authors' code halves the sum.
     """
 
@@ -142,9 +141,9 @@ class SPPO(LogRatioObjective):
 class BCO(LogRatioObjective):
     """BCO, ``[B]``: ``-log sigmoid(r(w) - d) - log sigmoid(d - r(l))`` with ``r(y) = beta * y.ratio``.
 
-    Each response is classified as good or bad by its reward. ``d``, the ``reward_shift`` ``[]``, is the mean of the
-    mean rewards of chosen and of rejected responses. Training estimates it from all rows before the current step; it
-    is 0 while the policy is the reference.
+    Each response is classified as good or bad by its reward. ``d``, the ``reward_shift`` ``[]``, is halfway between the
+    mean rewards of chosen and rejected responses. Training estimates it from all rows before the current step; it is 0
+    while the policy is the reference.
     """
 
     name = "bco"
@@ -153,8 +152,8 @@ class BCO(LogRatioObjective):
     takes_unpaired = True
 
     def pair(self, w: Responses, l: Responses, reward_shift: Tensor | float = 0.0) -> Tensor:
-        good = F.logsigmoid(self.implicit_reward(w) - reward_shift)
-        return -good - F.logsigmoid(reward_shift - self.implicit_reward(l))
+        chosen, rejected = self.implicit_reward(w), self.implicit_reward(l)
+        return -F.logsigmoid(chosen - reward_shift) - F.logsigmoid(reward_shift - rejected)
 
     def unpaired(self, y: Responses, label: Tensor, reward_shift: Tensor | float = 0.0) -> Tensor:
         above = self.implicit_reward(y) - reward_shift
@@ -169,7 +168,7 @@ OBJECTIVES.update({objective.name: objective() for objective in (APOZero, APODow
 
 @dataclass(frozen=True)
 class ListwiseNCA(NCA):
-    """NCA, ``[B]``: ``nca`` of a pair.
+    """NCA, ``[B]``: the same as ``nca`` for a pair.
 
     For K scored responses ``y_i``: ``-sum_i p_i log s(r(y_i)) - mean_i log s(-r(y_i))``, where ``s`` is the sigmoid,
     ``r(y) = beta * y.ratio``, and ``p`` is the softmax of the scores divided by ``score_temperature``. A pair without
@@ -179,10 +178,10 @@ class ListwiseNCA(NCA):
     name = "listwise_nca"
     paper = "Chen et al. 2024, arXiv 2402.05369, and its authors' code"
     needs = ("reference", "scores")
-    score_temperature: Annotated[float, POSITIVE, "Scores are divided by it; near 0, only the best one counts."] = 1.0
+    score_temperature: Annotated[float, POSITIVE, "Divisor of the scores; near 0, only the best response counts."] = 1.0
 
     def comparisons(self, y: Responses, pairs: Any, scores: Tensor | None = None, **context: Any) -> Tensor:
-        """``[C]`` losses; ``scores`` ``[R]`` are ordered from best to worst; ``(0, -inf)`` for a pair without."""
+        """Compute losses ``[C]``; ``scores`` ``[R]`` go from best to worst, and ``(0, -inf)`` means a pair without."""
         rewards = self.implicit_reward(y)
         owner = pairs.best.new_zeros(len(rewards)).index_fill(0, pairs.best, 1).cumsum(0) - 1  # [R]
         if scores is None:
@@ -191,7 +190,7 @@ class ListwiseNCA(NCA):
         return self._scored(rewards, labels, owner, len(pairs.best))
 
     def _scored(self, rewards: Tensor, labels: Tensor, owner: Tensor, count: int) -> Tensor:
-        """``[count]`` losses of the comparisons, from the rewards and labels ``p`` of their responses, ``[R]`` each."""
+        """Compute the comparisons' losses ``[count]`` from rewards and labels ``p``, ``[R]`` each."""
         size = rewards.new_zeros(count).index_add(0, owner, torch.ones_like(rewards))
         terms = labels * F.logsigmoid(rewards) + F.logsigmoid(-rewards) / size[owner]
         return -rewards.new_zeros(count).index_add(0, owner, terms)
@@ -199,9 +198,9 @@ class ListwiseNCA(NCA):
 
 @dataclass(frozen=True)
 class InfoNCA(ListwiseNCA):
-    """InfoNCA, ``[B]``: ``-log sigmoid(r(w) - r(l))`` of a pair, with ``r(y) = beta * y.ratio``: DPO.
+    """InfoNCA, ``[B]``: ``-log sigmoid(r(w) - r(l))`` with ``r(y) = beta * y.ratio`` for a pair, which is DPO.
 
-    For K scored responses: the cross-entropy of the softmax of their rewards with ``p`` of ``listwise_nca``.
+    For K scored responses: the cross-entropy between ``p`` as in ``listwise_nca`` and the softmax of the rewards.
     """
 
     name = "info_nca"
@@ -214,7 +213,7 @@ class InfoNCA(ListwiseNCA):
 
 
 def _log_softmax(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """``[R]`` log-softmax of ``values`` ``[R]`` among those with the same ``owner`` ``[R]``, one of ``count``."""
+    """Compute the log-softmax of ``values`` ``[R]`` over groups with the same ``owner`` ``[R]``, of which ``count``."""
     top = values.new_zeros(count).scatter_reduce(0, owner, values.detach(), "amax", include_self=False)
     lead = values - top[owner]
     return lead - values.new_zeros(count).index_add(0, owner, lead.exp()).log()[owner]

@@ -1,4 +1,4 @@
-"""Mixtures: a weighted sum of objectives as an objective."""
+"""Combines objectives into a weighted sum, which is an objective itself."""
 
 # ruff: noqa: D102, E741 - the base class documents the methods; the papers write w and l for chosen and rejected
 
@@ -17,10 +17,10 @@ from simpo.objectives.objective import OBJECTIVES, Hyperparameter, Objective, Re
 
 @dataclass(frozen=True)
 class Mixture(Objective):
-    """``[B]``: the sum of the parts' losses times their weights.
+    """The weighted sum of the losses of its parts, ``[B]``.
 
-    A hyperparameter of a part is called ``part.name`` (``dpo.beta``); given as ``name``, it is that of every part that
-    has it. The logged reward is that of :attr:`leading`.
+    A part's hyperparameter is called ``part.name`` (``dpo.beta``); a plain ``name`` sets it in every part that has it.
+    The logged reward is that of :attr:`leading`.
     """
 
     parts: tuple[Objective, ...]
@@ -28,10 +28,10 @@ class Mixture(Objective):
 
     @classmethod
     def of(cls, weights: Mapping[str, float]) -> Mixture:
-        """The mixture of objectives by name; raises ``ValueError`` at an unknown name or a weight not above 0."""
+        """Build a mixture from names and weights; raises ``ValueError`` for unknown names or weights not above 0."""
         for name, weight in weights.items():
             if name not in OBJECTIVES:
-                raise ValueError(f"objective: {name!r} is unknown; there are {', '.join(OBJECTIVES)}")
+                raise ValueError(f"objective: {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
             if not 0 < weight < math.inf:
                 raise ValueError(f"objective: the weight of {name} must be above 0 and finite, not {weight}")
         if not weights:
@@ -52,7 +52,7 @@ class Mixture(Objective):
 
     @property
     def leading(self) -> Objective:
-        """The part whose rewards are logged: the one that needs their mean, if there is one, otherwise the first."""
+        """The part whose rewards are logged: the one that needs their mean (BCO) if there is one, else the first."""
         return next((part for part in self.parts if "reward_shift" in part.needs), self.parts[0])
 
     @property
@@ -88,10 +88,10 @@ class Mixture(Objective):
         return self.leading.implicit_reward(y)
 
     def _sum(self, compute: Callable[[Objective], Tensor | None]) -> Any:
-        """The weighted sum over the parts for which there is something to compute; None if there is none."""
-        terms = [(weight, compute(part)) for part, weight in zip(self.parts, self.weights, strict=True)]
-        found = [weight * term for weight, term in terms if term is not None]
-        return sum(found[1:], found[0]) if found else None
+        """Sum ``compute`` over the parts, weighted, skipping those that return None; None if all do."""
+        results = [(weight, compute(part)) for part, weight in zip(self.parts, self.weights, strict=True)]
+        terms = [weight * result for weight, result in results if result is not None]
+        return sum(terms[1:], terms[0]) if terms else None
 
     # ---- Hyperparameters.
 
@@ -106,12 +106,12 @@ class Mixture(Objective):
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in given:
             if not any(name in (*part.hyperparameters, *part.spellings) for part in self.parts):
-                raise ValueError(f"{name} is not a hyperparameter of any of {', '.join(p.name for p in self.parts)}")
-        found: dict[str, Any] = {}
+                raise ValueError(f"{name} is not a hyperparameter of {' or '.join(p.name for p in self.parts)}")
+        resolved: dict[str, Any] = {}
         for part in self.parts:
             own = {key: value for key, value in given.items() if key in (*part.hyperparameters, *part.spellings)}
-            found |= {f"{part.name}.{name}": value for name, value in part.resolve(own).items()}
-        return found
+            resolved |= {f"{part.name}.{name}": value for name, value in part.resolve(own).items()}
+        return resolved
 
     def with_hyperparameters(self, **hyperparameters: Any) -> Mixture:
         parts = []

@@ -1,4 +1,4 @@
-"""The base class of objectives, frozen dataclasses whose fields are hyperparameters, and the responses they see."""
+"""Defines responses and the base class of objectives, frozen dataclasses whose fields are hyperparameters."""
 
 # ruff: noqa: E741 - the papers write w and l for the chosen and the rejected response
 
@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# Odds are infinite where a probability rounds to 1; an average log-probability is kept at least this far below 0.
-_CERTAIN = 1e-12
+# Odds are infinite if a probability rounds to 1, so an average log-probability is kept at least this far below 0.
+_MIN_DISTANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Responses:
     """Log-probabilities of ``B`` responses.
 
     Attributes:
-        logp: ``[B]`` sum over the scored tokens of ``log pi(y_t | x, y_<t)``, in nats.
-        length: ``[B]`` number of scored tokens ``|y|``, the end-of-turn token included.
+        logp: ``[B]`` sum of ``log pi(y_t | x, y_<t)`` over the scored tokens, in nats.
+        length: ``[B]`` number of scored tokens ``|y|``, including the end-of-turn token.
         ref_logp: ``[B]`` the same sum under the reference model, for objectives that need one.
     """
 
@@ -34,43 +34,39 @@ class Responses:
     ref_logp: Tensor | None = None
 
     def take(self, index: Tensor) -> Responses:
-        """The responses with these numbers, ``[N]``."""
+        """Select the responses at these indices, ``[N]``."""
         columns = (self.logp, self.length, self.ref_logp)
         return Responses(*(None if column is None else column.index_select(0, index) for column in columns))
 
     @property
     def avg(self) -> Tensor:
-        """``[B]`` average log-probability of a token, ``logp / |y|``: SimPO's reward over beta (eq. 4)."""
+        """Average log-probability per token, ``logp / |y|``, ``[B]``: SimPO's reward over beta (eq. 4)."""
         return self.logp / self.length
 
     @property
     def ratio(self) -> Tensor:
-        """``[B]`` ``log pi(y|x) - log pi_ref(y|x)``.
-
-        Raises:
-            ValueError: there is no ``ref_logp``.
-        """
+        """Log-ratio ``log pi(y|x) - log pi_ref(y|x)``, ``[B]``; raises ``ValueError`` without ``ref_logp``."""
         if self.ref_logp is None:
-            raise ValueError("this objective compares the policy with a reference, and ref_logp is missing")
+            raise ValueError("this objective compares the policy with a reference, but ref_logp is missing")
         return self.logp - self.ref_logp
 
     @property
     def avg_ratio(self) -> Tensor:
-        """``[B]`` ``ratio / |y|``: the log-ratio of an average token. Raises ``ValueError`` as ``ratio`` does."""
+        """Average log-ratio per token, ``ratio / |y|``, ``[B]``; raises ``ValueError`` as ``ratio`` does."""
         return self.ratio / self.length
 
     @property
     def log_odds(self) -> Tensor:
-        """``[B]`` ``log(p / (1 - p))`` of the geometric-mean token probability ``p = exp(avg)`` (ORPO, eq. 4).
+        """Log-odds ``log(p / (1 - p))`` of the geometric-mean token probability ``p = exp(avg)``, ``[B]``.
 
-        Stable over the whole range: ``1 - exp(avg)`` is computed with ``expm1`` near ``avg = 0`` and with ``log1p``
-        far from it, and neither branch feeds an infinite gradient into the other. An average that rounds to 0, where
-        odds and slope are infinite, is replaced by ``-1e-12``.
+        ORPO, eq. 4. Stable over the whole range: ``1 - exp(avg)`` is computed with ``expm1`` near ``avg = 0`` and with
+        ``log1p`` far from it, and neither branch feeds an infinite gradient into the other. An average that rounds to
+        0, where odds and slope are infinite, is replaced by ``-1e-12``.
         """
         avg = self.avg
-        avg = avg - (avg + _CERTAIN).clamp(min=0).detach()  # the slope with respect to it stays 1
+        avg = avg - (avg + _MIN_DISTANCE).clamp(min=0).detach()  # clamps the value, but keeps the gradient
         near_zero = avg > -math.log(2.0)
-        # each branch gets a harmless argument where the other one is used: 0 * inf would be NaN in backward
+        # each branch gets a harmless argument where the other one is used, because 0 * inf would be NaN in backward
         small = torch.where(near_zero, avg, torch.full_like(avg, -1.0))
         large = torch.where(near_zero, torch.full_like(avg, -1.0), avg)
         log_one_minus_p = torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))
@@ -81,7 +77,7 @@ class Responses:
 
 
 class Bound(NamedTuple):
-    """The values that a hyperparameter may take: a phrase for error messages, and the test."""
+    """The allowed values of a hyperparameter: a phrase for error messages, and a test."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -104,7 +100,7 @@ class Hyperparameter(NamedTuple):
     help: str
 
     def check(self, value: Any) -> None:
-        """Raise ``ValueError``, with the key, unless ``value`` is allowed."""
+        """Raise ``ValueError``, naming the key, unless ``value`` is allowed."""
         if typing.get_origin(self.type) is Literal:
             allowed = typing.get_args(self.type)
             if value not in allowed:
@@ -122,7 +118,7 @@ class Hyperparameter(NamedTuple):
 
 
 class Spelling(NamedTuple):
-    """Another name for the hyperparameter ``of``, e.g. SimPO's absolute ``gamma`` for ``gamma_beta_ratio``.
+    """Another name for the hyperparameter ``of``, for example SimPO's absolute ``gamma`` for ``gamma_beta_ratio``.
 
     ``convert`` takes the given value and the other hyperparameters, and returns the value of ``of``.
     """
@@ -135,18 +131,18 @@ class Spelling(NamedTuple):
 class Objective(ABC):
     """A loss and an implicit reward; the fields of a subclass are its hyperparameters.
 
-    A loss is a pair term plus, for some objectives, an anchor term on the chosen response alone. With more than two
-    ranked responses the pair term is averaged over all ordered pairs, and the anchor applies once, to the best one.
-    Subclasses define :meth:`pair`, :meth:`implicit_reward` and, where they have one, :meth:`anchor`. Bounds are checked
-    by :meth:`resolve` and not in the constructor: the formulas are defined beyond them.
+    A loss is a pair term plus, for some objectives, an anchor term on the chosen response alone. For rankings of more
+    than two responses, the pair term is averaged over all ordered pairs, and the anchor applies once, to the best
+    response. Subclasses define :meth:`pair`, :meth:`implicit_reward` and, if they have an anchor, :meth:`anchor`.
+    :meth:`resolve` checks the bounds; the constructor does not, because the formulas are defined beyond them.
 
     Class attributes:
-        name: its key in recipes.
-        paper: where the formula stands.
+        name: key in recipes.
+        paper: source of the formula.
         needs: what a batch must provide besides log-probabilities. ``"reference"`` arrives as ``Responses.ref_logp``;
             anything else, such as KTO's ``"z_ref"``, as a keyword argument of :meth:`pair` and :meth:`unpaired`.
         average_logps: whether ``logps/*`` are logged as averages over tokens (otherwise as sums).
-        takes_unpaired: whether it can be trained on single responses with labels.
+        takes_unpaired: whether it can train on single labeled responses.
         spellings: other names for hyperparameters.
     """
 
@@ -159,10 +155,10 @@ class Objective(ABC):
 
     @abstractmethod
     def pair(self, w: Responses, l: Responses, *args: Any, **kwargs: Any) -> Tensor:
-        """``[B]`` pair terms of ``B`` chosen and rejected responses."""
+        """Compute the pair terms ``[B]`` of ``B`` chosen and rejected responses."""
 
     def comparisons(self, y: Responses, pairs: Any, **context: Any) -> Tensor:
-        """``[C]`` pair terms of ``C`` comparisons: the mean over the ordered pairs of each.
+        """Compute the pair terms ``[C]`` of ``C`` comparisons, each averaged over its ordered pairs.
 
         Args:
             y: all ``R`` responses of the comparisons.
@@ -172,25 +168,25 @@ class Objective(ABC):
         return pairs.mean(self.pair(y.take(pairs.better), y.take(pairs.worse), **context))
 
     def anchor(self, w: Responses) -> Tensor | None:
-        """``[B]`` terms on the chosen responses alone; None for an objective without such a term."""
+        """Compute the terms ``[B]`` on the chosen responses alone; None if the objective has no such term."""
         return None
 
     def unpaired(self, y: Responses, label: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[B]`` losses of single responses with a label, ``[B]`` bool: whether a response is desirable.
+        """Compute the losses ``[B]`` of single responses with a bool ``label`` ``[B]``: whether each is desirable.
 
         Raises:
-            ValueError: the objective compares responses, and has no loss for a single one.
+            ValueError: the objective compares responses and has no loss for a single one.
         """
         raise ValueError(f"{self.name} has no loss for single responses")
 
     @abstractmethod
     def implicit_reward(self, y: Responses) -> Tensor:
-        """``[B]`` rewards that the loss implies."""
+        """Compute the rewards ``[B]`` that the loss implies."""
 
     def loss(self, w: Responses, l: Responses, **values: Any) -> Tensor:
-        """``[B]`` losses: the pair term, plus the anchor term where there is one.
+        """Compute losses ``[B]``: the pair term, plus the anchor term if there is one.
 
-        ``values`` are hyperparameters that differ from this objective's own, and what the batch provides.
+        ``values`` override hyperparameters of this objective, and supply what the batch provides.
         """
         context = {name: values.pop(name) for name in self.needs if name in values}
         objective = self.with_hyperparameters(**values)
@@ -198,42 +194,41 @@ class Objective(ABC):
         return losses if anchor is None else losses + anchor
 
     def reward(self, y: Responses, **values: Any) -> Tensor:
-        """``[B]`` implicit rewards, which are logged; ``values`` as in :meth:`loss`."""
+        """Compute the implicit rewards ``[B]``, for logging; ``values`` as in :meth:`loss`."""
         hyperparameters = {name: value for name, value in values.items() if name not in self.needs}
         return self.with_hyperparameters(**hyperparameters).implicit_reward(y)
 
     def part_that_needs(self, need: str) -> Objective:
-        """The objective, or the part of a mixture, that needs ``need``, one of :attr:`needs`."""
+        """Return the objective, or the part of a mixture, that needs ``need``, one of :attr:`needs`."""
         return self
 
     @property
     def row_columns(self) -> tuple[str, ...]:
-        """The columns of the data that can change the loss of their row."""
-        found = ["weight"]
+        """The data columns that can change the loss of a row."""
+        columns = ["weight"]
         if "label_smoothing" in self.hyperparameters and getattr(self, "link", "sigmoid") == "sigmoid":
-            found.append("label_probability")
+            columns.append("label_probability")
         if {"gamma", "gamma_beta_ratio"} & self.hyperparameters.keys():
-            found.append("margin")
-        # KTO's reference point contains beta, and listwise rewards are of responses and not of pairs.
+            columns.append("margin")
+        # Not for KTO, whose reference point contains beta, nor for listwise rewards, which do not belong to pairs.
         if "beta" in self.hyperparameters and "z_ref" not in self.needs and self.adds_up_pairs:
-            found.append("beta")
-        return tuple(found)
+            columns.append("beta")
+        return tuple(columns)
 
     @property
     def adds_up_pairs(self) -> bool:
-        """Whether the loss of a comparison is a mean over its pairs, so that pairs can have weights."""
+        """Whether a comparison's loss is the mean over its pairs, so that pairs can be weighted."""
         return type(self).comparisons is Objective.comparisons
 
     def with_row_columns(
         self, *, label_probability: Tensor | None = None, margin: Tensor | None = None, beta: Tensor | None = None
     ) -> Objective:
-        """The objective of these ``B`` pairs, for :meth:`pair` and, with ``beta``, :meth:`reward`.
+        """Return the objective with per-pair values, for :meth:`pair` and, if ``beta`` is given, :meth:`reward`.
 
         Args:
-            label_probability: ``[B]`` probability that the chosen response is the better one: one minus what
-                ``label_smoothing`` is otherwise.
-            margin: ``[B]`` by how much the chosen response should win, in addition to ``gamma``.
-            beta: ``[B]`` the hyperparameter, with ``gamma_beta_ratio`` as it is.
+            label_probability: ``[B]`` probability that the chosen response is better; replaces ``1 - label_smoothing``.
+            margin: ``[B]`` target margin in addition to ``gamma``.
+            beta: ``[B]`` replaces ``beta``; ``gamma_beta_ratio`` stays the same.
         """
         changed: dict[str, Any] = {} if beta is None else {"beta": beta}
         if label_probability is not None:
@@ -246,7 +241,7 @@ class Objective(ABC):
         return replace(self, **changed)
 
     def with_hyperparameters(self, **hyperparameters: Any) -> Objective:
-        """The objective with these hyperparameters; raises ``ValueError`` at a name that it does not have."""
+        """Return the objective with these hyperparameters; raises ``ValueError`` for unknown names."""
         for name in hyperparameters:
             if name not in self.hyperparameters:
                 raise ValueError(self._unknown(name))
@@ -259,21 +254,21 @@ class Objective(ABC):
 
     @cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
-        """The fields, by name."""
+        """The fields as hyperparameters, by name."""
         hints = typing.get_type_hints(type(self), include_extras=True)
-        found = {}
+        parameters = {}
         for field in fields(self):
             kind, *bound, help_text = typing.get_args(hints[field.name])
             default = getattr(self, field.name)
-            found[field.name] = Hyperparameter(field.name, kind, default, bound[0] if bound else None, help_text)
-        return found
+            parameters[field.name] = Hyperparameter(field.name, kind, default, bound[0] if bound else None, help_text)
+        return parameters
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All hyperparameters, from those ``given`` (in any spelling) and the defaults.
+        """Merge the ``given`` hyperparameters, under any of their names, with the defaults, and check them.
 
         Raises:
-            ValueError: an unknown name (the message names the objectives that have it), a hyperparameter given in two
-                spellings, a value out of bounds, or a combination that the objective rejects.
+            ValueError: an unknown name (the message lists the objectives that have it), a hyperparameter given under
+                two names, a value out of bounds, or a combination that the objective rejects.
         """
         values = {name: known.default for name, known in self.hyperparameters.items()}
         spelled = {name: self.spellings[name] for name in given if name in self.spellings}
@@ -284,11 +279,11 @@ class Objective(ABC):
                 raise ValueError(self._unknown(name))
         for name, spelling in spelled.items():
             if spelling.of in given:
-                raise ValueError(f"{name} and {spelling.of} mean the same; give one of them")
+                raise ValueError(f"{name} and {spelling.of} set the same hyperparameter; give only one of them")
             self.hyperparameters[spelling.of]._replace(name=name).check(given[name])
         for name, value in values.items():
             self.hyperparameters[name].check(value)
-        for name, spelling in spelled.items():  # conversions use values that have been checked
+        for name, spelling in spelled.items():  # conversions need checked values
             values[spelling.of] = spelling.convert(given[name], values)
         self.with_hyperparameters(**values)
         return values
@@ -301,4 +296,4 @@ class Objective(ABC):
 
 
 OBJECTIVES: dict[str, Objective] = {}
-"""The table: objectives with their default hyperparameters, by name; :mod:`simpo.objectives.preference` fills it."""
+"""All objectives by name, with their default hyperparameters; the modules that define objectives fill it."""

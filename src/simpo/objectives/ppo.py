@@ -1,17 +1,18 @@
-"""PPO for language models (Schulman et al. 2017; Ouyang et al. 2022), in the order in which it happens.
+"""Implements PPO for language models (Schulman et al. 2017; Ouyang et al. 2022), in the order of its steps.
 
 An answer is an episode. The state is the prompt with the answer so far, the action is the next token, and a value
-function ``V`` predicts the rewards that are still to come. A *rollout* is a number of answers that the policy has
-sampled and an annotator has scored. From then on:
+function ``V`` predicts the future rewards. A *rollout* is a set of answers sampled by the policy and scored by an
+annotator. From there:
 
 1. :class:`ScoreScale` shifts, scales and clips the scores.
-2. :func:`token_rewards` gives an answer's last token its score, and every token a penalty for leaving the start model.
+2. :func:`token_rewards` assigns the score to an answer's last token, and to every token a penalty for moving away from
+   the start model.
 3. :func:`gae` computes from rewards and values how much better each token was than ``V`` expected, its *advantage*.
-   :meth:`PPO.estimate` is 2 and 3. A rollout's advantages are then scaled to mean 0 and variance 1.
+   :meth:`PPO.estimate` does 2 and 3. The advantages of a rollout are then scaled to mean 0 and variance 1.
 4. For several epochs and minibatches, optimizer steps minimize
    :meth:`~simpo.objectives.policy_gradient.PolicyGradient.loss`, which raises the probability of tokens with a positive
-   advantage while the policy stays near the one that sampled, plus ``value_weight`` times :func:`value_loss`.
-5. :func:`adapt_kl_coefficient` chooses the KL coefficient of the next rollout.
+   advantage while keeping the policy near the one that sampled, plus ``value_weight`` times :func:`value_loss`.
+5. :func:`adapt_kl_coefficient` sets the KL coefficient of the next rollout.
 
 Shapes: ``S`` tokens of ``R`` answers, one answer after another; ``segment`` ``[S]`` is the answer of each token.
 """
@@ -31,10 +32,10 @@ from simpo.objectives.policy_gradient import sum_by, whiten
 
 
 class ScoreScale(NamedTuple):
-    """Scores with mean 0 and standard deviation 1 for the start model's answers.
+    """Scores rescaled to mean 0 and standard deviation 1 on the start model's answers.
 
-    Ziegler et al. 2019, arXiv 1909.08593, section 2.1. Unlike running statistics, the two numbers stay the same for the
-    whole training, so that what is optimized does not change meanwhile.
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.1. Unlike running statistics, the two numbers are fixed for the
+    whole run, so the target of the optimization does not move.
     """
 
     mean: float = 0.0
@@ -42,13 +43,13 @@ class ScoreScale(NamedTuple):
 
     @classmethod
     def of(cls, scores: Tensor) -> ScoreScale:
-        """From the ``scores`` ``[R]`` of the start model's answers; raises ValueError if they are all the same."""
+        """Fit to the ``scores`` ``[R]`` of the start model's answers; raises ValueError if they are all equal."""
         if scores.min() == scores.max():  # the standard deviation may be a rounding error instead of 0
             raise ValueError(f"all scores are {scores[0].item():g}, so there is no scale to normalize them to")
         return cls(scores.mean().item(), scores.std(unbiased=False).item())
 
     def apply(self, score: float, clip: float | None = None) -> float:
-        """The scaled score, kept within ``-clip`` and ``clip``."""
+        """Scale a score, and clip it to the range from ``-clip`` to ``clip``."""
         scaled = (score - self.mean) / self.std
         return scaled if clip is None else min(max(scaled, -clip), clip)
 
@@ -57,7 +58,7 @@ class ScoreScale(NamedTuple):
 
 
 def token_rewards(scores: Tensor, penalty: Tensor, segment: Tensor) -> Tensor:
-    """``[S]`` rewards: minus the ``penalty`` ``[S]`` of each token, and an answer's score ``[R]`` at its last token.
+    """Compute rewards ``[S]``: each token's ``-penalty`` ``[S]``, plus an answer's score ``[R]`` at its last token.
 
     Ouyang et al. 2022, arXiv 2203.02155, equation 2.
     """
@@ -70,24 +71,24 @@ def token_rewards(scores: Tensor, penalty: Tensor, segment: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, segment: Tensor, *, discount: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation: advantages and returns, both ``[S]``.
+    """Compute advantages and returns, both ``[S]``, by generalized advantage estimation.
 
     ``delta_t = r_t + discount * V_{t+1} - V_t`` and ``A_t = delta_t + discount * lam * A_{t+1}``, with a value of 0
-    after an answer's last token; the returns, which ``V`` learns, are ``A_t + V_t``. Schulman et al. 2016, arXiv
+    after an answer's last token. The returns ``A_t + V_t`` are the targets of ``V``. Schulman et al. 2016, arXiv
     1506.02438, equation 16.
 
     Args:
         rewards: ``[S]`` reward of each token.
         values: ``[S]`` value of the state in which each token was chosen.
         segment: ``[S]`` answer of each token, in ascending order.
-        discount: gamma of the paper.
-        lam: 0 trusts the values (one-step differences), 1 the rewards (returns minus values).
+        discount: the paper's gamma.
+        lam: 0 trusts the values (one-step differences), 1 trusts the rewards (returns minus values).
     """
     count = int(segment[-1]) + 1
     lengths = sum_by(torch.ones_like(segment), segment, count)
     place = torch.arange(len(segment), device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
-    # One row per answer, so that the recursion runs over places instead of tokens. Padding comes after the last token;
-    # its rewards and values are 0, and so is what it passes on to the tokens before it.
+    # One row per answer, so that the recursion handles all answers at once. Padding comes after the last token, with
+    # rewards and values of 0, so it contributes nothing to the tokens before it.
     grid_rewards, grid_values = rewards.new_zeros(2, count, int(lengths.max()) + 1)
     grid_rewards[segment, place], grid_values[segment, place] = rewards, values
     found, following = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
@@ -103,9 +104,9 @@ def gae(rewards: Tensor, values: Tensor, segment: Tensor, *, discount: float, la
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """``[S]`` ``max((V - R)**2, (clip(V, V_old - clip, V_old + clip) - R)**2) / 2``; 0 where the return is NaN.
+    """Compute ``max((V - R)**2, (clip(V, V_old - clip, V_old + clip) - R)**2) / 2``, ``[S]``; 0 for NaN returns.
 
-    The clipping is not in the PPO paper, but in implementations of it (Huang et al. 2024, arXiv 2403.17031).
+    The clipping is not in the PPO paper but in its implementations (Huang et al. 2024, arXiv 2403.17031).
     """
     unknown = returns.isnan()
     returns = torch.where(unknown, values.detach(), returns)
@@ -114,9 +115,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """``1 - var(returns - values) / var(returns)``: 1 for perfect values, 0 for constant ones, NaN for equal returns.
+    """Compute ``1 - var(returns - values) / var(returns)``: 1 for perfect values, 0 for constant ones.
 
-    Tokens whose return is NaN do not count.
+    Tokens with a NaN return do not count. The result is NaN if all returns are equal.
     """
     known = ~returns.isnan()
     values, returns = values[known], returns[known]
@@ -129,23 +130,23 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def adapt_kl_coefficient(coefficient: float, measured: float, answers: int, *, target: float, horizon: int) -> float:
-    """The coefficient after a rollout: higher if the divergence was above its target, lower if it was below.
+    """Return the coefficient after a rollout: higher if the divergence was above its target, lower if below.
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2, with the horizon of their code.
 
     Args:
-        coefficient: that of the rollout.
-        measured: the rollout's mean divergence of an answer, in nats.
-        answers: number of its answers.
-        target: the divergence that is wanted.
-        horizon: answers over which the coefficient changes by a factor of at most about ``e ** 0.2``; more than a
-            fifth of ``answers``, or the coefficient could become negative.
+        coefficient: the coefficient during the rollout.
+        measured: mean divergence per answer in the rollout, in nats.
+        answers: number of answers in the rollout.
+        target: the desired divergence.
+        horizon: number of answers over which the coefficient changes by a factor of at most about ``e ** 0.2``; must be
+            more than a fifth of ``answers``, or the coefficient could become negative.
     """
     error = min(max(measured / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * answers / horizon)
 
 
-# ---- All of it.
+# ---- All steps together.
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,11 @@ class PPO:
     """The part of PPO that other policy gradients lack; the fields are its hyperparameters.
 
     Attributes:
-        discount: of later rewards; 1 in all published work on language models.
+        discount: discount factor for later rewards; 1 in all published work on language models.
         gae_lambda: see :func:`gae`.
-        whiten_rewards: divide the rollout's token rewards by their standard deviation, their mean unchanged.
+        whiten_rewards: divide the rollout's token rewards by their standard deviation, keeping their mean.
         value_clip: see :func:`value_loss`.
-        value_weight: of the value loss, next to the policy's.
+        value_weight: weight of the value loss relative to the policy loss.
     """
 
     discount: float = 1.0
@@ -167,12 +168,12 @@ class PPO:
     value_weight: float = 0.1
 
     def estimate(self, scores: Tensor, penalty: Tensor, values: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, ``[S]``, of a rollout's tokens.
+        """Compute advantages and returns, ``[S]`` each, of a rollout's tokens.
 
         Args:
-            scores: ``[R]`` scores of its answers, scaled.
-            penalty: ``[S]`` the KL coefficient times each token's ``log(policy / start model)``.
-            values: ``[S]`` the value function's predictions when the rollout was sampled.
+            scores: ``[R]`` scaled scores of the answers.
+            penalty: ``[S]`` KL coefficient times each token's ``log(policy / start model)``.
+            values: ``[S]`` predictions of the value function when the rollout was sampled.
             segment: ``[S]`` answer of each token, in ascending order.
         """
         rewards = token_rewards(scores, penalty, segment)

@@ -1,4 +1,4 @@
-"""The preference objectives, one class each: losses and rewards as in their papers."""
+"""Preference objectives, one class each, with losses and rewards as in their papers."""
 
 # ruff: noqa: D102, E741 - the base class documents the methods; the papers write w and l for chosen and rejected
 
@@ -24,19 +24,19 @@ from simpo.objectives.objective import (
     Spelling,
 )
 
-# ---- What several objectives share.
+# ---- Shared by several objectives.
 
 Beta = Annotated[float, POSITIVE, "Scale of the implicit reward."]
-GammaBetaRatio = Annotated[float, NON_NEGATIVE, "Margin that the loss asks for between the rewards, in units of beta."]
+GammaBetaRatio = Annotated[float, NON_NEGATIVE, "Target margin between the rewards, in units of beta."]
 LabelSmoothing = Annotated[float, BELOW_HALF, "Probability that a label is wrong."]
-Link = Annotated[Literal["sigmoid", "hinge"], "Loss of a margin: -log sigmoid(margin), or relu(1 - margin)."]
+Link = Annotated[Literal["sigmoid", "hinge"], "Loss on the margin: -log sigmoid(margin), or relu(1 - margin)."]
 AnchorWeight = Annotated[float, NON_NEGATIVE, "Weight of the chosen response's negative log-likelihood."]
 
 _GAMMA = {"gamma": Spelling("gamma_beta_ratio", lambda gamma, values: gamma / values["beta"])}
 
 
 def preference_nll(margin: Tensor, label_smoothing: float) -> Tensor:
-    """``[B]`` negative log-likelihood of the labels under Bradley-Terry, ``margin`` ``[B]`` in nats.
+    """Compute the negative log-likelihood of the labels under Bradley-Terry, ``[B]``; ``margin`` is ``[B]`` in nats.
 
     ``label_smoothing`` is the probability that a label is wrong (Mitchell 2023, cDPO).
     """
@@ -44,23 +44,23 @@ def preference_nll(margin: Tensor, label_smoothing: float) -> Tensor:
 
 
 def sft_term(w: Responses) -> Tensor:
-    """``[B]`` ``-w.avg``: the term that ``sft_weight`` adds to any objective.
+    """Return ``-w.avg``, ``[B]``, the term that ``sft_weight`` adds to any objective.
 
-    With SimPO it gives CPO-SimPO. Every pair counts equally here; the repository of the SimPO paper averages over the
-    tokens of the device batch instead, which lets the longest responses dominate and depends on how a step is split.
+    Added to SimPO, it gives CPO-SimPO. All pairs count equally here. The SimPO paper's code averages over the tokens of
+    the device batch instead, which lets the longest responses dominate and depends on how a step is split.
     """
     return -w.avg
 
 
-# ---- Objectives that look at the policy alone.
+# ---- Objectives that use the policy alone.
 
 
 @dataclass(frozen=True)
 class SimPO(Objective):
     """SimPO, ``[B]``: ``-log sigmoid(beta * (w.avg - l.avg) - gamma)`` with ``gamma = beta * gamma_beta_ratio``.
 
-    ``link="hinge"`` is the ``relu(1 - margin)`` of the paper's repository; it has no probability of a wrong label, so
-    ``label_smoothing`` is rejected with it.
+    ``link="hinge"`` is ``relu(1 - margin)`` as in the paper's code. It is not a likelihood of labels, so it rejects
+    ``label_smoothing``.
     """
 
     name = "simpo"
@@ -88,7 +88,7 @@ class SimPO(Objective):
 class AlphaPO(Objective):
     """AlphaPO, ``[B]``: ``-log sigmoid(r(w) - r(l) - gamma)`` with ``r(y) = beta * (1 - exp(-alpha * y.avg)) / alpha``.
 
-    The defaults are those of the paper's Mistral-Instruct run. ``alpha = 0`` is SimPO, the limit.
+    The defaults are those of the paper's Mistral-Instruct run. The limit ``alpha = 0`` is SimPO.
     """
 
     name = "alphapo"
@@ -110,7 +110,7 @@ class AlphaPO(Objective):
 
 @dataclass(frozen=True)
 class SimPER(Objective):
-    """SimPER, ``[B]``: ``exp(l.avg) - exp(w.avg)``, the difference of inverse perplexities."""
+    """SimPER, ``[B]``: ``exp(l.avg) - exp(w.avg)``, the difference between inverse perplexities."""
 
     name = "simper"
     paper = "Xiao et al. 2025, arXiv 2502.00883"
@@ -140,14 +140,14 @@ class CPO(Objective):
         return -self.lam * w.logp
 
     def implicit_reward(self, y: Responses) -> Tensor:
-        return self.beta * y.logp  # DPO's with a uniform reference
+        return self.beta * y.logp  # DPO's reward with a uniform reference
 
 
 @dataclass(frozen=True)
 class ORPO(Objective):
     """ORPO's pair term, ``[B]``: ``-lam * log sigmoid(w.log_odds - l.log_odds)``; the anchor is ``-w.avg``.
 
-    The pair term is a penalty in addition to supervised fine-tuning and no likelihood of labels, hence there is no
+    The pair term is a penalty on top of supervised fine-tuning rather than a likelihood of labels, so there is no
     ``label_smoothing``.
     """
 
@@ -163,20 +163,20 @@ class ORPO(Objective):
         return -w.avg
 
     def implicit_reward(self, y: Responses) -> Tensor:
-        return y.log_odds  # what the sigmoid compares
+        return y.log_odds  # the quantity compared in the sigmoid
 
 
 @dataclass(frozen=True)
 class SLiCHF(Objective):
     """SLiC-HF's pair term, ``[B]``: ``relu(delta - w.logp + l.logp)``; the anchor is ``-lam * w.logp``.
 
-    The paper anchors on the target of its fine-tuning data. Preference pairs have none, and the chosen response takes
-    its place, as in the table of the SimPO paper.
+    The paper anchors on the target of its fine-tuning data. Preference pairs have no such target, so the chosen
+    response takes its place, as in the table of the SimPO paper.
     """
 
     name = "slic_hf"
     paper = "Zhao et al. 2023, arXiv 2305.10425"
-    delta: Annotated[float, NON_NEGATIVE, "Margin between the log-probabilities that the loss asks for, in nats."] = 1.0
+    delta: Annotated[float, NON_NEGATIVE, "Target margin between the log-probabilities, in nats."] = 1.0
     lam: AnchorWeight = 1.0
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
@@ -186,14 +186,14 @@ class SLiCHF(Objective):
         return -self.lam * w.logp
 
     def implicit_reward(self, y: Responses) -> Tensor:
-        return y.logp  # what the margin compares
+        return y.logp  # the quantity compared in the margin
 
 
 @dataclass(frozen=True)
 class RRHF(Objective):
     """RRHF's pair term, ``[B]``: ``relu(l.avg - w.avg)``; the anchor is ``-lam * w.logp``.
 
-    ``lam``, which is 1 in the RRHF paper, is from the table of the SimPO paper.
+    ``lam`` comes from the table of the SimPO paper; the RRHF paper fixes it at 1.
     """
 
     name = "rrhf"
@@ -208,23 +208,23 @@ class RRHF(Objective):
         return -self.lam * w.logp
 
     def implicit_reward(self, y: Responses) -> Tensor:
-        return y.avg  # what the ranking compares
+        return y.avg  # the quantity compared in the ranking
 
 
 @dataclass(frozen=True)
 class RePO(Objective):
-    """RePO, ``[B]``: ``relu(gamma - (w.avg - l.avg))``: the limit of SimPO for an infinite beta."""
+    """RePO, ``[B]``: ``relu(gamma - (w.avg - l.avg))``, the limit of SimPO for an infinite beta."""
 
     name = "repo"
     paper = "Wu et al. 2025, arXiv 2503.07426, eq. 6"
     average_logps = True
-    gamma: Annotated[float, NON_NEGATIVE, "Margin that the loss asks for between the averages, in nats."] = 0.4
+    gamma: Annotated[float, NON_NEGATIVE, "Target margin between the average log-probabilities, in nats."] = 0.4
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         return torch.relu(self.gamma - (w.avg - l.avg))
 
     def implicit_reward(self, y: Responses) -> Tensor:
-        return y.avg  # what the margin compares
+        return y.avg  # the quantity compared in the margin
 
 
 # ---- Objectives that compare the policy with a reference.
@@ -232,7 +232,7 @@ class RePO(Objective):
 
 @dataclass(frozen=True)
 class LogRatioObjective(Objective):
-    """The base of objectives whose implicit reward is DPO's, ``[B]`` ``beta * y.ratio``."""
+    """Base class of objectives with DPO's implicit reward, ``beta * y.ratio``, ``[B]``."""
 
     needs: ClassVar[tuple[str, ...]] = ("reference",)
     beta: Beta = 0.1
@@ -273,14 +273,14 @@ class NormalizedDPO(DPO):
 class RDPO(DPO):
     """R-DPO, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio) + alpha * (w.length - l.length))``.
 
-    A pair whose chosen response is the longer one counts as partly won before training, so that it teaches less; with
-    the opposite sign, which is also in print, it would teach more. The reward is DPO's: training does not change the
-    lengths, and with them the accuracy would describe the data.
+    If the chosen response is the longer one, the pair counts as partly won from the start and teaches less. With the
+    opposite sign, which also appears in the literature, it would teach more. The reward is DPO's, without the lengths:
+    training does not change them, so including them would make the accuracy describe the data instead of the model.
     """
 
     name = "r_dpo"
     paper = "Park et al. 2024, arXiv 2403.19159"
-    alpha: Annotated[float, NON_NEGATIVE, "Weight of the difference between the lengths."] = 0.05
+    alpha: Annotated[float, NON_NEGATIVE, "Weight of the length difference."] = 0.05
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         margin = self.beta * (w.ratio - l.ratio) + self.alpha * (w.length - l.length)
@@ -291,14 +291,14 @@ class RDPO(DPO):
 class DPOP(DPO):
     """DPO-Positive, ``[B]``: ``-log sigmoid(beta * (w.ratio - l.ratio - lam * relu(-w.ratio)))``.
 
-    The penalty acts while the chosen response is less likely than under the reference. The defaults are in section 5
-    of the paper.
+    The penalty applies while the chosen response is less likely than under the reference. The defaults are from section
+    5 of the paper.
     """
 
     name = "dpop"
     paper = "Pal et al. 2024, arXiv 2402.13228"
     beta: Beta = 0.3
-    lam: Annotated[float, NON_NEGATIVE, "Weight of the penalty where the chosen response lost probability."] = 50.0
+    lam: Annotated[float, NON_NEGATIVE, "Weight of the penalty on chosen responses that lose probability."] = 50.0
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         margin = self.beta * (w.ratio - l.ratio - self.lam * torch.relu(-w.ratio))
@@ -307,17 +307,17 @@ class DPOP(DPO):
 
 @dataclass(frozen=True)
 class ChiPO(DPO):
-    """``[B]``: ``-log sigmoid(clip(r(w) - r(l), 2 * r_max))`` with ``r(y) = beta * (exp(y.ratio) + y.ratio)``.
+    """ChiPO, ``[B]``: ``-log sigmoid(clip(r(w) - r(l), 2 * r_max))`` with ``r(y) = beta * (exp(y.ratio) + y.ratio)``.
 
-    Chi-squared preference optimization is DPO with the link ``phi(z) = z + log z`` of the probability ratio ``z``,
-    which mixes chi-squared regularization into that by KL. A margin beyond ``2 * r_max``, won or lost, is clipped and
-    has no gradient. ``beta * exp(ratio)`` is kept at or below ``exp(20)``, so that it cannot overflow.
+    Chi-squared preference optimization is DPO with the link ``phi(z) = z + log z`` applied to the probability ratio
+    ``z``, which mixes chi-squared regularization into the KL regularization. Margins beyond ``2 * r_max`` in either
+    direction are clipped and have no gradient. ``beta * exp(ratio)`` is capped at ``exp(20)`` to prevent overflow.
     """
 
     name = "chi_po"
     paper = "Huang et al. 2024, arXiv 2407.13399, algorithm 1"
     beta: Beta = 0.05
-    r_max: Annotated[float, POSITIVE, "Largest reward; margins are clipped at twice its value."] = 2.0
+    r_max: Annotated[float, POSITIVE, "Largest reward; margins are clipped at twice this value."] = 2.0
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
         margin = self.implicit_reward(w) - self.implicit_reward(l)
@@ -330,19 +330,19 @@ class ChiPO(DPO):
 
 @dataclass(frozen=True)
 class FDPO(Objective):
-    """``[B]``: ``-log sigmoid(r(w) - r(l))`` with ``r(y) = beta * f'(exp(y.ratio))`` for an f-divergence.
+    """f-DPO, ``[B]``: ``-log sigmoid(r(w) - r(l))`` with ``r(y) = beta * f'(exp(y.ratio))`` for an f-divergence.
 
-    DPO is regularized by the reverse KL divergence, whose ``f'`` is the logarithm. Here it is one of ``js``, ``log(2u /
-    (1 + u))``; ``forward_kl``, ``1 - 1 / u``; and ``alpha``, ``(1 - u**-alpha) / alpha``, which is DPO's in the limit
-    of ``alpha = 0`` and the forward KL's at ``alpha = 1``. A constant is added where that makes ``r`` 0 for the
-    reference, which the loss does not see. ``u**-alpha`` is kept at or below ``exp(20)``, so that it cannot overflow.
+    DPO is regularized by the reverse KL divergence, where ``f'`` is the logarithm. Here ``f'(u)`` is ``log(2u / (1 +
+    u))`` for ``js``, ``1 - 1 / u`` for ``forward_kl``, and ``(1 - u**-alpha) / alpha`` for ``alpha``, which is DPO's in
+    the limit ``alpha = 0`` and the forward KL's at ``alpha = 1``. Where needed, a constant makes ``r`` 0 for the
+    reference; it does not affect the loss. ``u**-alpha`` is capped at ``exp(20)`` to prevent overflow.
     """
 
     name = "f_dpo"
     paper = "Wang et al. 2023, arXiv 2309.16240, table 1"
     needs = ("reference",)
-    divergence: Annotated[Literal["js", "forward_kl", "alpha"], "The divergence from the reference."] = "js"
-    alpha: Annotated[float, OPEN_UNIT, "Order of the alpha divergence; small is close to DPO."] = 0.5
+    divergence: Annotated[Literal["js", "forward_kl", "alpha"], "Divergence from the reference."] = "js"
+    alpha: Annotated[float, OPEN_UNIT, "Order of the alpha divergence; small values are close to DPO."] = 0.5
     beta: Beta = 0.1
     label_smoothing: LabelSmoothing = 0.0
 
@@ -360,14 +360,14 @@ class FDPO(Objective):
 class IPO(Objective):
     """IPO, ``[B]``: ``(w.ratio - l.ratio - 1 / (2 * tau)) ** 2``.
 
-    The paper sums over tokens; ``length_normalized=True`` uses each response's average instead, as its authors advise
-    for language models.
+    The paper sums over tokens; ``length_normalized=True`` uses the average over each response's tokens instead, as the
+    authors recommend for language models.
     """
 
     name = "ipo"
     paper = "Azar et al. 2023, arXiv 2310.12036, eq. 17"
     needs = ("reference",)
-    tau: Annotated[float, POSITIVE, "Strength of the regularization; the loss asks for a margin of 1 / (2 tau)."] = 0.1
+    tau: Annotated[float, POSITIVE, "Strength of the regularization; the target margin is 1 / (2 tau)."] = 0.1
     length_normalized: Annotated[bool, "Divide a response's log-ratio by its length."] = False
 
     def pair(self, w: Responses, l: Responses) -> Tensor:
@@ -384,7 +384,7 @@ class KTO(LogRatioObjective):
 
     ``1 - sigmoid(x)`` is written as ``sigmoid(-x)``. The table of the SimPO paper prints the second term with the
     opposite sign, which would raise rejected responses. ``z_ref`` ``[]`` is the :func:`reference_point` of the
-    optimizer step; 0 is its value while the policy is the reference.
+    optimizer step, and 0 while the policy is the reference.
     """
 
     name = "kto"
@@ -405,11 +405,11 @@ class KTO(LogRatioObjective):
 
 
 def reference_point(mean_ratio: Tensor, beta: float) -> Tensor:
-    """KTO's ``z_ref``, ``[]``: ``beta * max(mean_ratio, 0)``, detached.
+    """Compute KTO's ``z_ref``, ``[]``: ``beta * max(mean_ratio, 0)``, detached.
 
     Args:
-        mean_ratio: ``[]`` mean of ``ratio`` over responses to other prompts than those they are scored after, over the
-            whole optimizer step; an estimate of KL(policy || reference), hence never below 0.
+        mean_ratio: ``[]`` mean of ``ratio`` over the whole optimizer step, for responses paired with mismatched
+            prompts. It estimates KL(policy || reference), which is never negative.
         beta: KTO's hyperparameter.
     """
     return beta * mean_ratio.detach().clamp(min=0)
@@ -418,22 +418,22 @@ def reference_point(mean_ratio: Tensor, beta: float) -> Tensor:
 _ALL = (SimPO, DPO, IPO, CPO, KTO, ORPO, RDPO, SLiCHF, RRHF, NormalizedDPO, AlphaPO, SimPER, DPOP, RePO, ChiPO, FDPO)
 OBJECTIVES.update({objective.name: objective() for objective in _ALL})
 
-# ---- Losses of reward models, which assign one number to a prompt with a response.
+# ---- Losses for reward models, which assign one number to a prompt with its response.
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """``[N]`` negative log-likelihood of preferences, from the rewards, ``[N]``, of both responses of ``N`` pairs.
+    """Compute the negative log-likelihood of preferences, ``[N]``, from the rewards ``[N]`` of both responses.
 
-    ``-logsigmoid(chosen - rejected - margin)``: Ouyang et al. 2022, arXiv 2203.02155, equation 1, whose weight of
-    ``1 / C(K, 2)`` is the mean over the pairs of one prompt; the margin is that of Touvron et al. 2023, arXiv
-    2307.09288, equation 2.
+    ``-logsigmoid(chosen - rejected - margin)``. Ouyang et al. 2022, arXiv 2203.02155, equation 1, where the weight
+    ``1 / C(K, 2)`` averages over the pairs of a prompt; the margin is from Touvron et al. 2023, arXiv 2307.09288,
+    equation 2.
     """
     return -F.logsigmoid(chosen - rejected - margin)
 
 
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """``[N]`` ``(chosen + rejected)**2``, which pulls the mean reward towards 0.
+    """Compute ``(chosen + rejected)**2``, ``[N]``, which pulls the mean reward towards 0.
 
-    Preferences do not determine a constant that is added to all rewards. Eisenstein et al. 2023, arXiv 2312.09244.
+    Preferences determine rewards only up to an additive constant. Eisenstein et al. 2023, arXiv 2312.09244.
     """
     return (chosen + rejected) ** 2

@@ -1,1 +1,1 @@
-"""Comparisons to one flat sequence a micro-batch, and the model's log-probabilities for them."""
+"""Packs each micro-batch into one flat sequence, and runs the model on it."""

@@ -1,8 +1,8 @@
-"""Shared-prefix attention: its definition, kernels that are verified against it before use, and its registration.
+"""Implements shared-prefix attention: its definition, kernels that are verified against it, and its registration.
 
-Registered with transformers' attention and mask interfaces. The layout arrives as a forward keyword argument, because a
-side channel would be gone when gradient checkpointing recomputes a layer. A call without a layout goes to the
-implementation that the model had before, so ``generate`` and evaluation behave as they always did.
+It is registered with transformers' attention and mask interfaces. The layout arrives as a keyword argument of the
+forward, because a side channel would be gone when gradient checkpointing recomputes a layer. A call without a layout
+goes to the model's previous implementation, so ``generate`` and evaluation behave as before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from simpo.packing.layout import AttentionLayout, LayoutIndex, Span
 
 logger = logging.getLogger(__name__)
 
-# ---- Shared-prefix attention by its definition, one segment at a time: exact on every device and in every type.
+# ---- The definition of shared-prefix attention, one segment at a time: exact on every device and for every dtype.
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,34 @@ class AttentionStyle:
     """The features of a model's attention beyond softmax(q k^T) v."""
 
     scale: float  # factor on the scores
-    window: int | None = None  # a query sees this many positions, its own included; None for all
-    softcap: float | None = None  # bound of the scores, `softcap * tanh(scores / softcap)`; None for none
-    sinks: Tensor | None = None  # `[heads]` logits that take part in the softmax and carry no value; None for none
+    window: int | None = None  # a query sees this many positions, including its own; None for all
+    softcap: float | None = None  # bound on the scores, `softcap * tanh(scores / softcap)`; None for no bound
+    sinks: Tensor | None = None  # `[heads]` extra logits in the softmax that carry no value; None without sinks
     dropout: float = 0.0  # probability of dropping an attention weight
-    blocks: bool = False  # whether the layout has tokens that see one another in both directions
+    blocks: bool = False  # whether the layout has tokens that attend to each other in both directions
 
     @property
     def plain(self) -> bool:
-        """Whether ``scaled_dot_product_attention`` can compute it."""
+        """Whether ``scaled_dot_product_attention`` supports all of them."""
         return self.softcap is None and self.sinks is None
 
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
-    """Attention over a packed batch, one call per segment: ``[1, T, heads, D_v]``.
+    """Compute attention over a packed batch with one call per segment.
 
-    ``query`` is ``[1, heads, T, D]``, ``key`` ``[1, key-value heads, T, D]`` and ``value`` ``[1, key-value heads, T,
-    D_v]``.
+    Args:
+        query: ``[1, heads, T, D]``.
+        key: ``[1, key-value heads, T, D]``.
+        value: ``[1, key-value heads, T, D_v]``.
+        layout: which keys each query attends to.
+        style: the features of the model's attention.
+
+    Returns:
+        ``[1, T, heads, D_v]``.
     """
     groups = query.shape[1] // key.shape[1]
-    attend = _plain if style.plain else _special
-    # split and not slices: its backward is one concatenation, while that of each slice would fill a whole [T]
+    attend = _sdpa if style.plain else _eager
+    # split instead of slicing: its backward is one concatenation, while every slice would allocate a gradient of all T
     queries, blocks = iter(query.split(layout.query_sizes, dim=2)), _blocks_of_keys(layout)
     keys, values = iter(key.split(layout.part_sizes, dim=2)), iter(value.split(layout.part_sizes, dim=2))
     outputs = []
@@ -70,21 +77,21 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayou
 
 
 def _blocks_of_keys(layout: AttentionLayout) -> Iterator[Tensor | None]:
-    """For each segment, ``[keys]`` of the layout's ``blocks``; None if there are none."""
+    """Yield each segment's ``blocks``, ``[keys]``, or None if the layout has none."""
     if layout.blocks is None:
         return repeat(None)
     return iter(layout.blocks[layout.index.key_index].split(layout.key_sizes))
 
 
 def repeat_heads(states: Tensor, groups: int) -> Tensor:
-    """``[1, h, n, D]`` to ``[1, h * groups, n, D]``, each head repeated for its group of query heads."""
+    """Repeat each head for its group of query heads: ``[1, h, n, D]`` to ``[1, h * groups, n, D]``."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def _visible(queries: int, keys: int, window: int | None, blocks: Tensor | None, device: torch.device) -> Tensor:
-    """``[queries, keys]`` causal mask aligned bottom-right, with a sliding window where there is one.
+    """Build a causal mask ``[queries, keys]``, aligned bottom-right, with an optional sliding window.
 
-    Keys with the same number in ``blocks``, ``[keys]``, see one another in both directions; -1 stands for no block.
+    Keys with the same number in ``blocks``, ``[keys]``, attend to each other in both directions; -1 means no block.
     """
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)
@@ -94,8 +101,8 @@ def _visible(queries: int, keys: int, window: int | None, blocks: Tensor | None,
     return mask if window is None else mask & (column > row - window)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
-    """``[1, heads, queries, D_v]`` through PyTorch's own attention."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
+    """Compute one segment, ``[1, heads, queries, D_v]``, with PyTorch's own attention."""
     queries, keys = q.shape[2], k.shape[2]
     window = None if style.window is None or style.window >= keys else style.window
     triangle = window is None and blocks is None and queries == keys
@@ -110,8 +117,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tenso
     )
 
 
-def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
-    """``[1, heads, queries, D_v]`` with softcap and sinks, step by step."""
+def _eager(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Tensor | None) -> Tensor:
+    """Compute one segment, ``[1, heads, queries, D_v]``, step by step, with softcap and sinks."""
     scores = (q @ k.transpose(-1, -2)) * style.scale  # [1, heads, queries, keys]
     if style.softcap is not None:
         scores = torch.tanh(scores / style.softcap) * style.softcap
@@ -125,22 +132,22 @@ def _special(q: Tensor, k: Tensor, v: Tensor, style: AttentionStyle, blocks: Ten
     return F.dropout(weights, style.dropout) @ v
 
 
-# ---- Kernels, which are compared with the definition before they are used.
+# ---- Kernels, each compared with the definition before it is used.
 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionLayout, AttentionStyle], Tensor]
-_DEVICE = "cuda"  # that the kernels run on
-_refused: set[Kernel] = set()  # kernels that failed a check
-# Several query heads share a key head; torch 2.11's kernel does that without being asked.
+_DEVICE = "cuda"  # the device type that the kernels run on
+_rejected: set[Kernel] = set()  # kernels that failed a check
+# Grouped-query attention; the kernel in torch 2.11 supports it without this argument.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(torch_varlen.varlen_attn).parameters else {}
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
-    """One variable-length call for all segments; shapes as in :func:`by_segment`.
+    """Compute all segments in one variable-length call; shapes as in :func:`by_segment`.
 
-    A segment has fewer queries than keys where the prompt is shared; the kernel's causal mask is aligned bottom-right,
-    which is exactly what a response needs.
+    A segment that shares its prompt has fewer queries than keys. The kernel's causal mask is aligned bottom-right,
+    which is exactly right for a response.
     """
-    # [1, h, T, D] -> [keys of all segments, h, D]; the gradient of a shared prompt adds up through the gather
+    # [1, h, T, D] -> [keys of all segments, h, D]; backward of the indexing sums the gradients of a shared prompt
     keys, values = (states[0].transpose(0, 1)[layout.index.key_index] for states in (key, value))
     output = torch_varlen.varlen_attn(
         query[0].transpose(0, 1).contiguous(),
@@ -158,7 +165,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, s
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
-    """FlexAttention on the flat sequence, for softcap and sinks: the mask itself expresses the sharing."""
+    """Run FlexAttention on the flat sequence, for softcap and sinks; its mask expresses which prompts are shared."""
     from torch.nn.attention.flex_attention import AuxRequest  # noqa: PLC0415 - slow import
 
     softcap = style.softcap
@@ -166,7 +173,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, sty
     def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    # the softcap as a constant of the compiled kernel: torch 2.11 cannot differentiate one that is an input
+    # compile the softcap in as a constant: torch 2.11 cannot differentiate the kernel if it is an input
     with torch._dynamo.config.patch(specialize_float=True):
         output, aux = _flex_attention(query.device.type)(
             query,
@@ -179,27 +186,27 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, sty
             return_aux=AuxRequest(lse=True),
         )
     if style.sinks is not None:  # a sink adds exp(sink) to the softmax's denominator and nothing to its numerator
-        kept = torch.sigmoid(aux.lse - style.sinks.view(1, -1, 1))
-        output = output * kept[..., None].to(output.dtype)
+        share = torch.sigmoid(aux.lse - style.sinks.view(1, -1, 1))
+        output = output * share[..., None].to(output.dtype)
     return output.transpose(1, 2)
 
 
-_flex_uncompiled = torch.compiler.disable(flex)  # it compiles itself, and its mask is made in Python
+_flex_uncompiled = torch.compiler.disable(flex)  # it compiles its own kernel, and its mask is built in Python
 
 
 def _block_mask(layout: AttentionLayout, window: int | None) -> Any:
-    """FlexAttention's mask, made once per forward for all layers with the same window."""
+    """Return FlexAttention's mask, built once per forward for all layers with the same window."""
     from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - slow import
 
     (_, position, comparison, part, *_), blocks = layout.index, layout.blocks
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        same = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
-        seen = position[j] <= position[i]
+        same_segment = (comparison[i] == comparison[j]) & ((part[j] == 0) | (part[i] == part[j]))
+        mask = position[j] <= position[i]
         if blocks is not None:
-            seen = seen | ((blocks[i] == blocks[j]) & (blocks[i] >= 0))
-        seen = same & seen
-        return seen if window is None else seen & (position[j] > position[i] - window)
+            mask = mask | ((blocks[i] == blocks[j]) & (blocks[i] >= 0))
+        mask = same_segment & mask
+        return mask if window is None else mask & (position[j] > position[i] - window)
 
     if window not in layout.block_masks:
         device = position.device.type
@@ -214,24 +221,24 @@ def _flex_attention(device: str) -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
 
 
-def choose(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Kernel | None:
-    """The kernel for these inputs, shaped as in :func:`by_segment`; None where only the definition will do."""
+def choose_kernel(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Kernel | None:
+    """Choose a kernel for these inputs, shaped as in :func:`by_segment`; None if only the definition is right."""
     if query.device.type != _DEVICE or style.dropout or query.shape[-1] != value.shape[-1]:
         return None
     half = query.dtype in (torch.bfloat16, torch.float16)
     kernel = flex if style.blocks or not style.plain else varlen if half and query.shape[-1] <= 256 else None
     if kernel is None:
         return None
-    if torch.compiler.is_compiling():  # the model's self-check has run every layer before, and with it these checks
-        return None if kernel in _refused else _flex_uncompiled if kernel is flex else kernel
+    if torch.compiler.is_compiling():  # the model's self-check has already run every layer, and with it these checks
+        return None if kernel in _rejected else _flex_uncompiled if kernel is flex else kernel
     shape = (query.shape[1], key.shape[1], query.shape[-1])
-    window = None if style.window is None else min(style.window, 24)  # so that a small batch feels the window
+    window = None if style.window is None else min(style.window, 24)  # so that it matters in a small batch
     small = replace(style, window=window, sinks=None)
-    return kernel if _agrees(kernel, query.device, query.dtype, shape, small, style.sinks is not None) else None
+    return kernel if _is_correct(kernel, query.device, query.dtype, shape, small, style.sinks is not None) else None
 
 
 @cache
-def _agrees(
+def _is_correct(
     kernel: Kernel,
     device: torch.device,
     dtype: torch.dtype,
@@ -239,7 +246,7 @@ def _agrees(
     style: AttentionStyle,
     sinks: bool,
 ) -> bool:
-    """Whether ``kernel`` gives the definition's output and gradients on a small packed batch; logged once if not."""
+    """Whether ``kernel`` reproduces the definition's output and gradients on a small packed batch; logs if not."""
     heads, kv_heads, size = shape
     layout = AttentionLayout((Span(37, (30, 51)), Span(5, (70, 1, 20)))).to(device)
     if style.blocks:  # two images in the first prompt
@@ -260,19 +267,19 @@ def _agrees(
             given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
             rounded = replace(style, sinks=None if style.sinks is None else style.sinks.to(dtype))
             found = _with_gradients(kernel, given, layout, rounded, weight)
-    except Exception as error:  # whatever a kernel raises, it means the same: do not use it
-        logger.warning("attention kernel %s failed its check (%s); using segments", kernel.__name__, error)
-        _refused.add(kernel)
+    except Exception as error:  # whatever a kernel raises, it must not be used
+        logger.warning("attention kernel %s failed its check (%s); it will not be used", kernel.__name__, error)
+        _rejected.add(kernel)
         return False
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # relative to the largest entry; half precision keeps 3 digits
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # relative to the largest entry
     wrong = [
         name
         for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, found, strict=True)
         if not (a - b.float()).abs().max() <= tolerance * a.abs().max()
     ]
     if wrong:
-        logger.warning("attention kernel %s disagrees in %s; using segments", kernel.__name__, ", ".join(wrong))
-        _refused.add(kernel)
+        logger.warning("attention kernel %s has wrong %s; it will not be used", kernel.__name__, ", ".join(wrong))
+        _rejected.add(kernel)
     return not wrong
 
 
@@ -284,7 +291,7 @@ def _with_gradients(
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), inputs)]
 
 
-# ---- Attention by segments as an operator of PyTorch, which ``torch.compile`` does not look into.
+# ---- Attention by segments as a PyTorch operator, which ``torch.compile`` does not trace into.
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor[] index, float scale, int? window, float? softcap"
@@ -294,9 +301,9 @@ _INPUTS = (
 def by_segment_operator(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle
 ) -> Tensor:
-    """:func:`by_segment`, without dropout, for compiled graphs.
+    """Compute :func:`by_segment`, without dropout, inside compiled graphs.
 
-    Backward computes the attention again: an operator cannot keep what PyTorch's own attention keeps for backward.
+    Backward recomputes the attention, because an operator cannot save what PyTorch's attention saves for backward.
     """
     return _forward(query, key, value, style.sinks, list(layout.index), style.scale, style.window, style.softcap)
 
@@ -324,10 +331,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     "simpo::attention_by_segment_backward", mutates_args=(), schema=f"(Tensor grad, {_INPUTS}) -> Tensor[]"
 )
 def _backward(grad: Tensor, *inputs: Any) -> list[Tensor]:
-    """Gradients of query, key, value and, where there are any, sinks."""
+    """Compute the gradients of query, key, value and, if there are any, sinks."""
     tensors, constants = _differentiable(inputs), inputs[4:]
-    _, pull = torch.func.vjp(_attention(*constants), *tensors)  # autograd.grad is switched off inside an operator
-    return [gradient.contiguous() for gradient in pull(grad)]
+    _, vjp = torch.func.vjp(_attention(*constants), *tensors)  # autograd.grad is disabled inside an operator
+    return [gradient.contiguous() for gradient in vjp(grad)]
 
 
 @_backward.register_fake
@@ -336,7 +343,7 @@ def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
 
 
 def _differentiable(inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Query, key, value and, where there are any, sinks."""
+    """Select query, key, value and, if there are any, sinks."""
     return [tensor for tensor in inputs[:4] if tensor is not None]
 
 
@@ -358,32 +365,33 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 PREFIX = "simpo_"
 LAYOUT_ARGUMENT = "attention_layout"
-_OWN = "_simpo_own_attention"
-# Arguments of attention implementations that change nothing in training without a cache.
+_ORIGINAL = "_simpo_original_attention"
+# Arguments of attention implementations that have no effect in training without a cache.
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "cache"}
 
 
 class UnsupportedAttentionError(Exception):
-    """This model's attention needs something that shared-prefix attention does not support."""
+    """The model's attention needs something that shared-prefix attention does not support."""
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The language model inside a peft model, or the model itself."""
+    """Return the language model inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
 def install(model: nn.Module) -> None:
-    """Route ``model``'s attention through :func:`shared_prefix_attention`, keeping its own for calls without layout.
+    """Route ``model``'s attention through :func:`shared_prefix_attention`; calls without a layout keep its own.
 
-    Raises :class:`UnsupportedAttentionError` if the model does not use transformers' attention interface.
+    Raises:
+        UnsupportedAttentionError: the model does not use transformers' attention interface.
     """
     model = causal_lm(model)
-    own = model.config._attn_implementation
-    if own.startswith(PREFIX):
+    original = model.config._attn_implementation
+    if original.startswith(PREFIX):
         return
-    base = own
-    if base not in ("eager", "sdpa"):  # flash and flex kernels need shapes of their own; these give the same numbers
-        # the sdpa of older transformers silently ignores a softcap
+    base = original
+    if base not in ("eager", "sdpa"):  # flash and flex kernels need other shapes; these two compute the same
+        # sdpa silently ignores a softcap in older versions of transformers
         softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
         base = "sdpa" if model._supports_sdpa and softcap is None else "eager"
     if not type(model)._can_set_attn_implementation():
@@ -392,22 +400,22 @@ def install(model: nn.Module) -> None:
     AttentionInterface.register(name, _dispatch_to(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation(name)
-    setattr(model, _OWN, own)
+    setattr(model, _ORIGINAL, original)
 
 
 def uninstall(model: nn.Module) -> None:
-    """Give ``model`` its own attention back."""
+    """Restore the attention that ``model`` had before :func:`install`."""
     model = causal_lm(model)
     name = model.config._attn_implementation
     if name.startswith(PREFIX):
-        model.set_attn_implementation(getattr(model, _OWN))
+        model.set_attn_implementation(getattr(model, _ORIGINAL))
 
 
 @cache
 def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         layout = kwargs.pop(LAYOUT_ARGUMENT, None)
-        # the vision tower receives the layout as well, but its attention is over patches, and not causal
+        # the vision tower receives the layout too, but its attention is over patches and not causal
         if layout is not None and kwargs.get("is_causal") is not False:
             return shared_prefix_attention(module, *args, layout=layout, **kwargs), None
         if base == "eager":
@@ -420,7 +428,7 @@ def _dispatch_to(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 @cache
 def _eager_of(kind: type) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The eager attention of the modeling file (each has its own) that ``kind`` or its nearest ancestor comes from."""
+    """Find the eager attention in the modeling file (each has its own) of ``kind`` or its nearest ancestor."""
     modules = (sys.modules[ancestor.__module__] for ancestor in kind.__mro__)
     return next(m.eager_attention_forward for m in modules if hasattr(m, "eager_attention_forward"))
 
@@ -441,32 +449,32 @@ def shared_prefix_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention over a packed batch, ``[1, T, heads, D_v]``, with the arguments of transformers' attention interface.
+    """Compute attention over a packed batch, ``[1, T, heads, D_v]``, behind transformers' attention interface.
 
-    ``attention_mask`` is a placeholder: the ``layout`` determines what is visible. The other arguments are described
-    by :class:`AttentionStyle`; ``scaling`` is ``D ** -0.5`` if None, ``s_aux`` are sinks.
+    ``attention_mask`` is a placeholder: visibility comes from the ``layout``. For the other arguments see
+    :class:`AttentionStyle`; ``scaling`` defaults to ``D ** -0.5``, and ``s_aux`` are sinks.
 
     Raises:
-        UnsupportedAttentionError: an argument that is not supported here, or shapes that are not the layout's.
+        UnsupportedAttentionError: an argument is not supported, or the shapes do not match the layout.
     """
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
     if unknown or is_causal is False:
         raise UnsupportedAttentionError(f"attention arguments {unknown or ['is_causal=False']} are not supported")
     total = layout.index.positions.shape[0]
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == total:
-        raise UnsupportedAttentionError(f"queries {tuple(query.shape)} are not a packed batch of {total} tokens")
+        raise UnsupportedAttentionError(f"queries {tuple(query.shape)} do not match a packed batch of {total} tokens")
     if layout.windows is not None:
         layout.windows.append(sliding_window)
-    if torch.is_autocast_enabled(query.device.type):  # rotations in fp32 leave queries and keys in it
-        computed = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (t.to(computed) if t.dtype == torch.float32 else t for t in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings in fp32 make queries and keys fp32 too
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) if t.dtype == torch.float32 else t for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     style = AttentionStyle(scale, sliding_window, softcap, s_aux, dropout, layout.blocks is not None)
-    attend = layout.kernel or choose(query, key, value, style)
+    attend = layout.kernel or choose_kernel(query, key, value, style)
     if attend is None and torch.compiler.is_compiling():
         attend = _by_segment_uncompiled if style.dropout or style.blocks else by_segment_operator
     return (attend or by_segment)(query, key, value, layout, style)
 
 
-# With dropout, the operator's backward would draw other random numbers than its forward.
+# With dropout, the operator's backward would draw different random numbers from its forward.
 _by_segment_uncompiled = torch.compiler.disable(by_segment)

@@ -1,9 +1,9 @@
-"""Prompts shared through a model's own cache: layers with state, and attention that cannot take a packed batch.
+"""Shares prompts through a model's own cache, for layers with state and attention that cannot take a packed batch.
 
-A batch is computed in two passes. The first one runs the prompts, padded on the left, and leaves keys, values,
-recurrent states and convolution windows in the cache. The cache is then repeated for every response of a prompt,
-and the second pass runs the responses, padded on the right. Gradients of all responses flow back through the cache into
-the one computation of their prompt. Rows never mix: comparisons are different rows of a batch, and padding does not
+A batch is computed in two passes. The first pass runs the prompts, padded on the left, and leaves keys, values,
+recurrent states and convolution windows in the cache. The cache is then repeated for each response to a prompt, and the
+second pass runs the responses, padded on the right. The gradients of all responses flow back through the cache into the
+single computation of their prompt. Rows never mix: comparisons are separate rows of the batch, and padding does not
 enter a state (models mask it, and the self-check compares prompts of different lengths).
 """
 
@@ -26,35 +26,35 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from simpo.packing.layout import PackedBatch
 
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # attention models and hybrids; models with states alone
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # of models with attention, and of those with states only
 _SCAN = "mamba_selective_scan"
 
 
 class NotShareableError(Exception):
-    """Why a model's prompts cannot be shared; the text is for the user."""
+    """A model cannot share prompts; the message tells the user why."""
 
 
 @dataclass(frozen=True)
 class TwoPasses:
-    """A batch of ``C`` comparisons with ``R`` responses as two rectangles."""
+    """A batch of ``C`` comparisons with ``R`` responses, as a rectangle of prompts and one of responses."""
 
     prompt_ids: Tensor  # `[C, P]`, padded on the left
     prompt_mask: Tensor  # `[C, P]` 1 for tokens, 0 for padding
     response_ids: Tensor  # `[R, W]`, padded on the right
     response_mask: Tensor  # `[R, W]`
     comparison_of: Tensor  # `[R]` the comparison of each response
-    # `[S]` where the scored tokens are predicted: positions in the concatenation of the prompts' last outputs, `[C]`,
-    # and all outputs of the responses, `[R * W]`.
+    # `[S]` where the scored tokens are predicted: indices into the prompts' last outputs, `[C]`, followed by all
+    # outputs of the responses, `[R * W]`.
     scored: Tensor
 
     @classmethod
     def of(cls, batch: PackedBatch, only: int | None = None) -> TwoPasses:
-        """The rectangles of a packed batch, or of one of its comparisons."""
+        """Build the rectangles of a packed batch, or of comparison number ``only``."""
         device, spans = batch.input_ids.device, batch.layout.spans
         counts = torch.tensor([len(span.responses) for span in spans], device=device)
         prompt_sizes = torch.tensor([span.prompt for span in spans], device=device)
         comparison_of = torch.repeat_interleave(counts)
-        # The position that predicts a scored token, from its response's first token on; -1 is the end of the prompt.
+        # Where a scored token is predicted, relative to its response's first token; -1 is the end of the prompt.
         response_of = batch.response_of
         place = batch.layout.index.positions[batch.scored] - prompt_sizes[comparison_of[response_of]]
         parts = iter(batch.input_ids.split(batch.layout.part_sizes))
@@ -68,7 +68,7 @@ class TwoPasses:
             mine = comparison_of[response_of] == only
             place, response_of = place[mine], response_of[mine] - counts[:only].sum()
             comparison_of = comparison_of.new_zeros(len(responses))
-        # Two tokens at least: for a single one, models take a shortcut that overwrites the state.
+        # At least two tokens: for a single one, models take a shortcut that overwrites the state.
         depth, width = max(map(len, prompts)), max(2, *map(len, responses))
         sizes = [torch.tensor([len(ids) for ids in group], device=device)[:, None] for group in (prompts, responses)]
         return cls(
@@ -84,19 +84,18 @@ class TwoPasses:
 
 
 def outputs_at_scored(model: PreTrainedModel, batch: PackedBatch, forward: Callable[..., Tensor]) -> Tensor:
-    """``[S, D]`` the outputs of ``forward``, ``[rows, L, D]``, at the scored positions of ``batch``.
+    """Run ``forward``, which returns ``[rows, L, D]``, and select its outputs at the scored positions, ``[S, D]``.
 
-    ``model`` is the language model itself, without the wrappers of peft or a distributed engine.
-
-    Under gradient checkpointing every comparison is a checkpoint of its own, because transformers switches caches off
-    where it checkpoints layers. What is kept until the backward pass is then a comparison's ids.
+    ``model`` is the language model itself, without the wrappers of peft or a distributed engine. transformers turns
+    caches off when it checkpoints layers, so under gradient checkpointing each comparison becomes one checkpoint
+    instead, and only its ids are kept for the backward pass.
     """
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if not (checkpointing and model.training and torch.is_grad_enabled()):
         return _two_passes(model, TwoPasses.of(batch), forward)
-    # Ranks that share weights must run their layers equally often, so there a batch is one checkpoint.
-    numbers = [None] if _is_sharded(model) else range(len(batch.layout.spans))
-    return torch.cat([checkpoint(_uncheckpointed, model, batch, c, forward, use_reentrant=False) for c in numbers])
+    # Ranks that shard weights must run their layers equally often, so the whole batch is one checkpoint.
+    comparisons = [None] if _is_sharded(model) else range(len(batch.layout.spans))
+    return torch.cat([checkpoint(_uncheckpointed, model, batch, c, forward, use_reentrant=False) for c in comparisons])
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
@@ -107,7 +106,7 @@ def _is_sharded(model: PreTrainedModel) -> bool:
 def _uncheckpointed(
     model: PreTrainedModel, batch: PackedBatch, only: int | None, forward: Callable[..., Tensor]
 ) -> Tensor:
-    """A batch or one of its comparisons, with layers that use their caches although gradient checkpointing is on."""
+    """Compute a batch, or one of its comparisons, with caches in use although gradient checkpointing is on."""
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False
@@ -123,7 +122,7 @@ def _two_passes(model: PreTrainedModel, rows: TwoPasses, forward: Callable[..., 
     name = next((name for name in _CACHE_ARGUMENTS if name in accepted), None)
     if name is None:
         raise NotShareableError("its forward takes no cache")
-    cache = _assigning(DynamicCache(config=model.config.get_text_config()))
+    cache = _out_of_place(DynamicCache(config=model.config.get_text_config()))
     shared: dict[str, Any] = {"use_cache": True, name: cache}
 
     def placed(positions: Tensor) -> dict[str, Tensor]:
@@ -131,20 +130,20 @@ def _two_passes(model: PreTrainedModel, rows: TwoPasses, forward: Callable[..., 
 
     positions = (rows.prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
     prompts = forward(input_ids=rows.prompt_ids, attention_mask=rows.prompt_mask, **placed(positions), **shared)
-    if not all(map(_is_filled, cache.layers)) or not any(map(_holds_something, cache.layers)):
-        raise NotShareableError("not every layer keeps in the cache what a prompt leaves to its responses")
+    if not all(map(_is_filled, cache.layers)) or not any(map(_has_state, cache.layers)):
+        raise NotShareableError("not all of its layers store their state in the cache")
     cache.reorder_cache(rows.comparison_of)
     mask: Tensor | None = torch.cat([rows.prompt_mask[rows.comparison_of], rows.response_mask], dim=1)
     if not any(getattr(layer, "keys", None) is not None for layer in cache.layers):
-        mask = None  # there is no attention that could look at padding, and it comes after all tokens that count
+        mask = None  # without attention, padding on the right of the responses cannot affect other tokens
     start = rows.prompt_mask.sum(dim=1)[rows.comparison_of][:, None]
     positions = start + torch.arange(rows.response_ids.shape[1], device=start.device)
     responses = forward(input_ids=rows.response_ids, attention_mask=mask, **placed(positions), **shared)
     return torch.cat([prompts[:, -1], responses.flatten(0, 1)])[rows.scored]
 
 
-def _assigning(cache: DynamicCache) -> DynamicCache:
-    """A cache whose states are replaced and not written over: autograd still needs the old ones."""
+def _out_of_place(cache: DynamicCache) -> DynamicCache:
+    """Make ``cache`` replace states instead of overwriting them, because autograd still needs the old ones."""
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.update_conv_state = MethodType(_update_conv_state, layer)  # type: ignore[method-assign]
@@ -155,7 +154,7 @@ def _assigning(cache: DynamicCache) -> DynamicCache:
 def _update_conv_state(
     self: Any, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
 ) -> Tensor:
-    """As in the cache's class; the window is padded with zeros on the left where a prompt is shorter."""
+    """Override the cache's method; if the prompt is shorter than the window, zeros are added on the left."""
     if not self.is_conv_states_initialized[state_idx]:
         self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
     size = self.conv_kernel_size[state_idx]
@@ -169,7 +168,7 @@ def _update_conv_state(
 
 
 def _update_recurrent_state(self: Any, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-    """As in the cache's class."""
+    """Override the cache's method."""
     if not self.is_recurrent_states_initialized[state_idx]:
         self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
     self.recurrent_states[state_idx] = recurrent_states
@@ -177,21 +176,21 @@ def _update_recurrent_state(self: Any, recurrent_states: Tensor, state_idx: int 
 
 
 def _is_filled(layer: Any) -> bool:
-    """Whether a layer of the cache holds something, or is that of a layer without memory, such as an MLP's."""
-    return _holds_something(layer) or not isinstance(layer, (DynamicLayer, LinearAttentionCacheLayerMixin))
+    """Whether a cache layer holds something, or belongs to a layer that has nothing to store, such as an MLP."""
+    return _has_state(layer) or not isinstance(layer, (DynamicLayer, LinearAttentionCacheLayerMixin))
 
 
-def _holds_something(layer: Any) -> bool:
+def _has_state(layer: Any) -> bool:
     if getattr(layer, "keys", None) is not None:
         return True
     return isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
 
 
-# ---- Mamba 1: transformers' scan over several tokens starts from an empty state, also where the cache has one.
+# ---- Mamba 1: in transformers, a scan over several tokens starts from an empty state even if the cache holds one.
 
 
 def install_scans(model: nn.Module) -> None:
-    """Let the Mamba layers of a model start from the state in the cache."""
+    """Make the Mamba layers of a model start from the state in the cache."""
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if code is not None and _SCAN in code.co_names and "forward" not in module.__dict__:
@@ -199,7 +198,7 @@ def install_scans(model: nn.Module) -> None:
 
 
 def _forward_from_state(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The layer's own forward, with a scan that starts from the cache's state if there is one."""
+    """Call the layer's own forward, but with a scan that starts from the cached state, if there is one."""
     forward = inspect.unwrap(type(self).forward)
     given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
     cache = next((given[name] for name in _CACHE_ARGUMENTS if given.get(name) is not None), None)
@@ -215,17 +214,17 @@ def _forward_from_state(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _scan_from(
     state: Tensor, scan: Callable[..., Any], u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, **kwargs: Any
 ) -> Any:
-    """A selective scan from ``state`` ``[N, D, M]``: the scan from zero, plus what is left of the state at each token.
+    """Run a selective scan from ``state`` ``[N, D, M]``: a scan from zero, plus the state's contribution to each token.
 
-    The recurrence ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`` is linear in ``h_0``, so its part in the output is ``C_t
-    exp(A sum(dt_1..t)) h_0``. Gu and Dao 2023, arXiv 2312.00752, algorithm 2.
+    The recurrence ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`` is linear in ``h_0``, which contributes ``C_t exp(A
+    sum(dt_1..t)) h_0`` to the output. Gu and Dao 2023, arXiv 2312.00752, algorithm 2.
     """
     z = kwargs.pop("z", None)
     output, last = scan(u, dt, a, b, c, **kwargs | {"return_last_state": True})
     bias = kwargs.get("delta_bias")
     step = dt if bias is None else dt + bias.to(dt.dtype)[..., None]
     step = F.softplus(step) if kwargs.get("delta_softplus") else step
-    left = (a[None, :, None] * step.cumsum(-1)[..., None]).exp() * state[:, :, None]  # [N, D, L, M]
-    output = output + torch.einsum("nml,ndlm->ndl", c.to(left.dtype), left).to(output.dtype)
+    decayed = (a[None, :, None] * step.cumsum(-1)[..., None]).exp() * state[:, :, None]  # [N, D, L, M]
+    output = output + torch.einsum("nml,ndlm->ndl", c.to(decayed.dtype), decayed).to(output.dtype)
     output = output if z is None else output * F.silu(z)
-    return (output, last + left[:, :, -1]) if kwargs.get("return_last_state") else output
+    return (output, last + decayed[:, :, -1]) if kwargs.get("return_last_state") else output

@@ -1,4 +1,4 @@
-"""The inputs of a model's forward for images, each of which is encoded once for all responses to its prompt."""
+"""Prepares the image inputs of a model's forward; each image is encoded once for all responses to its prompt."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from simpo.errors import SimpoError
 from simpo.packing.attention import LAYOUT_ARGUMENT
 from simpo.packing.layout import ImageTensors, PackedBatch, PaddedRows
 
-# Arguments of forwards that are 1 for the tokens of images. Gemma 3 lets tokens with the first see one another.
+# Arguments that mark image tokens with 1. In Gemma 3, tokens marked by the first attend to each other both ways.
 _BOTH_DIRECTIONS = "token_type_ids"
 _MARKS = (_BOTH_DIRECTIONS, "mm_token_type_ids")
 
 
 def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Mapping[str, Tensor]) -> None:
-    """Check that :func:`forward_inputs` gives a model what its own processor would give it.
+    """Raise :class:`SimpoError` unless :func:`forward_inputs` builds the same inputs as the model's own processor.
 
-    ``image`` are the tensors of one image, and ``expected`` is everything that the processor returns for a text that
-    consists of this image twice; ``input_ids`` are ``[1, L]``.
+    Args:
+        model: the model, unwrapped.
+        image: the tensors of one image.
+        expected: everything the processor returns for a text that consists of this image twice; ``input_ids`` are
+            ``[1, L]``.
     """
     name, accepted = type(model).__name__, _arguments(model)
     if "pixel_values" not in accepted or getattr(model.config, "image_token_id", None) is None:
-        raise SimpoError(f"images: {name} takes none; leave the column out, or choose a vision-language model")
+        raise SimpoError(f"images: {name} takes no images; leave the column out, or choose a vision-language model")
     given = forward_inputs(model, expected["input_ids"], [image, image])
     for key in (set(expected) | set(given)) - {"input_ids", "attention_mask"}:
         one, other = given.get(key), expected.get(key)
         if key not in accepted or one is None or other is None or not torch.equal(one, other.to(one)):
-            raise SimpoError(f"images: {name} is not supported: its input {key} differs from its processor's")
+            raise SimpoError(f"images: {name} is not supported: {key} would differ from what its processor returns")
 
 
 def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTensors]) -> dict[str, Tensor]:
-    """The arguments of a forward for images, in addition to the token ids.
+    """Return the arguments that a forward needs for images, in addition to the token ids.
 
     Args:
         model: the model, unwrapped.
@@ -47,8 +50,8 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTe
         images: the images of all rows, in the order of their tokens.
 
     Returns:
-        The images' tensors, joined along dimension 0, and ``[rows, L]`` marks of their tokens if the model takes them;
-        nothing without images.
+        The image tensors, concatenated along dimension 0, and ``[rows, L]`` masks of the image tokens if the model
+        accepts them; empty without images.
     """
     if not images:
         return {}
@@ -58,14 +61,14 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTe
 
 
 def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Position ids, layout and images of a packed batch, as arguments of a forward; ``model`` is unwrapped.
+    """Return position ids, layout and images of a packed batch as forward arguments; ``model`` is unwrapped.
 
-    A prompt occurs once in the batch, and so do its images.
+    Each prompt occurs once in the batch, and so do its images.
     """
     ids, layout = batch.input_ids[None], batch.layout
     images = list(chain.from_iterable(batch.images))
     given: dict[str, Any] = forward_inputs(model, ids, images)
-    # the layout has this information instead: a mask that the model made of it would not know the segments
+    # goes into the layout instead, because a mask built by the model would ignore the segments
     both = given.pop(_BOTH_DIRECTIONS, None)
     if both is not None:
         starts = (both == 1) & (F.pad(both, (1, 0))[:, :-1] == 0)
@@ -75,7 +78,7 @@ def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
 
 
 def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -> Tensor:
-    """``[1, T]`` position ids; ``[3, 1, T]`` (time, height, width) if the model has a rule of its own for images."""
+    """Return position ids ``[1, T]``, or ``[3, 1, T]`` (time, height, width) if the model computes its own."""
     index = batch.layout.index
     rule = getattr(model.base_model, "get_rope_index", None)
     if rule is None or not images:
@@ -87,7 +90,7 @@ def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -
     given = {name: tensor for name, tensor in forward_inputs(model, rows.input_ids, several).items() if name in names}
     by_row, _ = rule(rows.input_ids, attention_mask=rows.attention_mask, **given)  # [3, R, L]
     flat = by_row.new_empty(len(by_row), batch.tokens)
-    flat[:, index.key_index] = by_row[:, rows.attention_mask.bool()]  # a prompt's several times, with equal values
+    flat[:, index.key_index] = by_row[:, rows.attention_mask.bool()]  # writes shared prompts repeatedly, same values
     return flat[:, None]
 
 
@@ -96,7 +99,7 @@ def _arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
 
 
 def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors joined along dimension 0; the ends of their other dimensions are padded with zeros to equal sizes."""
+    """Concatenate along dimension 0, zero-padding all other dimensions at the end to equal sizes."""
     sizes = [max(each) for each in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     return torch.cat(
         [

@@ -1,7 +1,7 @@
-"""A micro-batch of comparisons as one flat sequence, and its layout as integer tensors for attention.
+"""Lays out a micro-batch of comparisons as one flat sequence, and describes the layout to attention in integer tensors.
 
-Each comparison is laid out as ``prompt | response 0 | response 1 | ...`` and comparisons follow one another. Position
-ids restart at ``len(prompt)`` for every response, so that each one is where generation would put it.
+A comparison is laid out as ``prompt | response 0 | response 1 | ...``, and comparisons follow one another. Position ids
+restart at ``len(prompt)`` for every response, as if it had been generated right after the prompt.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 
 # ---- One comparison as token ids: a prompt and its K responses.
 
-# The tensors of one image by the names of the model's arguments, such as ``pixel_values``; dimension 0 joins images.
+# The tensors of one image by argument name, such as ``pixel_values``; images are concatenated along dimension 0.
 ImageTensors = Mapping[str, Tensor]
 
 
 class Span(NamedTuple):
-    """Lengths, in tokens, of one comparison's parts."""
+    """The lengths, in tokens, of a comparison's prompt and responses."""
 
     prompt: int
     responses: tuple[int, ...]
 
     @property
     def total(self) -> int:
-        """Tokens of the whole comparison."""
+        """Tokens in the whole comparison."""
         return self.prompt + sum(self.responses)
 
 
@@ -41,15 +41,16 @@ class TokenizedComparison:
     A preference pair has K = 2 (chosen first), a ranking K > 2 (best first), a demonstration K = 1.
 
     Attributes:
-        prompt_ids: at least one token; what generation would be fed.
+        prompt_ids: at least one token; the input that generation would start from.
         response_ids: K lists of at least one token each.
-        scored: for each response which of its tokens are scored, at least one; ``None`` means all. In a conversation of
-            several turns the response is everything after the prompt, later turns of the user included.
-        images: the tensors of each image whose tokens are among the ids, in their order. Tokens of images in a response
-            are allowed only if it is the only one (a conversation of several turns).
+        scored: which tokens of each response are scored, at least one; ``None`` means all. In a multi-turn conversation
+            the response is everything after the prompt, including the user's later turns.
+        images: the tensors of each image whose tokens are among the ids, in order. A response may contain image tokens
+            only if it is the only response (a multi-turn conversation).
 
     Raises:
-        ValueError: an empty prompt, no response, an empty response, or ``scored`` of another shape or without a token.
+        ValueError: an empty prompt, no response, an empty response, or a ``scored`` mask with the wrong shape or
+            without any scored token.
     """
 
     prompt_ids: list[int]
@@ -59,9 +60,9 @@ class TokenizedComparison:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError("prompt_ids is empty: a response's first token needs a token before it")
+            raise ValueError("prompt_ids is empty: the first token of a response needs a token before it")
         if not self.response_ids:
-            raise ValueError("response_ids is empty: a comparison has at least one response")
+            raise ValueError("response_ids is empty: a comparison needs at least one response")
         for k, response in enumerate(self.response_ids):
             if not response:
                 raise ValueError(f"response_ids[{k}] is empty: its average log-probability would be 0 / 0")
@@ -73,21 +74,21 @@ class TokenizedComparison:
             if len(mask) != len(response):
                 raise ValueError(f"scored[{k}] has {len(mask)} entries for {len(response)} tokens")
             if not any(mask):
-                raise ValueError(f"scored[{k}] leaves no token: its average log-probability would be 0 / 0")
+                raise ValueError(f"scored[{k}] selects no token: its average log-probability would be 0 / 0")
 
     @property
     def span(self) -> Span:
-        """Lengths of its parts."""
+        """Lengths of the prompt and the responses."""
         return Span(len(self.prompt_ids), tuple(map(len, self.response_ids)))
 
     @property
     def packed_length(self) -> int:
-        """Tokens of the comparison when the prompt is stored once."""
+        """Tokens in the comparison with the prompt stored once."""
         return self.span.total
 
     @property
     def padded_length(self) -> int:
-        """Tokens of the comparison as K padded rows, each with a prompt of its own."""
+        """Tokens in the comparison as K padded rows, each with its own copy of the prompt."""
         return len(self.response_ids) * (len(self.prompt_ids) + max(map(len, self.response_ids)))
 
 
@@ -97,28 +98,28 @@ class TokenizedComparison:
 class LayoutIndex(NamedTuple):
     """A layout as integer tensors, which is all that kernels and compiled graphs need."""
 
-    sizes: Tensor  # for every comparison `K`, then the lengths of its prompt and `K` responses; stays on the CPU
-    positions: Tensor  # `[T]` position of a token in `prompt ++ its response`
+    sizes: Tensor  # for each comparison `K`, then the lengths of its prompt and `K` responses; stays on the CPU
+    positions: Tensor  # `[T]` position of each token in `prompt ++ its response`
     comparison_of: Tensor  # `[T]` which comparison a token belongs to
-    part_of: Tensor  # `[T]` 0 for a prompt's token, k + 1 for one of response k
+    part_of: Tensor  # `[T]` 0 for prompt tokens, k + 1 for tokens of response k
     key_index: Tensor  # `[sum(key_sizes)]` flat positions of all segments' keys, one segment after the other
     cu_seqlens_q: Tensor  # `[segments + 1]` int32 cumulative query lengths
     cu_seqlens_k: Tensor  # `[segments + 1]` int32 cumulative key lengths
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> LayoutIndex:
-        """The index of comparisons with these lengths, on the CPU."""
+        """Build the index of comparisons with these lengths, on the CPU."""
         parts = np.array([size for span in spans for size in (span.prompt, *span.responses)])
         counts = np.array([1 + len(span.responses) for span in spans])  # parts of each comparison
-        first = np.cumsum(counts) - counts  # each comparison's prompt, as a part
+        first = np.cumsum(counts) - counts  # part number of each comparison's prompt
         starts = np.cumsum(parts) - parts
         part_of = np.arange(len(parts)) - np.repeat(first, counts)
         comparison_of = np.repeat(np.arange(len(spans)), counts)
-        # where a part starts in ``prompt ++ response``: 0 for a prompt, after its prompt for a response
+        # where a part starts in ``prompt ++ response``: a prompt at 0, a response after its prompt
         offsets = np.where(part_of == 0, 0, parts[first][comparison_of])
-        responses = np.flatnonzero(part_of)  # the segments, as parts
+        responses = np.flatnonzero(part_of)  # part numbers of the responses; each is a segment
         prompts = first[comparison_of[responses]]
-        keys = np.stack([prompts, responses], axis=1).ravel()  # the parts that make up the segments' keys
+        keys = np.stack([prompts, responses], axis=1).ravel()  # part numbers of the segments' keys
         first_of_its_prompt = part_of[responses] == 1
         sizes = [size for span in spans for size in (len(span.responses), span.prompt, *span.responses)]
         return cls(
@@ -132,17 +133,17 @@ class LayoutIndex(NamedTuple):
         )
 
     def to(self, device: torch.device) -> LayoutIndex:
-        """The tensors on ``device``, except ``sizes``."""
+        """Move the tensors to ``device``, except for ``sizes``."""
         sizes, *others = self
         return LayoutIndex(sizes, *(tensor.to(device, non_blocking=True) for tensor in others))
 
     def pin_memory(self) -> LayoutIndex:
-        """The tensors in page-locked memory."""
+        """Copy the tensors to page-locked memory."""
         return LayoutIndex(*(tensor.pin_memory() for tensor in self))
 
 
 def ranges(starts: np.ndarray, sizes: np.ndarray) -> Tensor:
-    """``[sum(sizes)]`` ranges of these starts and sizes, one after the other."""
+    """Concatenate the ranges with these starts and sizes, ``[sum(sizes)]``."""
     before = np.cumsum(sizes) - sizes
     return torch.from_numpy(np.arange(sizes.sum()) + np.repeat(starts - before, sizes))
 
@@ -153,21 +154,21 @@ def _cumulative(sizes: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """The keys that each query sees; passed to the attention function as a keyword argument of the forward.
+    """Which keys each query attends to; reaches the attention function as a keyword argument of the forward.
 
-    A comparison's segments are ``prompt + response 0`` with itself as keys, and every further response with
-    ``prompt ++ response`` as keys; each is causal, aligned bottom-right.
+    A comparison consists of segments: ``prompt + response 0`` attends to itself, and every further response attends to
+    ``prompt ++ response``. Each segment is causal, aligned bottom-right.
 
     Attributes:
-        spans: the comparisons, in their order.
+        spans: the comparisons, in order.
         index: the same as tensors; computed from ``spans`` if not given.
-        windows: while a model is being checked, the sliding window of every attention call that received this layout.
-        block_masks: FlexAttention's masks for it, by sliding window, kept for the next layer.
-        kernel: computes the attention; None for the one that is verified for its inputs, which needs numbers.
-        blocks: ``[T]`` equal numbers for the tokens of one image, which see one another in both directions, and -1 for
-            all others; None if there are no such tokens.
-        longest_query: queries of the longest segment.
-        longest_key: keys of the longest segment.
+        windows: during the self-check, the sliding window of every attention call that this layout reached.
+        block_masks: FlexAttention's masks for this layout, by sliding window, cached across layers.
+        kernel: the attention kernel to use; None to choose one and verify it, which needs real tensors.
+        blocks: ``[T]`` a number for each image's tokens, which attend to each other in both directions, and -1 for all
+            other tokens; None if there are no such tokens.
+        longest_query: number of queries in the segment with the most.
+        longest_key: number of keys in the segment with the most.
     """
 
     spans: tuple[Span, ...]
@@ -180,14 +181,14 @@ class AttentionLayout:
     longest_key: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # fields, because a graph that is being compiled cannot evaluate a cached property
+        # fields, because torch.compile cannot trace a cached property
         object.__setattr__(self, "index", LayoutIndex.of(self.spans) if self.index is None else self.index)
         object.__setattr__(self, "longest_query", max(self.query_sizes))
         object.__setattr__(self, "longest_key", max(self.key_sizes))
 
     @classmethod
     def of_index(cls, index: LayoutIndex) -> AttentionLayout:
-        """The layout that ``index`` was computed from."""
+        """Recover the layout that ``index`` was computed from."""
         spans, sizes = [], iter(index.sizes.tolist())
         for count in sizes:
             prompt, *responses = islice(sizes, 1 + count)
@@ -196,30 +197,30 @@ class AttentionLayout:
 
     @cached_property
     def total(self) -> int:
-        """Tokens of the flat sequence, ``T``."""
+        """Tokens in the flat sequence, ``T``."""
         return sum(span.total for span in self.spans)
 
     @cached_property
     def part_sizes(self) -> list[int]:
-        """Lengths of all prompts and responses, in the order of the flat sequence."""
+        """Lengths of all prompts and responses, in flat order."""
         return [size for span in self.spans for size in (span.prompt, *span.responses)]
 
     @cached_property
     def query_sizes(self) -> list[int]:
-        """Lengths of the segments' queries."""
+        """Number of queries in each segment."""
         return [size for span in self.spans for size in (span.prompt + span.responses[0], *span.responses[1:])]
 
     @cached_property
     def key_sizes(self) -> list[int]:
-        """Lengths of the segments' keys."""
+        """Number of keys in each segment."""
         return [span.prompt + size for span in self.spans for size in span.responses]
 
     def to(self, device: torch.device) -> AttentionLayout:
-        """The layout with its tensors on ``device``."""
+        """Move the layout's tensors to ``device``."""
         return replace(self, index=self.index.to(device), block_masks={})
 
     def pin_memory(self) -> AttentionLayout:
-        """The layout with its tensors in page-locked memory."""
+        """Copy the layout's tensors to page-locked memory."""
         return replace(self, index=self.index.pin_memory())
 
 
@@ -229,12 +230,13 @@ class PackedBatch:
 
     Attributes:
         input_ids: ``[T]``.
-        layout: the comparisons' lengths.
-        scored: ``[S]`` flat positions whose next token is scored; the prompt's last is the one before any response.
+        layout: the lengths of the comparisons, and what attention needs to know about them.
+        scored: ``[S]`` flat positions that predict a scored token; a response's first token is predicted at the
+            prompt's last.
         targets: ``[S]`` the scored tokens.
         response_of: ``[S]`` which response a scored token belongs to.
-        lengths: ``[R]`` scored tokens of each response.
-        weights: ``[C]`` float64, weight of each comparison in the loss; 0 for a filler that gives ranks equal work.
+        lengths: ``[R]`` number of scored tokens in each response.
+        weights: ``[C]`` float64, weight of each comparison in the loss; 0 for fillers that give ranks equal work.
         images: the images of each comparison.
     """
 
@@ -252,20 +254,20 @@ class PackedBatch:
         """Lay out ``comparisons`` one after the other.
 
         Raises:
-            ValueError: there are none, or not one weight each.
+            ValueError: there are no comparisons, or not one weight for each.
         """
         if not comparisons:
             raise ValueError("a batch needs at least one comparison")
         weights = [1.0] * len(comparisons) if weights is None else list(weights)
         if len(weights) != len(comparisons):
-            raise ValueError(f"{len(comparisons)} comparisons with {len(weights)} weights")
+            raise ValueError(f"{len(comparisons)} comparisons, but {len(weights)} weights")
         spans = tuple(c.span for c in comparisons)
         layout = AttentionLayout(spans)
         parts = (part for c in comparisons for part in (c.prompt_ids, *c.response_ids))
         ids = torch.from_numpy(np.fromiter(chain.from_iterable(parts), np.int64, layout.total))
         prompts = torch.tensor([span.prompt for span in spans for _ in span.responses])
         sizes = torch.tensor([size for span in spans for size in span.responses])
-        # the responses' tokens by their places among the segments' keys, and by response
+        # where each response token is among the segments' keys, and which response it belongs to
         place = ranges((layout.index.cu_seqlens_k[:-1] + prompts).numpy(), sizes.numpy())
         response_of = torch.repeat_interleave(sizes)
         if any(c.scored is not None for c in comparisons):
@@ -285,12 +287,12 @@ class PackedBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, ``T``."""
+        """Tokens in the batch, ``T``."""
         return self.layout.total
 
     @property
     def comparisons(self) -> list[TokenizedComparison]:
-        """The comparisons that :meth:`build` was given, with all tokens of their responses scored."""
+        """The comparisons that :meth:`build` received, but with all response tokens scored."""
         parts = iter(self.input_ids.split(self.layout.part_sizes))
         return [
             TokenizedComparison(next(parts).tolist(), [next(parts).tolist() for _ in span.responses], images=images)
@@ -298,17 +300,17 @@ class PackedBatch:
         ]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch with its tensors on ``device``."""
+        """Move the batch's tensors to ``device``."""
         device = torch.device(device)
 
         def move(tensor: Tensor) -> Tensor:
-            double = tensor.dtype == torch.float64 and device.type == "mps"  # which has no such type
+            double = tensor.dtype == torch.float64 and device.type == "mps"  # MPS has no float64
             return tensor.to(device, torch.float32 if double else tensor.dtype, non_blocking=True)
 
         return self._each(move, self.layout.to(device))
 
     def pin_memory(self) -> PackedBatch:
-        """The batch in page-locked memory; ``DataLoader`` calls it."""
+        """Copy the batch to page-locked memory; called by ``DataLoader``."""
         return self._each(Tensor.pin_memory, self.layout.pin_memory())
 
     def _each(self, function: Callable[[Tensor], Tensor], layout: AttentionLayout) -> PackedBatch:
@@ -321,22 +323,22 @@ class PackedBatch:
         return replace(self, layout=layout, images=images, **tensors)
 
     def probing(self) -> PackedBatch:
-        """The batch with a layout that records the attention calls that it reaches."""
+        """Return the batch with a layout that records which attention calls it reaches."""
         return replace(self, layout=replace(self.layout, windows=[]))
 
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """The same responses as ``R`` right-padded rows of ``L`` tokens, each with a prompt of its own."""
+    """The responses of a batch as ``R`` right-padded rows of ``L`` tokens, each with its own copy of the prompt."""
 
-    input_ids: Tensor  # `[R, L]`, padded with token 0 (masked, and never scored)
+    input_ids: Tensor  # `[R, L]`, padded with token 0, which is masked and never scored
     attention_mask: Tensor  # `[R, L]`
     scored: Tensor  # `[S]` positions in the flattened `[R * L]`, in the order of the packed batch
     images: tuple[tuple[ImageTensors, ...], ...]  # the images of each row
 
     @classmethod
     def unpack(cls, batch: PackedBatch) -> PaddedRows:
-        """The rows of ``batch``, each with its prompt."""
+        """Unpack ``batch`` into rows, each with its prompt."""
         sizes = batch.layout.key_sizes
         width = max(sizes)
         device = batch.input_ids.device

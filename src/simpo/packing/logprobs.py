@@ -1,4 +1,4 @@
-"""Log-probabilities and exact KL from hidden states, without ever holding ``[tokens, vocabulary]``."""
+"""Computes log-probabilities and exact KL from hidden states without materializing ``[tokens, vocabulary]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MEBIBYTE = 2**20
-# Logits that are made at a time, in bytes.
+# Bytes of logits computed at a time.
 CPU_CHUNK, ACCELERATOR_CHUNK = 128 * MEBIBYTE, 1024 * MEBIBYTE
 
 
@@ -21,11 +21,11 @@ class Head:
 
     weight: Tensor  # `[V, H]`
     bias: Tensor | None = None  # `[V]` or None
-    scale: float = 1.0  # factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)
-    softcap: float | None = None  # bound of the logits (Gemma 2 and 3), or None
+    scale: float = 1.0  # factor on the logits (Cohere's `logit_scale`, or one over Granite's `logits_scaling`)
+    softcap: float | None = None  # bound on the logits (Gemma 2 and 3), or None
 
     def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[n, V]`` logits of ``hidden`` ``[n, H]``; the product in ``dtype``, the rest in fp32 at least."""
+        """Compute logits ``[n, V]`` from ``hidden`` ``[n, H]``: the product in ``dtype``, the rest in at least fp32."""
         product = hidden.to(dtype) @ self.weight.to(dtype).T
         if self.bias is not None:
             product = product + self.bias.to(dtype)
@@ -38,47 +38,47 @@ class Head:
 
 
 def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, chunk_bytes: int | None = None) -> Tensor:
-    """``[S]`` log-probabilities, in nats, of ``targets`` ``[S]`` given ``hidden`` ``[S, H]``; fp32 (fp64 for fp64).
+    """Compute log-probabilities of ``targets`` ``[S]`` given ``hidden`` ``[S, H]``: ``[S]`` in nats.
 
-    Works through chunks of rows whose logits take at most ``chunk_bytes`` (default: 128 MiB on a CPU, 1 GiB elsewhere)
-    and keeps one number per row. Backward computes a chunk's logits again, turns them into ``(onehot - softmax) *
-    grad`` in place and adds the products into the gradients of ``hidden``, weight and bias (those that need one). The
-    last chunk is kept and comes first in backward, which saves computing it twice and takes no more memory than any
-    other chunk in use. Under autocast, matrix products are in its type.
+    The result is fp32 (fp64 for fp64). Works in chunks of rows whose logits take at most ``chunk_bytes`` (default: 128
+    MiB on a CPU, 1 GiB elsewhere) and keeps one number per row. Backward recomputes a chunk's logits, turns them into
+    ``(onehot - softmax) * grad`` in place, and accumulates the gradients of ``hidden``, weight and bias that are
+    needed. The last chunk is kept and comes first in backward: this avoids recomputing it, and peak memory stays at
+    one chunk. Matrix products use autocast's dtype if it is on.
     """
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK if hidden.device.type == "cpu" else ACCELERATOR_CHUNK
     row_bytes = head.weight.shape[0] * max(4, hidden.element_size())
     chunks = max(1, -(-len(targets) // max(1, chunk_bytes // row_bytes)))
-    rows = max(1, -(-len(targets) // chunks))  # chunks of about equal size, so that the kept one is not a small rest
+    rows = max(1, -(-len(targets) // chunks))  # nearly equal chunks, so that the one that is kept is not tiny
     return _FusedLogprobs.apply(hidden, head.weight, head.bias, head.scale, head.softcap, targets, rows)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The type of a matrix product with ``hidden``: autocast's where that is on, otherwise its own."""
+    """Return the dtype of matrix products with ``hidden``: autocast's if it is on, otherwise its own."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 class _FusedLogprobs(torch.autograd.Function):
-    """``hidden`` ``[S, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]`` and ``targets`` ``[S]`` to ``[S]``."""
+    """Maps ``hidden`` ``[S, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]`` and ``targets`` ``[S]`` to ``[S]``."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
         scale, softcap, targets, rows = constants
         dtype = product_dtype(hidden)
-        head = Head(weight.to(dtype), bias, scale, softcap)  # cast once, not for every chunk
+        head = Head(weight.to(dtype), bias, scale, softcap)  # cast once instead of for every chunk
         ctx.scale, ctx.softcap, ctx.dtype, ctx.rows = scale, softcap, dtype, rows
         logps, matrix = [], None
         for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
-            matrix = None  # frees the last chunk's before the next one's is computed
+            matrix = None  # free the previous chunk before computing the next
             matrix = head.logits(states, dtype)  # [c, V] logits, then probabilities
             picked = matrix.gather(-1, ids[:, None]).squeeze(-1)
             logps.append(picked - _softmax_(matrix))
         ctx.save_for_backward(hidden, weight, bias, targets)
-        # the slope of a softcap is a function of the logits, so with one they are computed again
-        keeps = softcap is None and any(ctx.needs_input_grad)
-        ctx.kept = matrix if keeps else None
+        # a softcap's derivative depends on the logits, which have been overwritten, so that chunk is recomputed too
+        keep = softcap is None and any(ctx.needs_input_grad)
+        ctx.kept = matrix if keep else None
         return torch.cat(logps)
 
     @staticmethod
@@ -92,9 +92,9 @@ class _FusedLogprobs(torch.autograd.Function):
         several = len(targets) > ctx.rows
         for start in reversed(range(0, len(targets), ctx.rows)):
             chunk = slice(start, start + ctx.rows)
-            kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward computes it again
+            kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward must recompute it
             matrix = _d_product(head, hidden[chunk], targets[chunk], kept, ctx.dtype)  # [c, V]
-            # a row's factor goes to the narrow operand of each product, never over [c, V]
+            # scale rows of the narrow operand of each product, not of the [c, V] matrix
             factor = (grad[chunk] * -ctx.scale)[:, None]  # [c, 1]
             if d_hidden is not None:
                 d_hidden[chunk] = ((matrix @ head.weight) * factor).to(hidden.dtype)
@@ -103,7 +103,7 @@ class _FusedLogprobs(torch.autograd.Function):
                 d_weight = _accumulate(d_weight, matrix.T, narrow, several)
             if wants_bias:
                 d_bias = _accumulate(d_bias, factor.T.to(ctx.dtype), matrix, several)  # [1, V]
-            del kept, matrix  # before the next chunk's is computed
+            del kept, matrix  # before computing the next chunk
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias[0].to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
@@ -112,8 +112,8 @@ class _FusedLogprobs(torch.autograd.Function):
 def _softmax_(logits: Tensor) -> Tensor:
     """Turn ``logits`` ``[c, V]`` into probabilities in place and return their log-normalizer ``[c]``.
 
-    The largest probability is one over the normalizer (less the largest logit), and at least 1 / V: its logarithm is
-    exact where that of a target's may have underflowed.
+    Relative to the largest logit, the normalizer is one over the largest probability. That is at least 1 / V, so its
+    logarithm is accurate, whereas a target's probability may underflow.
     """
     largest = logits.amax(dim=-1)
     torch.softmax(logits, dim=-1, out=logits)
@@ -121,10 +121,10 @@ def _softmax_(logits: Tensor) -> Tensor:
 
 
 def _d_product(head: Head, hidden: Tensor, targets: Tensor, probabilities: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[c, V]`` ``softmax - onehot`` (times the softcap's slope), in ``dtype``: the log-probabilities' gradient with
-    respect to ``scale * (h W^T + b)``, negated.
+    """Compute ``softmax - onehot`` (times the derivative of the softcap), ``[c, V]`` in ``dtype``.
 
-    ``probabilities`` ``[c, V]`` are overwritten; without them the chunk's logits are computed again.
+    This is the negative gradient of the log-probabilities with respect to ``scale * (h W^T + b)``. ``probabilities``
+    ``[c, V]`` are overwritten; if None, they are recomputed.
     """
     slope = None
     if probabilities is None:
@@ -137,7 +137,7 @@ def _d_product(head: Head, hidden: Tensor, targets: Tensor, probabilities: Tenso
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, several: bool) -> Tensor:
-    """``total + left @ right``; the products of several half-precision chunks are summed in fp32."""
+    """Return ``total + left @ right``; half-precision products of several chunks are summed in fp32."""
     if total is None:
         product = left @ right
         return product.float() if several and product.dtype.itemsize < 4 else product
@@ -150,22 +150,22 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, several: bool
 def fused_kl(
     hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, *, chunk_bytes: int | None = None
 ) -> Tensor:
-    """``[S]`` ``sum_v p(v) * (log p(v) - log q(v))``, ``p`` the policy, ``q`` the reference; fp32 (fp64 for fp64).
+    """Compute ``sum_v p(v) * (log p(v) - log q(v))``, ``[S]``, for policy ``p`` and reference ``q``.
 
-    ``hidden`` is ``[S, H]`` of the policy, ``ref_hidden`` ``[S, H']`` of the reference, over the same vocabulary. Works
-    through chunks of rows and keeps one number per row. Backward computes a chunk's logits again and turns them into
-    ``p * (log p - log q - KL)``, the gradient with respect to the policy's logits. The reference gets no gradient.
-    ``chunk_bytes`` (default: 64 MiB on a CPU, 512 MiB elsewhere) bounds a chunk's logits, of which about three exist at
-    a time.
+    The policy's ``hidden`` ``[S, H]`` and the reference's ``ref_hidden`` ``[S, H']`` predict the same vocabulary; the
+    result is fp32 (fp64 for fp64). Works in chunks of rows and keeps one number per row. Backward recomputes a chunk's
+    logits and turns them into ``p * (log p - log q - KL)``, the gradient with respect to the policy's logits. The
+    reference gets no gradient. ``chunk_bytes`` (default: 64 MiB on a CPU, 512 MiB elsewhere) bounds a chunk's logits;
+    about three such buffers exist at a time.
     """
     rows = _rows_of_half_a_chunk(hidden, head, chunk_bytes)
     return _FusedKL.apply(hidden, head.weight, head.bias, head.scale, head.softcap, ref_hidden, ref_head, rows)
 
 
 def fused_entropy(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None) -> Tensor:
-    """``[S]`` entropy of the next token given ``hidden`` ``[S, H]``, in nats: ``log V - KL(policy || uniform)``.
+    """Compute the entropy of the next token given ``hidden`` ``[S, H]``: ``[S]`` in nats.
 
-    ``chunk_bytes`` is that of :func:`fused_kl`.
+    It is ``log V - KL(policy || uniform)``. ``chunk_bytes`` is as in :func:`fused_kl`.
     """
     vocabulary = len(head.weight)
     uniform = Head(hidden.new_zeros(vocabulary, 1))
@@ -175,18 +175,18 @@ def fused_entropy(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None)
 
 @torch.no_grad()
 def fused_log_collision(hidden: Tensor, head: Head, *, chunk_bytes: int | None = None) -> Tensor:
-    """``[S]`` ``log sum_v p(v)**2`` of the next token ``p`` given ``hidden`` ``[S, H]``, without gradient.
+    """Compute ``log sum_v p(v)**2``, ``[S]``, for the next token's distribution given ``hidden`` ``[S, H]``.
 
-    It is the logarithm of the probability that two tokens drawn from ``p`` are the same. ``chunk_bytes`` is that of
+    This is the log-probability that two tokens drawn from ``p`` are equal; it has no gradient. ``chunk_bytes`` is as in
     :func:`fused_kl`.
     """
-    dtype, found = product_dtype(hidden), []
+    dtype, collisions = product_dtype(hidden), []
     head = replace(head, weight=head.weight.to(dtype))
     for states in hidden.split(_rows_of_half_a_chunk(hidden, head, chunk_bytes)):
         logits = head.logits(states, dtype)
         normalizer = logits.logsumexp(dim=-1)
-        found.append(logits.mul_(2).logsumexp(dim=-1) - 2 * normalizer)
-    return torch.cat(found)
+        collisions.append(logits.mul_(2).logsumexp(dim=-1) - 2 * normalizer)
+    return torch.cat(collisions)
 
 
 def _rows_of_half_a_chunk(hidden: Tensor, head: Head, chunk_bytes: int | None) -> int:
@@ -196,19 +196,19 @@ def _rows_of_half_a_chunk(hidden: Tensor, head: Head, chunk_bytes: int | None) -
 
 
 class _FusedKL(torch.autograd.Function):
-    """``hidden`` ``[S, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]`` and ``ref_hidden`` ``[S, H']`` to ``[S]``."""
+    """Maps ``hidden`` ``[S, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]`` and ``ref_hidden`` ``[S, H']`` to ``[S]``."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
         scale, softcap, ref_hidden, ref_head, rows = constants
         ctx.scale, ctx.softcap, ctx.rows, ctx.ref_head = scale, softcap, rows, ref_head
         ctx.dtype, ctx.ref_dtype = product_dtype(hidden), product_dtype(ref_hidden)
-        head, found = Head(weight.to(ctx.dtype), bias, scale, softcap), []
+        head, divergences = Head(weight.to(ctx.dtype), bias, scale, softcap), []
         ref_head = replace(ref_head, weight=ref_head.weight.to(ctx.ref_dtype))
         for mine, theirs in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
             p, log_ratio = _compare_(head.logits(mine, ctx.dtype), ref_head.logits(theirs, ctx.ref_dtype))
-            found.append(p.mul_(log_ratio).sum(dim=-1))
-        kl = torch.cat(found)
+            divergences.append(p.mul_(log_ratio).sum(dim=-1))
+        kl = torch.cat(divergences)
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, kl)
         return kl
 
@@ -220,7 +220,7 @@ class _FusedKL(torch.autograd.Function):
         ref_head = replace(ctx.ref_head, weight=ctx.ref_head.weight.to(ctx.ref_dtype))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden: list[Tensor] = []
-        # sums over chunks, in fp32 whatever the weights are
+        # summed over chunks in fp32, whatever the dtype of the weights
         d_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=exact) if wants_bias else None
         parts = (tensor.split(ctx.rows) for tensor in (hidden, ref_hidden, kl, grad * ctx.scale))
@@ -230,7 +230,7 @@ class _FusedKL(torch.autograd.Function):
             p, log_ratio = _compare_(logits, ref_head.logits(theirs, ctx.ref_dtype))
             matrix = log_ratio.sub_(divergence[:, None]).mul_(p)
             matrix = (matrix if slope is None else matrix.mul_(slope)).to(ctx.dtype)
-            # a row's factor goes to the narrow operand of each product, never over [c, V]
+            # scale rows of the narrow operand of each product, not of the [c, V] matrix
             if wants_hidden:
                 d_hidden.append(((matrix @ head.weight) * factor[:, None]).to(hidden.dtype))
             if d_weight is not None:
@@ -246,7 +246,7 @@ class _FusedKL(torch.autograd.Function):
 
 
 def _compare_(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn ``[c, V]`` logits of policy and reference, in place, into ``p`` and ``log p - log q``."""
+    """Turn the logits ``[c, V]`` of policy and reference into ``p`` and ``log p - log q``, in place."""
     logp, ref_logp = (x.sub_(x.logsumexp(dim=-1, keepdim=True)) for x in (logits, ref_logits))
     log_ratio = torch.sub(logp, ref_logp, out=ref_logp)
     return logp.exp_(), log_ratio

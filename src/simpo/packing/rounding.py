@@ -1,4 +1,4 @@
-"""Rounding: the type that a model computes in, and the differences that rounding alone can explain."""
+"""Determines a model's compute dtype, and how large a difference rounding alone can explain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simpo.packing.attention import causal_lm
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
-    """The type of matrix products: autocast's, the weights' own, or the type that 4-bit weights are expanded to."""
+    """Return the dtype of matrix products: autocast's, the weights', or the one that 4-bit weights are expanded to."""
     weight = next(model.parameters())
     if weight.dtype != torch.float32:
         return weight.dtype
@@ -25,46 +25,46 @@ def computes_in(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def precision(device: torch.device, *, autocast: bool) -> Iterator[None]:
-    """A context in which products are computed in autocast's type, or without ``autocast`` in their inputs' type.
+    """Compute matrix products in autocast's dtype inside this context, or in their inputs' dtype without ``autocast``.
 
-    Without autocast, fp32 is not rounded to TF32 even if the run allows it (``tf32``, ``torch_compile``): with three
-    digits, rounding cannot be told from a mistake.
+    Without autocast, TF32 is off even if the run allows it (``tf32``, ``torch_compile``): with only three digits,
+    rounding cannot be told from an error.
     """
     with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), enabled=autocast):
         if autocast:
             yield
             return
-        chosen: Any = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-        common, own = torch.backends.fp32_precision, [each.fp32_precision for each in chosen]
+        backends: Any = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+        default, previous = torch.backends.fp32_precision, [backend.fp32_precision for backend in backends]
         try:
-            for each in chosen:
-                each.fp32_precision = "ieee"
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
         finally:
-            for each, value in zip(chosen, own, strict=True):
-                each.fp32_precision = "none" if value == common else value  # with "none", the common setting applies
+            for backend, value in zip(backends, previous, strict=True):
+                backend.fp32_precision = "none" if value == default else value  # "none" follows the default
 
 
 def rounding_tolerance(rounding: float, dtype: torch.dtype) -> float:
-    """Largest difference in nats, between two ways of computing a log-probability, that counts as rounding.
+    """Return the largest difference, in nats, between two ways of computing a log-probability that counts as rounding.
 
     Args:
-        rounding: a difference that can only be rounding.
-        dtype: of the matrix products.
+        rounding: a measured difference that can only be due to rounding.
+        dtype: dtype of the matrix products.
     """
     return max(16 * rounding, 64 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
 
 
 @contextmanager
 def rounded_differently(model: nn.Module) -> Iterator[None]:
-    """Inside, the output of every innermost module (layer, norm, ...) changes by at most one rounding of its type.
+    """Perturb the output of every leaf module (linear layer, norm, ...) by at most one rounding error.
 
-    Any other order of the same computations may change the model's outputs as much as this does.
+    Doing the same computations in a different order may change the model's outputs by as much.
     """
     unit = torch.finfo(computes_in(model)).eps / 2
     generators: dict[torch.device, torch.Generator] = {}
 
-    def change(module: nn.Module, arguments: Any, output: Any) -> Any:
+    def perturb(module: nn.Module, arguments: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         device = output.device
@@ -74,8 +74,8 @@ def rounded_differently(model: nn.Module) -> Iterator[None]:
 
     inner = causal_lm(model)
     last = inner.get_output_embeddings()
-    innermost = [module for module in inner.modules() if module is not last and not any(module.children())]
-    handles = [module.register_forward_hook(change) for module in innermost]
+    leaves = [module for module in inner.modules() if module is not last and not any(module.children())]
+    handles = [module.register_forward_hook(perturb) for module in leaves]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Scores of comparisons by a model: log-probabilities, rewards, and divergence from a reference."""
+"""Scores comparisons with a model: log-probabilities, rewards, and divergence from a reference."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def score_responses(
     max_batch_tokens: int = 16384,
     path: ForwardPath = "auto",
 ) -> Responses:
-    """Log-probabilities of all responses, ``[R]``, comparison by comparison and response by response.
+    """Compute log-probabilities of all responses, ``[R]``, comparison by comparison and response by response.
 
-    Differentiable; wrap the call in ``torch.no_grad()`` where gradients are not wanted.
+    Differentiable; wrap the call in ``torch.no_grad()`` if you do not need gradients.
 
     Args:
-        model: a causal language model of transformers, possibly wrapped.
+        model: a transformers causal language model, possibly wrapped.
         comparisons: prompts with their responses.
-        max_batch_tokens: tokens of one forward (padding included).
+        max_batch_tokens: largest number of tokens in one forward (padding included).
         path: see :data:`~simpo.packing.model.ForwardPath`.
 
     Raises:
@@ -59,7 +59,7 @@ def score_responses(
         SimpoError: a comparison is longer than ``max_batch_tokens``.
     """
     batches = bounded_batches(model, comparisons, max_batch_tokens=max_batch_tokens, path=path)
-    parts = [policy_forward(model, batch, path=taken) for batch, taken in batches]
+    parts = [policy_forward(model, batch, path=chosen) for batch, chosen in batches]
     return Responses(torch.cat([part.logp for part in parts]), torch.cat([part.length for part in parts]))
 
 
@@ -70,52 +70,52 @@ def score_answers(
     max_batch_tokens: int = 16384,
     path: ForwardPath = "auto",
 ) -> Tensor:
-    """Rewards of all responses, ``[R]``, comparison by comparison and response by response, differentiable.
+    """Compute rewards of all responses, ``[R]``, comparison by comparison and response by response, differentiable.
 
-    ``model`` is a sequence classifier of transformers with one label, possibly wrapped; responses end with their
-    end-of-turn token. Other arguments and errors are those of :func:`score_responses`.
+    ``model`` is a transformers sequence classifier with one label, possibly wrapped; responses must include their
+    end-of-turn token. Other arguments and errors are as in :func:`score_responses`.
     """
     batches = bounded_batches(model, comparisons, max_batch_tokens=max_batch_tokens, path=path)
-    return torch.cat([reward_forward(model, batch, path=taken) for batch, taken in batches])
+    return torch.cat([reward_forward(model, batch, path=chosen) for batch, chosen in batches])
 
 
 def bounded_batches(
     model: nn.Module, comparisons: Sequence[TokenizedComparison], *, max_batch_tokens: int, path: ForwardPath
 ) -> Iterator[tuple[PackedBatch, Path]]:
-    """Batches of ``comparisons``, in their order, of at most ``max_batch_tokens`` each, and the path that they take."""
+    """Split ``comparisons``, in order, into batches of at most ``max_batch_tokens``; yield each with its path."""
     if not comparisons:
         raise ValueError("there is nothing to score: give at least one comparison")
     inner = prepare_policy(model)
     sample = comparisons[:1]
     if state_of(inner).path is None:
         sample = [comparisons[i] for i in rows_to_check(inner, [c.packed_length for c in comparisons])]
-    taken = resolve_path(inner, PackedBatch.build(sample), path)
+    chosen = resolve_path(inner, PackedBatch.build(sample), path)
     rule = state_of(inner).lengths
     spans = [c.span for c in comparisons]
     packed = [c.packed_length for c in comparisons]
     if rule is not None:  # responses with different rotary frequencies do not share their prompt
         packed = [sum(part.total for part in rule.split(span)) for span in spans]
     columns = ([s.prompt for s in spans], [len(s.responses) for s in spans], [max(s.responses) for s in spans], packed)
-    sizes = RowSizes.of(taken, *map(np.array, columns))
+    sizes = RowSizes.of(chosen, *map(np.array, columns))
     for run in fill(sizes, range(len(spans)), max_batch_tokens):
-        yield PackedBatch.build([comparisons[i] for i in run]), taken
+        yield PackedBatch.build([comparisons[i] for i in run]), chosen
 
 
 # ---- A reference next to the policy, and how far the policy has moved away from it.
 
 
 class ReferenceStates(NamedTuple):
-    """The reference's input for predicting ``S`` scored tokens: hidden states ``[S, H]`` and its output layer."""
+    """What a reference predicts ``S`` scored tokens from: its hidden states ``[S, H]`` and its output layer."""
 
     hidden: Tensor
     head: Head
 
 
 def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> ReferenceStates:
-    """The states of ``model`` as it is now, unaffected by later changes of its weights' data; without gradients."""
+    """Compute the states of ``model`` as it is now, without gradients; later changes to its weights do not matter."""
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> ReferenceStates:
-        def detached(tensor: Tensor) -> Tensor:  # FSDP frees what it has gathered
+        def detached(tensor: Tensor) -> Tensor:  # FSDP frees gathered weights, so they are copied
             return tensor.detach().clone() if isinstance(inner, FSDPModule) else tensor.detach()
 
         def keep(hidden: Tensor, head: Head) -> ReferenceStates:
@@ -130,14 +130,13 @@ def reference_states(model: nn.Module, batch: PackedBatch, *, path: ForwardPath 
 
 
 class TokenOutputs(NamedTuple):
-    """The outputs of a policy at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable."""
+    """A policy's outputs at ``S`` scored tokens, ``[S]`` each: fp32 (fp64 for fp64), differentiable."""
 
     logps: Tensor  # log-probabilities of the tokens
     divergence: Tensor | None = None  # KL(policy || reference), exact over the vocabulary; None without a reference
-    entropy: Tensor | None = None  # of the policy, exact over the vocabulary; None unless requested
+    entropy: Tensor | None = None  # entropy of the policy, exact over the vocabulary; None unless requested
     log_collision: Tensor | None = None  # `log sum_v p(v)**2` of the policy, without gradient; None unless requested
-    # Outputs of the value head for the states in which the tokens are chosen; None without one.
-    values: Tensor | None = None
+    values: Tensor | None = None  # the value head's outputs for the states that predict the tokens; None without one
 
 
 def token_outputs(
@@ -151,10 +150,10 @@ def token_outputs(
     path: ForwardPath = "auto",
     chunk_bytes: int | None = None,
 ) -> TokenOutputs:
-    """Log-probabilities of the scored tokens of ``batch``, and what else is requested, by one forward.
+    """Compute the scored tokens' log-probabilities, and whatever else is requested, in one forward.
 
-    ``chunk_bytes`` bounds the logits of the log-probabilities, and half of it those of the others; by default they
-    choose.
+    ``chunk_bytes`` bounds the logits held at a time for the log-probabilities; the other quantities get half of it. By
+    default each function chooses its own bound.
     """
     if reference is None and not entropy and not log_collision and value_head is None:
         logps = partial(token_logprobs, chunk_bytes=chunk_bytes)
@@ -179,14 +178,15 @@ def token_outputs(
 
 
 def mean_by_comparison(batch: PackedBatch, values: Tensor) -> Tensor:
-    """``[C]`` means of ``values`` ``[S]`` over the scored tokens of each comparison, all responses together."""
+    """Average ``values`` ``[S]`` over the scored tokens of each comparison, all responses together; ``[C]``."""
     owner = batch.layout.index.comparison_of[batch.scored]
     sums = values.new_zeros(len(batch.weights)).index_add(0, owner, values)
     return sums / torch.zeros_like(sums).index_add(0, owner, torch.ones_like(values))
 
 
-def _check_head(model: PreTrainedModel, what: str) -> None:
+def _check_head(model: PreTrainedModel, feature: str) -> None:
     if plain_head(model) is None:
         raise SimpoError(
-            f"{what}: not for {type(model).__name__}, whose output layer is not a plain matrix product; leave it out"
+            f"{feature}: not supported for {type(model).__name__}, whose output layer is not a plain matrix product; "
+            "leave it out"
         )

@@ -1,4 +1,4 @@
-"""The fast path is verified once on the user's own model and data, or it is not used."""
+"""Verifies the fast path once, on the user's own model and data; a path that fails is not used."""
 
 from __future__ import annotations
 
@@ -24,68 +24,68 @@ from simpo.packing.rounding import computes_in, precision, rounded_differently, 
 
 logger = logging.getLogger(__name__)
 
-# Largest accepted difference of a token's log-probability (mean, maximum), in nats, by the type that computes; for
-# hidden states and for rewards above 1 it is relative.
+# Largest accepted difference between two log-probabilities of a token (mean, maximum), in nats, by compute dtype;
+# relative for hidden states and for rewards above 1.
 _TOLERANCE = {
-    torch.float64: (1e-5, 1e-4),  # models keep fp32 islands (norms, softmax) in a float64 model
+    torch.float64: (1e-5, 1e-4),  # even a float64 model computes parts (norms, softmax) in fp32
     torch.float32: (1e-3, 2e-2),
     torch.bfloat16: (5e-2, 1.0),
     torch.float16: (2e-2, 0.5),
 }
-# In half precision a deep model's rounding alone can exceed that. A difference may then be what rounding every
-# intermediate result differently does (:func:`rounded_differently`), up to this multiple of the tolerance.
-_MOST_TOLERANCES = 4
-# The same for gradients by the embeddings, relative to their norm.
+# In half precision, rounding alone can exceed that in a deep model. A difference may then be as large as the one caused
+# by rounding every intermediate result differently (:func:`rounded_differently`), up to this multiple of the tolerance.
+_MAX_RELAXATION = 4
+# Largest accepted difference between gradients with respect to the embeddings, relative to their norm.
 _GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-_FIRST = 16  # rows that a sample is chosen from, in addition to the longest of all
-_LARGEST_LOGITS = 2**31  # bytes of a row's logits, which the check materializes
+_FIRST_ROWS = 16  # the sample is chosen from this many rows and the longest of all
+_MAX_LOGITS_BYTES = 2**31  # of one row; the check materializes them
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 Path = Literal["packed", "cached", "padded"]
-# A function of the unwrapped model, a batch and a path that runs inside the model's forward.
+# A function of the unwrapped model, a batch and a path; it runs inside the model's forward.
 Computation = Callable[[PreTrainedModel, PackedBatch, Path], Any]
 
 
 @dataclass
 class PolicyState:
-    """The results of the self-check of a model."""
+    """The findings of a model's self-check."""
 
-    path: Path | None = None  # the path that `"auto"` stands for; None before the check
+    path: Path | None = None  # the path that `"auto"` selects; None before the check
     # Whether the output layer is a plain matrix product, so that logits need not be materialized.
     fused_head: bool = True
-    # Whether every row needs its own forward, because its numbers depend on the other rows of a padded batch.
+    # Whether every row needs its own forward because its results depend on the other rows of a padded batch.
     separate_rows: bool = False
-    lengths: LengthRule | None = None  # which rows have the same rotary frequencies, if these depend on a row's length
-    reasons: list[str] = field(default_factory=list)  # why a fast path was not taken, for the user
+    lengths: LengthRule | None = None  # which rows have the same rotary frequencies, if those depend on the length
+    reasons: list[str] = field(default_factory=list)  # why fast paths are not used, for the user
 
 
 @dataclass(frozen=True)
-class Kind:
-    """The functions by which language models, or reward models, are checked."""
+class ModelKind:
+    """How one kind of model (language model or reward model) is checked."""
 
-    outputs: str  # name of what the model computes, `[n]`
-    # Computes them by the model's own forward, one sequence at a time.
+    outputs: str  # name of the model's outputs, `[n]`, in messages
+    # Computes the outputs with the model's own forward, one sequence at a time.
     own_outputs: Callable[[PreTrainedModel, PackedBatch], Tensor]
-    fused_outputs: Computation  # computes them by the fused output layer, if there is one
-    find_head: Callable[[PreTrainedModel], object]  # that output layer; None if it is not understood
-    without_head: str  # what happens then
-    compared: Computation  # what different paths are compared by: the outputs again, or hidden states `[n, H]`
-    relative: bool  # whether differences of outputs are relative to the largest output, where that is above 1
-    difference: str  # names what is compared in messages
+    fused_outputs: Computation  # computes the outputs with the fused output layer
+    find_head: Callable[[PreTrainedModel], object]  # returns that layer, or None if its form is unknown
+    without_head: str  # the consequence of not having it, for messages
+    compared: Computation  # computes what paths are compared by: the outputs, or hidden states `[n, H]`
+    relative: bool  # whether differences are relative to the largest output, if that is above 1
+    difference: str  # template of the message about a difference
 
 
 def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
-    """Indices of the rows to choose the self-check's sample from: the first ones and the longest, by their tokens.
+    """Return the indices of the first rows and the longest one, from which the self-check chooses its sample.
 
-    A row whose logits take more than 2 GiB is not added, which is logged.
+    ``lengths`` are in tokens. A longest row whose logits would take more than 2 GiB is left out and logged.
     """
     longest = max(range(len(lengths)), key=lambda row: lengths[row], default=0)
     vocabulary = causal_lm(model).config.get_text_config().vocab_size
-    fitting = [row for row, length in enumerate(lengths) if length * vocabulary * 4 <= _LARGEST_LOGITS]
-    chosen = {*range(min(_FIRST, len(lengths))), max(fitting, key=lambda row: lengths[row], default=0)}
+    fitting = [row for row, length in enumerate(lengths) if length * vocabulary * 4 <= _MAX_LOGITS_BYTES]
+    chosen = {*range(min(_FIRST_ROWS, len(lengths))), max(fitting, key=lambda row: lengths[row], default=0)}
     if longest not in chosen:
         logger.warning(
-            "the check of the fast path leaves out the longest row (row %d, %d tokens): its logits would take %.1f GiB",
+            "the fast path is not checked on the longest row (row %d, %d tokens): its logits would take %.1f GiB",
             longest,
             lengths[longest],
             lengths[longest] * vocabulary * 4 / 2**30,
@@ -93,35 +93,34 @@ def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     return sorted(chosen)
 
 
-def check_model(model: PreTrainedModel, state: PolicyState, kind: Kind, batch: PackedBatch) -> Path:
-    """Decide, once, how ``model`` computes packed batches, and report which fast paths are not used and why.
+def check_model(model: PreTrainedModel, state: PolicyState, kind: ModelKind, batch: PackedBatch) -> Path:
+    """Decide how ``model`` computes packed batches, record it in ``state``, and log which fast paths are ruled out.
 
-    The packed path is used if as many attention calls receive the layout as the model has layers, each with the sliding
-    window of the configuration, and if its log-probabilities of two comparisons of ``batch`` and a short one agree with
-    those of the model's own forward, one sequence at a time. The fused output layer is checked in the same way, and so
-    are padded batches: if a row's numbers depend on its neighbors, every response gets a forward of its own. Where the
-    packed path is not possible, the cached path is used if its log-probabilities and its gradients agree. The findings
-    are written to ``state``.
+    The packed path requires that the layout reaches exactly one attention call per layer, each with the sliding window
+    from the configuration, and that log-probabilities for two comparisons of ``batch`` and a short one agree with the
+    model's own forward, run on one sequence at a time. The fused output layer is checked in the same way, and so are
+    padded batches: if a row's results depend on its neighbors, every response gets its own forward. If the packed path
+    is not possible, the cached path is used, provided that its log-probabilities and its gradients agree.
     """
     reported, state.reasons, state.separate_rows = state.reasons, [], False
     device = next(model.parameters()).device
     samples = [_sample(batch.comparisons).to(device)]
-    if len(batch.comparisons) > _FIRST:  # without the longest row, in case the model's numbers for it are not finite
-        samples.append(_sample(batch.comparisons[:_FIRST]).to(device))
-    with _evaluating(model), torch.no_grad():
+    if len(batch.comparisons) > _FIRST_ROWS:  # without the longest row, in case its outputs are not finite
+        samples.append(_sample(batch.comparisons[:_FIRST_ROWS]).to(device))
+    with _eval_mode(model), torch.no_grad():
         for sample in samples:
             expected = {}
             for autocast in _precisions(model, device):
                 with precision(device, autocast=autocast):
                     expected[autocast] = kind.own_outputs(model, sample)
             if all(outputs.isfinite().all() for outputs in expected.values()):
-                state.path = _judge(model, state, kind, sample, expected)
+                state.path = _check_paths(model, state, kind, sample, expected)
                 break
         else:
             state.path, state.fused_head = "padded", False
             state.reasons.append(
                 f"its own {kind.outputs} of the first rows are not finite, so nothing could be checked: "
-                f"{kind.without_head}, and every response is computed with a prompt of its own, padded"
+                f"{kind.without_head}, and every response is computed with its own prompt, padded"
             )
     for reason in set(state.reasons) - set(reported):
         logger.warning("%s: %s", type(causal_lm(model)).__name__, reason)
@@ -129,11 +128,11 @@ def check_model(model: PreTrainedModel, state: PolicyState, kind: Kind, batch: P
 
 
 def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
-    """The two longest comparisons, and next to them a few tokens of the shortest.
+    """Build a batch from the two longest comparisons and a few tokens of the shortest.
 
-    Several, so that a leak between comparisons shows; long ones, so that windows matter; a short one, because some
-    models compute it differently next to a long one. Where comparisons have images, one of them is among the three.
-    Responses are scored completely, whatever a batch scores.
+    There are several so that leaks between comparisons show, long ones so that sliding windows matter, and a short one
+    because some models compute short rows differently next to long ones. If any comparison has images, the sample
+    includes one. All response tokens are scored, even those that the batch itself does not score.
     """
     ordered = sorted(comparisons, key=lambda comparison: comparison.packed_length)
     longest, illustrated = ordered[-2:], [comparison for comparison in ordered if comparison.images]
@@ -143,9 +142,9 @@ def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
 
 
 def _shortened(comparison: TokenizedComparison, prompt: int) -> TokenizedComparison:
-    """A comparison with the last ``prompt`` tokens of its prompt and the first four of each response.
+    """Cut a comparison to the last ``prompt`` tokens of its prompt and the first four of each response.
 
-    One with images is returned unchanged, because a cut could go through an image.
+    A comparison with images is returned unchanged, because the cut could split an image.
     """
     if comparison.images:
         return comparison
@@ -153,7 +152,7 @@ def _shortened(comparison: TokenizedComparison, prompt: int) -> TokenizedCompari
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -164,9 +163,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
-    """Autocast off, where a small leak cannot hide in rounding, and on if the run uses it, for its kernels.
+    """Yield whether to use autocast: False, so that rounding cannot hide a small leak, and True if the run uses it.
 
-    Weights that FSDP shards are gathered in the type that the run computes in, so that "off" would not be off.
+    FSDP gathers weights in the run's compute dtype, so there autocast cannot really be turned off.
     """
     autocast = torch.is_autocast_enabled(device.type)
     if not (autocast and isinstance(model, FSDPModule)):
@@ -175,13 +174,13 @@ def _precisions(model: nn.Module, device: torch.device) -> Iterator[bool]:
         yield True
 
 
-# ---- What is compared: the model's own outputs, one sequence at a time, and how large a difference may be.
+# ---- The reference: the model's own outputs, one sequence at a time, and how far other outputs may be from them.
 
 
 def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Log-probabilities of all response tokens of ``batch`` by the model's own forward, one sequence at a time.
+    """Compute log-probabilities of all response tokens with the model's own forward, one sequence at a time.
 
-    ``[S]`` in the order of a batch whose responses are scored completely, as the self-check's sample is.
+    Returns ``[S]``, in the order of a batch that scores every response token, as the self-check's sample does.
     """
     _check_causal(model, batch)
     found = []
@@ -198,9 +197,9 @@ def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
-    """Raise :class:`SimpoError` if outputs do not belong to tokens, or depend on tokens that come later.
+    """Raise :class:`SimpoError` unless the model has one output per token, independent of later tokens.
 
-    An encoder predicts a token that it sees: log-probabilities near 0, without any sign of an error.
+    An encoder sees the token it predicts, so its log-probabilities would be near 0 without any sign of an error.
     """
     shortest = min(batch.comparisons, key=lambda comparison: comparison.packed_length)
     sequence = shortest.prompt_ids + shortest.response_ids[0]
@@ -216,17 +215,17 @@ def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
         for ids in pair
     )
     if len(logits) != len(sequence):
-        raise SimpoError(f"model: {name} returns {len(logits)} outputs for {len(sequence)} tokens, one each is needed")
+        raise SimpoError(f"model: {name} returns {len(logits)} outputs for {len(sequence)} tokens, not one for each")
     differences = (logits[:-1].log_softmax(dim=-1) - changed[:-1].log_softmax(dim=-1)).abs()
     if logits.isfinite().all() and not _agree(differences, model):
         raise SimpoError(
-            f"model: {name} is not causal: what it predicts depends on tokens that come later (by "
-            f"{differences.max():.2g} nats). An encoder may have a setting for it: is_decoder in its configuration"
+            f"model: {name} is not causal: its predictions depend on later tokens (by {differences.max():.2g} nats); "
+            "if it is an encoder, try setting is_decoder in its configuration"
         )
 
 
 def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Computation) -> Tensor:
-    """The results of ``compute`` for every response of ``sample`` in a separate forward."""
+    """Run ``compute`` on every response of ``sample`` in a separate forward, and concatenate the results."""
     alone = (
         PackedBatch.build([TokenizedComparison(comparison.prompt_ids, [response], images=comparison.images)])
         for comparison in sample.comparisons
@@ -236,8 +235,8 @@ def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Compu
     return torch.cat([model(packed_batch=batch.to(device), path="padded", compute=compute) for batch in alone])
 
 
-def _differences(found: Tensor, expected: Tensor, kind: Kind) -> Tensor:
-    """``[n]`` differences: for hidden states relative to their norm, for rewards relative to max(largest, 1)."""
+def _differences(found: Tensor, expected: Tensor, kind: ModelKind) -> Tensor:
+    """Return ``[n]`` differences; relative to the norm for hidden states, and to max(largest, 1) for rewards."""
     if expected.dim() == 2:
         return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     scale = expected.abs().max().clamp(min=1) if kind.relative else 1
@@ -245,11 +244,11 @@ def _differences(found: Tensor, expected: Tensor, kind: Kind) -> Tensor:
 
 
 def _agree(differences: Tensor, model: nn.Module, rounding: Callable[[], Tensor] | None = None) -> bool:
-    """Whether differences, ``[n]``, are small; in half precision also compared with those of ``rounding``, if given."""
+    """Whether differences ``[n]`` are within tolerance, which in half precision ``rounding()`` can relax."""
     sizes, tolerances = (Tensor.mean, Tensor.max), _TOLERANCE[computes_in(model)]
 
-    def within(allowed: Sequence[float]) -> bool:
-        return all(bool(size(differences) <= limit) for size, limit in zip(sizes, allowed, strict=True))  # not if NaN
+    def within(allowed: Sequence[float]) -> bool:  # False for NaN
+        return all(bool(size(differences) <= limit) for size, limit in zip(sizes, allowed, strict=True))
 
     if within(tolerances) or rounding is None or computes_in(model).itemsize >= 4:
         return within(tolerances)
@@ -258,26 +257,26 @@ def _agree(differences: Tensor, model: nn.Module, rounding: Callable[[], Tensor]
 
 
 def _relaxed(tolerance: float, rounding: float) -> float:
-    return max(tolerance, min(rounding, _MOST_TOLERANCES * tolerance))
+    return max(tolerance, min(rounding, _MAX_RELAXATION * tolerance))
 
 
-def _rounding(model: nn.Module, sample: PackedBatch, kind: Kind) -> Tensor:
-    """``[n]`` differences that one rounding of every layer's output makes, each response in a forward of its own."""
+def _rounding(model: nn.Module, sample: PackedBatch, kind: ModelKind) -> Tensor:
+    """Measure the differences ``[n]`` caused by rounding every layer's output once more, in separate forwards."""
     exact = unpacked_outputs(model, sample, kind.compared)
     with rounded_differently(model):
         return _differences(unpacked_outputs(model, sample, kind.compared), exact, kind)
 
 
-# ---- The checks. ``expected`` has the model's own outputs, by whether autocast is on.
+# ---- The checks. ``expected`` holds the model's own outputs without and (if used) with autocast.
 
 
-def _judge(
-    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, expected: dict[bool, Tensor]
+def _check_paths(
+    model: PreTrainedModel, state: PolicyState, kind: ModelKind, sample: PackedBatch, expected: dict[bool, Tensor]
 ) -> Path:
-    """Decide on the output layer and the path, and write down the reasons."""
+    """Check the output layer and the paths; record the reasons and return the fastest path that works."""
     device = sample.input_ids.device
     state.fused_head = kind.find_head(model) is not None
-    separate: dict[bool, Tensor] = {}  # what is compared, each response in a forward of its own
+    separate: dict[bool, Tensor] = {}  # the compared quantity, computed in separate forwards
     for autocast, outputs in expected.items():
         if state.fused_head:
             with precision(device, autocast=autocast):
@@ -289,7 +288,7 @@ def _judge(
         state.reasons.append(f"its output layer is not a plain matrix product: {kind.without_head}")
         if kind.compared is not kind.fused_outputs:  # hidden states do not determine the outputs of an unknown layer
             return "padded"
-        separate = {}  # the outputs are computed in another way from now on
+        separate = {}  # from here on the outputs are computed without the fused layer
     for autocast in expected:
         with precision(device, autocast=autocast):
             if autocast not in separate:
@@ -311,38 +310,38 @@ def _judge(
         not_packed = error
     try:
         check(_check_cached)
-        state.reasons.append(f"prompts are shared through its cache and not inside attention: {not_packed}")
+        state.reasons.append(f"prompts are shared through its cache, not inside attention: {not_packed}")
         return "cached"
     except NotShareableError as not_cached:
-        padded = "by itself" if state.separate_rows else "with a prompt of its own, padded"
+        padded = "by itself" if state.separate_rows else "with its own prompt, padded"
         state.reasons.append(
-            f"every response is computed {padded}. Sharing inside attention: {not_packed}. "
-            f"Through its cache: {not_cached}"
+            f"every response is computed {padded}. Prompts cannot be shared inside attention: {not_packed}. "
+            f"Nor through its cache: {not_cached}"
         )
         return "padded"
 
 
-def _fused_outputs(model: PreTrainedModel, sample: PackedBatch, kind: Kind, expected: Tensor) -> Tensor | None:
-    """The outputs by the fused output layer, each response in a forward of its own; None unless they agree."""
+def _fused_outputs(model: PreTrainedModel, sample: PackedBatch, kind: ModelKind, expected: Tensor) -> Tensor | None:
+    """Compute the outputs with the fused output layer in separate forwards; None if they disagree with ``expected``."""
     try:
         found = unpacked_outputs(model, sample, kind.fused_outputs)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # something else than a product stands between hidden states and the output layer
+    except RuntimeError:  # there is more than a matrix product between the hidden states and the outputs
         return None
     return found if _agree(_differences(found, expected, kind), model) else None
 
 
 def _check_padded(
-    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, separate: Tensor
+    model: PreTrainedModel, state: PolicyState, kind: ModelKind, sample: PackedBatch, separate: Tensor
 ) -> None:
-    """Set ``separate_rows`` if padded rows differ from the same rows alone by more than any batch does by rounding."""
+    """Set ``separate_rows`` if padded rows differ from the same rows on their own by more than rounding explains."""
 
     def worst(batch: PackedBatch, alone: Tensor) -> float:
         found = model(packed_batch=batch, path="padded", compute=kind.compared)
         return _differences(found, alone, kind).max().item()
 
-    # one response twice: there is no padding, and any difference is rounding
+    # the same response twice needs no padding, so any difference is rounding
     first, device = sample.comparisons[0], sample.input_ids.device
     once, twice = (
         PackedBatch.build(
@@ -360,15 +359,15 @@ def _check_padded(
     if not difference <= allowed:  # NaN counts as different
         state.separate_rows = True
         state.reasons.append(
-            f"padded batches change its numbers by {difference:.2g}: where prompts are not shared, every response has "
-            "a forward of its own"
+            f"padding changes its results by {difference:.2g}: wherever prompts are not shared, every response gets "
+            "its own forward"
         )
 
 
 def _check_packed(
-    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, expected: Tensor
+    model: PreTrainedModel, state: PolicyState, kind: ModelKind, sample: PackedBatch, expected: Tensor
 ) -> None:
-    """Raise :class:`NotShareableError` unless the packed forward is complete and right."""
+    """Raise :class:`NotShareableError` unless the layout reaches all attention layers and the results agree."""
     install(model)
     config = causal_lm(model).config.get_text_config()
     layers = list(getattr(config, "layer_types", None) or [])
@@ -379,31 +378,31 @@ def _check_packed(
     windows = probing.layout.windows or []
     if len(windows) != config.num_hidden_layers:
         raise NotShareableError(
-            f"{len(windows)} of its {config.num_hidden_layers} layers hand the layout on to their attention"
+            f"the layout reached {len(windows)} attention calls in {config.num_hidden_layers} layers"
         )
     sliding = [window for window in windows if window is not None]
     if len(sliding) != _sliding_layers(config, layers) or set(sliding) - {getattr(config, "sliding_window", None)}:
-        raise NotShareableError("its attention does not receive its sliding windows")
+        raise NotShareableError("its sliding windows do not reach its attention")
     if difference is not None:
         raise NotShareableError(difference)
 
 
 def _check_cached(
-    model: PreTrainedModel, state: PolicyState, kind: Kind, sample: PackedBatch, expected: Tensor
+    model: PreTrainedModel, state: PolicyState, kind: ModelKind, sample: PackedBatch, expected: Tensor
 ) -> None:
-    """Raise :class:`NotShareableError` unless forward and backward are right through the model's own cache.
+    """Raise :class:`NotShareableError` unless forward and backward through the model's own cache are correct.
 
-    The backward pass is checked because a state may lose its gradient on its way into the cache, which no output shows.
-    It is left out where weights are sharded: the engine's hooks would run in it.
+    The backward pass is checked because a state can lose its gradient on the way into the cache, which the outputs do
+    not show. With sharded weights it is skipped, because it would trigger the engine's hooks.
     """
     if any(sample.images):
-        raise NotShareableError("images are not handed to a forward with a cache")
+        raise NotShareableError("images cannot be combined with a cache")
     if state.separate_rows:
-        raise NotShareableError("a row's numbers depend on the other rows of a batch")
+        raise NotShareableError("a row's results depend on the other rows of a batch")
     if state.lengths is not None:
-        raise NotShareableError("its rotary frequencies depend on a row's length, which a prompt does not know yet")
+        raise NotShareableError("its rotary frequencies depend on the length of prompt and response together")
     if any(isinstance(module, CheckpointWrapper) for module in model.modules()):
-        raise NotShareableError("FSDP's activation checkpointing computes layers twice, and their caches with them")
+        raise NotShareableError("FSDP's activation checkpointing runs layers twice, which would fill the cache twice")
     install_scans(model)
     if difference := _shared_difference(model, kind, sample, "cached", expected):
         raise NotShareableError(difference)
@@ -422,16 +421,16 @@ def _check_cached(
 
 
 def _shared_difference(
-    model: PreTrainedModel, kind: Kind, sample: PackedBatch, path: Path, expected: Tensor
+    model: PreTrainedModel, kind: ModelKind, sample: PackedBatch, path: Path, expected: Tensor
 ) -> str | None:
-    """The difference between the outputs of a path and the model's own, as text; None if they agree."""
+    """Describe the difference between a path's outputs and the model's own; None if they agree."""
     try:
         found = model(packed_batch=sample, path=path, compute=kind.compared)
     except NotShareableError:
         raise
-    except Exception as error:  # whatever the forward of an unknown model raises, it means the same
+    except Exception as error:  # an unknown model's forward can raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotShareableError(f"its forward does not take such a batch ({first_line})") from error
+        raise NotShareableError(f"its forward fails on such a batch ({first_line})") from error
     differences = _differences(found, expected, kind)
     if _agree(differences, model, rounding=lambda: _rounding(model, sample, kind)):
         return None
@@ -439,29 +438,32 @@ def _shared_difference(
 
 
 def _input_gradients(model: PreTrainedModel, batch: PackedBatch, outputs: Callable[[], Tensor]) -> Tensor:
-    """``[distinct ids, H]`` gradient of the sum of ``outputs()`` by the embeddings of the ids in ``batch``."""
-    known = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)]).unique()  # 0 is the padding
-    seen: list[tuple[Tensor, Tensor]] = []
+    """Compute the gradient of ``outputs().sum()`` with respect to the embeddings of the batch's distinct ids.
 
-    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    Returns ``[distinct ids, H]`` in fp32.
+    """
+    distinct = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)]).unique()  # 0 is the padding
+    embedded: list[tuple[Tensor, Tensor]] = []
+
+    def detach(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
-        seen.append((arguments[0], leaf))
+        embedded.append((arguments[0], leaf))
         return leaf
 
-    handle = causal_lm(model).get_input_embeddings().register_forward_hook(keep)
+    handle = causal_lm(model).get_input_embeddings().register_forward_hook(detach)
     try:
         with torch.enable_grad():
-            gradients = torch.autograd.grad(outputs().sum(), [leaf for _, leaf in seen])
+            gradients = torch.autograd.grad(outputs().sum(), [leaf for _, leaf in embedded])
     finally:
         handle.remove()
-    total = gradients[0].new_zeros(len(known), gradients[0].shape[-1], dtype=torch.float32)
-    for (ids, _), gradient in zip(seen, gradients, strict=True):
-        total.index_add_(0, torch.searchsorted(known, ids.flatten()), gradient.flatten(0, -2).float())
+    total = gradients[0].new_zeros(len(distinct), gradients[0].shape[-1], dtype=torch.float32)
+    for (ids, _), gradient in zip(embedded, gradients, strict=True):
+        total.index_add_(0, torch.searchsorted(distinct, ids.flatten()), gradient.flatten(0, -2).float())
     return total
 
 
 def _sliding_layers(config: Any, layers: list[str]) -> int:
-    """The number of layers with a sliding window, according to the configuration."""
+    """Return the number of layers with a sliding window, according to the configuration."""
     if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
         return 0
     return layers.count("sliding_attention") if layers else config.num_hidden_layers
