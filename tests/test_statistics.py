@@ -228,7 +228,7 @@ def test_bootstrap_of_a_family_holds_together():
 def test_bootstrap_in_parts_is_the_same(monkeypatch):
     sums = np.random.default_rng(0).random((20, 2))
     whole = bootstrap_interval(sums, ratio, seed=7, resamples=300)
-    monkeypatch.setattr(statistics, "_AT_ONCE", 170)  # eight resamples
+    monkeypatch.setattr(statistics, "_MAX_DRAWS", 170)  # eight resamples
     assert bootstrap_interval(sums, ratio, seed=7, resamples=300) == whole
 
 

@@ -134,7 +134,7 @@ def test_folders_that_are_not_models(run, tmp_path):
 
 def test_an_adapter_whose_base_nobody_else_has(run, tmp_path):
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(SimpoError, match="its base model is a folder on this machine"):
+    with pytest.raises(SimpoError, match="its base model is a local folder"):
         files_to_push(run)
 
 

@@ -13,9 +13,9 @@ from simpo.errors import SimpoError
 from simpo.planning.cards import (
     CARDS,
     Rates,
-    card_at_hand,
     find_card,
     fit_rates,
+    local_card,
     machine_name,
     store_rates,
     stored_rates,
@@ -104,7 +104,7 @@ def test_a_name_without_memory_is_not_the_beginning_of_another(name, found) -> N
 def test_the_data_sheet_of_the_card_at_hand(name, flops, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name=name, total_memory=4e10))
-    card = card_at_hand()
+    card = local_card()
     assert card is not None and card.memory_gb * 2**30 == 4e10
     if flops is None:
         assert card.rates is None

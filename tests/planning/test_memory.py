@@ -16,7 +16,7 @@ from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs
-from simpo.planning.memory import _STATES, Tracer, measure_kept, measure_step
+from simpo.planning.memory import _STATES, Tracer, measure_resident_memory, measure_step
 from simpo.planning.model import Blueprint
 from simpo.planning.search import Choice, Planner
 from simpo.planning.settings import PlanSettings
@@ -115,7 +115,7 @@ def test_all_paged_optimizers_are_known() -> None:
 def test_states_of_optimizers_and_their_step(name, foreach, dtype, folder) -> None:
     """What a real optimizer keeps and allocates; for all weights at once, as on a GPU, where it can."""
     arguments = ModelArguments(str(folder), dtype=dtype)
-    kept = measure_kept(Blueprint.read(arguments, optimizer=name, cuda=foreach))
+    kept = measure_resident_memory(Blueprint.read(arguments, optimizer=name, cuda=foreach))
     model = load_model(arguments)
     arguments = hf.TrainingArguments(str(folder / "out"), optim=name, report_to=[])
     kind, options = hf.Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -141,14 +141,14 @@ def test_processes_share_the_step_of_the_optimizer(folder) -> None:
     parts = ModelArguments(str(folder)), None, config_of(Run("", config={"optim": "adamw_torch"}, processes=2), folder)
     planner = Planner(parts, PlanSettings(gpu="H100", gpus=2), rows)
     whole, shared = (planner.estimate(Choice(4096, 0.0, sharding)) for sharding in ("ddp", "fsdp"))
-    assert whole.tightest == shared.tightest == "the optimizer's step"
+    assert whole.peak_phase == shared.peak_phase == "the optimizer step"
     assert shared.memory["activations"] == whole.memory["activations"] / 2
 
 
 def test_weights_in_four_bits(folder) -> None:
     """Linear layers have half a byte a weight and a scale of 4 bytes for 64; everything else is fp32."""
     arguments = ModelArguments(str(folder), use_peft=True, lora_r=2, load_in_4bit=True)
-    kept = measure_kept(Blueprint.read(arguments))
+    kept = measure_resident_memory(Blueprint.read(arguments))
     linear = 5 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     adapter = 5 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert kept.gradients == 4 * adapter

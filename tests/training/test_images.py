@@ -324,10 +324,10 @@ def test_mistakes(world, tmp_path, make_model):
     tokenized = PreferenceTrainer.prepare(rows, processor, args, "train").dataset
     with pytest.raises(SimpoError, match=r"images: .*processing_class"):
         PreferenceTrainer(model, args, tokenized)
-    with pytest.raises(SimpoError, match="images: GPT2LMHeadModel takes none"):
+    with pytest.raises(SimpoError, match="images: GPT2LMHeadModel takes no images"):
         PreferenceTrainer(make_model("gpt2", torch.float32), args, tokenized, processing_class=processor)
     reward = make_model("llama", kind=hf.LlamaForSequenceClassification, num_labels=1)
-    with pytest.raises(SimpoError, match="images: LlamaForSequenceClassification takes none"):
+    with pytest.raises(SimpoError, match="images: LlamaForSequenceClassification takes no images"):
         RewardTrainer(reward, config(world, tmp_path, RewardConfig), rows, processing_class=processor)
     other = tmp_path / "pictures"
     shutil.copytree(world, other, ignore=lambda folder, names: [name for name in names if not name.endswith("g")])

@@ -58,7 +58,7 @@ def plan(argv: list[str]) -> None:
     best = planner.fastest(shardings)
     if best is None:
         raise SimpoError(planner.remedy(shardings))
-    estimates = {"recipe": planner.described(as_written), "fastest": planner.described(best)}
+    estimates = {"recipe": planner.describe(as_written), "fastest": planner.describe(best)}
     print(json.dumps(estimates, indent=2)) if settings.json else _print_table(estimates)
 
 
@@ -70,7 +70,7 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
     sharding = sharding_of(config) if config.world_size > 1 else None
     planner = Planner(parts[:3], PlanSettings(command, gpus=config.world_size, sharding=sharding))
     estimate = planner.estimate(planner.own)
-    needs = f"{estimate.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, peak in {estimate.tightest}"
+    needs = f"{estimate.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, peak in {estimate.peak_phase}"
     if planner.fits(estimate):
         print(f"plan: needs {needs}")
         return

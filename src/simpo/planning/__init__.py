@@ -1,1 +1,1 @@
-"""Memory, time and cost of a training run, before anything is loaded."""
+"""Predicts the memory, time and cost of a training run before anything is loaded."""

@@ -1,4 +1,4 @@
-"""The memory and cost of an optimizer step: what stays allocated, the peak on top of that, and the operations."""
+"""Measures an optimizer step on fake tensors: what stays allocated, the peak on top of that, and the operations."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ from simpo.planning.model import Blueprint, stored_bytes
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Memory of a model and its optimizer, in bytes, before anything is sharded."""
+class ResidentMemory:
+    """Memory that a model and its optimizer keep allocated, in bytes, before sharding."""
 
-    parameters: int  # numbers that the model has
-    weights: float  # of the model
-    gradients: float  # of what is trained
-    states: float  # of the optimizer
-    update: float  # at the peak of the optimizer's step, on top of these three
-    largest_layer: float  # of the weights of the largest layer where they compute
-    outside_layers: float  # of those of embeddings and output layer
+    parameters: int  # number of parameters, not bytes
+    weights: float  # all weights
+    gradients: float  # gradients of the trained weights
+    states: float  # optimizer states
+    update: float  # peak of the optimizer step, on top of these three
+    largest_layer: float  # weights of the largest layer, in the dtype they compute in
+    outside_layers: float  # weights outside the layers: embeddings and output layer
 
 
-def measure_kept(blueprint: Blueprint) -> Kept:
-    """The memory that the model of ``blueprint`` and its optimizer keep allocated."""
+def measure_resident_memory(blueprint: Blueprint) -> ResidentMemory:
+    """Measure the memory that the model of ``blueprint`` and its optimizer keep allocated."""
     model, layers = blueprint.build()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     states, update = optimizer_bytes(blueprint.optimizer, trained, embeddings, cuda=blueprint.cuda)
-    of_layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
-    return Kept(
+    layer_bytes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
+    return ResidentMemory(
         parameters=sum(weight.numel() for weight in model.parameters()),
         weights=stored_bytes(model, nested=blueprint.arguments.quantization.get("use_bnb_nested_quant", False)),
         gradients=sum(weight.nbytes for weight in trained),
         states=states,
         update=update,
-        largest_layer=max(of_layers),
-        outside_layers=sum(weight.nbytes for weight in model.parameters()) - sum(of_layers),
+        largest_layer=max(layer_bytes),
+        outside_layers=sum(weight.nbytes for weight in model.parameters()) - sum(layer_bytes),
     )
 
 
-# States by transformers' names of optimizers: how many of each weight, and the bits of a number (None: as many as the
-# weight's). Those of paged ones are in the host's memory where the GPU has no room.
+# Optimizer states by transformers' names: how many per weight, and bits per number (None: as many as the weight has).
+# Paged optimizers move their states to host memory when the GPU runs out.
 _STATES: dict[str, tuple[int, int | None]] = {
     "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "stable_adamw": (2, None),
     "sgd": (0, None), "adagrad": (1, None), "rmsprop": (1, None), "lomo": (0, None),
@@ -71,25 +71,26 @@ _STATES: dict[str, tuple[int, int | None]] = {
     "schedule_free_adamw": (2, 32), "schedule_free_radam": (2, 32), "schedule_free_sgd": (1, 32),
     **{f"paged_{name}_{bits}bit": (0, bits) for name in ("adamw", "ademamix", "lion") for bits in (8, 32)},
 }  # fmt: skip
-# Temporary tensors of PyTorch's own: on a GPU each as large as all weights together, elsewhere as the largest weight.
+# Temporary tensors of PyTorch's optimizers: (number on a GPU, each as large as all weights together; number elsewhere,
+# each as large as the largest weight).
 _TEMPORARY = {"adamw_torch": (1, 2), "adagrad": (2, 1), "rmsprop": (1, 1)}
-_SCALED = 256  # 8-bit numbers that share an fp32 scale; of 4-bit ones half as many
-_SMALLEST = 4096  # smaller tensors keep their states in 32 bits
-_IN_32_BITS = {"adamw_bnb_8bit", "adamw_8bit"}  # of embeddings, as Trainer has it
+_BLOCK = 256  # how many 8-bit numbers share an fp32 scale; half as many 4-bit numbers do
+_MIN_QUANTIZED = 4096  # smaller tensors keep their states in 32 bits
+_FP32_EMBEDDING_STATES = {"adamw_bnb_8bit", "adamw_8bit"}  # Trainer keeps embedding states in 32 bits with these
 
 
 def optimizer_bytes(
     name: str, trained: Sequence[Tensor], embeddings: Sequence[Tensor], *, cuda: bool
 ) -> tuple[float, float]:
-    """Bytes of the states that the optimizer ``name`` keeps of weights, and what its step needs on top at its peak."""
-    if name == "adafactor":  # in fp32: a mean square for every row and column, and temporary copies of a weight
+    """Return the bytes of the states of optimizer ``name``, and what its step allocates on top of that at its peak."""
+    if name == "adafactor":  # in fp32: a mean square per row and column, and temporary copies of one weight
         copies = ((2 if weight.dtype == torch.float32 else 4) * 4.0 * weight.numel() for weight in trained)
         return sum(map(_factored, trained)), max(copies, default=0.0)
     if name not in _STATES:
         known = ", ".join(sorted(["adafactor", *_STATES]))
-        raise SimpoError(f"optim: the memory of {name!r} is not known to simpo plan; it knows {known}")
+        raise SimpoError(f"optim: simpo plan does not know how much memory {name!r} needs; it knows {known}")
     count, bits = _STATES[name]
-    full = {id(weight) for weight in embeddings} if name in _IN_32_BITS else set()
+    full = {id(weight) for weight in embeddings} if name in _FP32_EMBEDDING_STATES else set()
     states = sum(count * _bytes(weight, 32 if id(weight) in full else bits) for weight in trained)
     together, alone = _TEMPORARY.get(name, (0, 0))
     sizes = [weight.nbytes for weight in trained]
@@ -97,33 +98,34 @@ def optimizer_bytes(
 
 
 def _bytes(weight: Tensor, bits: int | None) -> float:
-    """Bytes of one optimizer state of ``weight`` with this many bits per number, scales included."""
+    """Return the bytes of one optimizer state of ``weight`` with this many bits per number, including scales."""
     if bits is None:
         return float(weight.nbytes)
-    block = _SCALED * bits // 8
-    if bits == 32 or weight.numel() < _SMALLEST or weight.numel() % block:
+    block = _BLOCK * bits // 8
+    if bits == 32 or weight.numel() < _MIN_QUANTIZED or weight.numel() % block:
         return 4.0 * weight.numel()
     return weight.numel() * (bits / 8 + 4 / block)
 
 
 def _factored(weight: Tensor) -> float:
-    """Bytes of Adafactor's states of ``weight``."""
+    """Return the bytes of Adafactor's states of ``weight``."""
     size = weight.numel()
     return 4.0 * (size if weight.dim() < 2 else size // weight.shape[-1] + size // weight.shape[-2])
 
 
 # ---- One micro-batch, forward and backward.
 
+_OTHER_FORWARD = "the rest of the forward pass"
+
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of operations other than memory."""
+    """The cost of operations, apart from memory."""
 
-    product: float = 0  # floating-point operations of matrix products, counted as `torch.utils.flop_counter` does
-    # Floating-point operations of attention, counted in the same way, with what a causal mask hides.
-    attention: float = 0
+    product: float = 0  # FLOPs of matrix products, counted as `torch.utils.flop_counter` does
+    attention: float = 0  # FLOPs of attention, counted in the same way, including masked scores
     moved: float = 0  # bytes read and written by all other operations
-    operations: float = 0  # their number
+    operations: float = 0  # number of operations of all kinds
 
     @property
     def flops(self) -> float:
@@ -135,43 +137,42 @@ class Cost:
 class Step:
     """Memory and cost of one micro-batch."""
 
-    peaks: dict[str, float]  # bytes of forward and backward on top of what is kept, by what computes
-    cost: Cost  # of forward and backward
+    peaks: dict[str, float]  # peak bytes of forward and backward on top of resident memory, by phase
+    cost: Cost  # cost of forward and backward
 
     @property
-    def tightest(self) -> str:
+    def peak_phase(self) -> str:
         """The phase in which memory use peaks."""
         return max(self.peaks, key=lambda name: self.peaks[name])
 
 
 def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
-    """One micro-batch through a model of full depth, forward and backward, without computing any number of it.
+    """Trace forward and backward of one micro-batch through a model of full depth, without computing any values.
 
-    Few of the layers are run. Between the first and the last layer of a kind, every additional layer adds the same
-    memory: its activations are kept until the last layer has computed, and its gradients exist when backward reaches
-    the first layer.
+    Only a few layers run. Between the first and the last layer of a kind, each additional layer adds the same memory:
+    its activations are kept until the last layer has run, and its gradients exist when backward reaches the first.
     """
     kinds = blueprint.kinds()
     first = [numbers[0] for numbers in kinds]
     last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
-    few = _traced(blueprint, batch, [*first, *last])
-    found = dict(few)
+    few = _trace(blueprint, batch, [*first, *last])
+    total = dict(few)
     for numbers in kinds:
         if len(numbers) > 2:
-            one_more = _traced(blueprint, batch, [*first, numbers[1], *last])
+            one_more = _trace(blueprint, batch, [*first, numbers[1], *last])
             for name, size in few.items():
-                found[name] += (len(numbers) - 2) * (one_more[name] - size)
-    return Step(cost=Cost(**{field.name: found.pop(field.name) for field in fields(Cost)}), peaks=found)
+                total[name] += (len(numbers) - 2) * (one_more[name] - size)
+    return Step(cost=Cost(**{field.name: total.pop(field.name) for field in fields(Cost)}), peaks=total)
 
 
-def _traced(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) -> dict[str, float]:
-    """Peaks and costs of a micro-batch with these layers alone."""
+def _trace(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) -> dict[str, float]:
+    """Trace a micro-batch through these layers alone, and return its peaks and costs."""
     model, layers = blueprint.build(numbers)
     tracer = Tracer(attended(batch))
     for layer, number in zip(layers, numbers, strict=True):
         _name_phases(layer, number, tracer)
 
-    def share(weight: Tensor) -> None:
+    def shard_gradient(weight: Tensor) -> None:
         tracer.live += weight.grad.nbytes * blueprint.share  # type: ignore[union-attr]
         weight.grad = None
 
@@ -184,7 +185,7 @@ def _traced(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) ->
         if blueprint.share < 1 and not blueprint.accumulates:
             for weight in nn.ModuleList(layers).parameters():
                 if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(share)
+                    weight.register_post_accumulate_grad_hook(shard_gradient)
         with tracer:
             _forward_backward(model, batch, tracer, blueprint)
     return tracer.peaks | tracer.costs
@@ -194,28 +195,28 @@ def _name_phases(layer: nn.Module, number: int, tracer: Tracer) -> None:
     """Make ``tracer.phase`` name the layer that is running, and whether it runs forward or backward."""
     forward, backward = f"forward of layer {number}", f"backward of layer {number}"
 
-    def enters(*_: Any) -> None:
-        if tracer.phase != backward:  # a checkpointed layer that computes its activations again
+    def before_forward(*_: Any) -> None:
+        if tracer.phase != backward:  # otherwise a checkpointed layer is recomputing its activations
             tracer.phase = forward
 
-    def leaves(_: Any, inputs: Any, output: Any) -> None:
+    def after_forward(_: Any, inputs: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
         if tracer.phase == forward:
-            tracer.phase = "the rest of forward"
+            tracer.phase = _OTHER_FORWARD
             if states.requires_grad:
                 states.register_hook(lambda _: setattr(tracer, "phase", backward))
 
-    layer.register_forward_pre_hook(enters)
-    layer.register_forward_hook(leaves)
+    layer.register_forward_pre_hook(before_forward)
+    layer.register_forward_hook(after_forward)
 
 
 def _forward_backward(model: Any, batch: PackedBatch, tracer: Tracer, blueprint: Blueprint) -> None:
-    """Run one micro-batch as the trainers do, keeping only the parts of the loss that scale with the batch."""
+    """Run one micro-batch as the trainers do, with only those parts of the loss that scale with the batch."""
     if blueprint.cuda:
         batch = replace(batch, layout=replace(batch.layout, kernel=attention.varlen))
     chunk = ACCELERATOR_CHUNK if blueprint.cuda else CPU_CHUNK
     compute: Any = rewards if is_reward_model(causal_lm(model)) else partial(token_logprobs, chunk_bytes=chunk)
-    tracer.phase = "the rest of forward"
+    tracer.phase = _OTHER_FORWARD
     reference = None
     with torch.autocast("cpu", blueprint.autocast, enabled=blueprint.autocast is not None):
         model.eval()
@@ -228,17 +229,17 @@ def _forward_backward(model: Any, batch: PackedBatch, tracer: Tracer, blueprint:
         if reference is None and not blueprint.pair_weights:
             loss: Tensor = inside_forward(model, batch, compute).sum()
         else:
-            given: Any = {"reference": reference, "log_collision": blueprint.pair_weights, "chunk_bytes": chunk}
-            found = token_outputs(model, batch, **given)
-            loss = found.logps.sum() + (0 if found.divergence is None else found.divergence.sum())
-    tracer.phase = "the rest of backward"
+            options: Any = {"reference": reference, "log_collision": blueprint.pair_weights, "chunk_bytes": chunk}
+            outputs = token_outputs(model, batch, **options)
+            loss = outputs.logps.sum() + (0 if outputs.divergence is None else outputs.divergence.sum())
+    tracer.phase = "the rest of the backward pass"
     loss.backward()
 
 
-# ---- The cost of running operations, on real tensors and on fake ones, which have shapes and no numbers.
+# ---- Tracing operations, on real tensors and on fake ones, which have shapes but no values.
 
 _aten = torch.ops.aten
-# Operators that read as much as they write, however large their first input is.
+# Operators that read only as much as they write, however large their first input is.
 _LOOKUPS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather, _aten.slice_backward}
 _PRODUCTS = {
     **flop_registry,
@@ -247,19 +248,18 @@ _PRODUCTS = {
 
 
 class Tracer(TorchDispatchMode):
-    """Follows the storages that operations allocate inside it until they are freed, and counts the operations.
+    """Tracks the storages that operations allocate in this context until they are freed, and counts the operations.
 
-    Storages that existed before count as nothing.
+    Storages that existed before do not count.
 
     Args:
-        pairs: pairs of query and key in one layer, for attention over sequences of different lengths, whose shapes do
-            not show them.
+        pairs: query-key pairs in one layer, for variable-length attention, whose shapes do not reveal them.
 
     Attributes:
-        phase: the name under which peaks are noted; set by whoever runs the operations.
-        live: bytes that are allocated now.
-        peaks: the most bytes that were allocated at a time, by phase.
-        costs: the fields of :class:`Cost` for all operations.
+        phase: name under which peaks are recorded; set it while running operations.
+        live: bytes allocated now.
+        peaks: largest number of bytes allocated at a time, by phase.
+        costs: the fields of :class:`Cost`, summed over all operations.
     """
 
     def __init__(self, pairs: int = 0) -> None:
@@ -267,25 +267,25 @@ class Tracer(TorchDispatchMode):
         self.pairs, self.phase, self.live = pairs, "", 0.0
         self.peaks: dict[str, float] = {}
         self.costs: Counter[str] = Counter()
-        self._storages: dict[int, Any] = {}  # weak references by address
+        self._storages: dict[int, Any] = {}  # weak references, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # two thirds of all calls: reading an attribute of a fake tensor comes here too
+            return args[0].fake_device  # a shortcut for two thirds of all calls: reading a fake tensor's device
         inputs = [leaf for leaf in arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         for tensor in inputs:
-            self._follow(tensor, counted=False)
+            self._track(tensor, counted=False)
         if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
-            with unset_fake_temporarily():  # of a batch's index, whose numbers decide shapes
+            with unset_fake_temporarily():  # operations on a batch's index, whose values determine shapes
                 result = func(*args, **kwargs)
-        elif func is _aten._grouped_mm.default:  # PyTorch knows its shape in bf16 alone
+        elif func is _aten._grouped_mm.default:  # PyTorch infers its shape only in bf16
             left, right, *others = args
             result = func(left.bfloat16(), right.bfloat16(), *others, **kwargs).to(left.dtype)
         else:
             result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        new = [self._follow(tensor, counted=True) for tensor in outputs]
+        new = [self._track(tensor, counted=True) for tensor in outputs]
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), self.live)
         if any(new) or func._schema.is_mutable:  # not a view
             self.costs["operations"] += 1
@@ -298,8 +298,8 @@ class Tracer(TorchDispatchMode):
                 self.costs["moved"] += sum(tensor.nbytes for tensor in (*outputs, *read))
         return result
 
-    def _follow(self, tensor: Tensor, *, counted: bool) -> bool:
-        """Whether the storage of ``tensor`` has not been seen before; it is followed from now on."""
+    def _track(self, tensor: Tensor, *, counted: bool) -> bool:
+        """Start tracking the storage of ``tensor``, and return whether it is new."""
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes() if counted else 0
         if address in self._storages:
@@ -314,7 +314,7 @@ class Tracer(TorchDispatchMode):
         return True
 
     def _attention_flops(self, name: str, args: Any) -> int:
-        """FLOPs of attention: two matrix products in forward and five in backward, where one is recomputed."""
+        """Return the FLOPs of attention: two matrix products in forward, five (one recomputed) in backward."""
         backward = "backward" in name
         query, key, value = args[1:4] if backward else args[:3]  # [T, heads, D] or [rows, heads, tokens, D]
         scores = self.pairs * query.shape[1] if "varlen" in name else query.shape[:-1].numel() * key.shape[-2]
@@ -323,5 +323,5 @@ class Tracer(TorchDispatchMode):
 
 
 def attended(batch: PackedBatch) -> int:
-    """Pairs of query and key in one layer."""
+    """Return the number of query-key pairs in one layer."""
     return sum(q * k for q, k in zip(batch.layout.query_sizes, batch.layout.key_sizes, strict=True))

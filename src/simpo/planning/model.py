@@ -1,4 +1,4 @@
-"""The settings that determine the memory and cost of a step, and a model on the meta device with those shapes."""
+"""Collects the settings that determine a step's memory and cost, and builds the model on the meta device."""
 
 from __future__ import annotations
 
@@ -32,70 +32,69 @@ from simpo.training.callbacks import checkpointed_layers
 class Blueprint:
     """Everything that determines the memory and cost of a step, apart from its micro-batch."""
 
-    arguments: ModelArguments  # which model, how it is loaded, and its adapter
-    config: Any  # its configuration
-    dtype: torch.dtype  # of its weights, where they are not in 4 bits
+    arguments: ModelArguments  # the model, how to load it, and its adapter
+    config: Any  # the model's configuration
+    dtype: torch.dtype  # dtype of weights that are not in 4 bits
     reward: bool = False  # whether it is a reward model
     path: ForwardPath = "auto"  # how batches are computed
-    checkpointed_share: float = 0.0  # share of the layers that compute their activations again; 0 without checkpointing
-    optimizer: str = "adamw_torch_fused"  # transformers' name of it
-    cuda: bool = False  # whether on a GPU, with its kernels
-    autocast: torch.dtype | None = None  # the type of products under autocast; None without
-    accumulates: bool = False  # whether gradients of an earlier micro-batch are there already
-    # Of the gradients of layers that a process keeps: one over the number of processes that share them.
-    share: float = 1.0
-    reference: bool = False  # whether a copy of the trained weights computes the reference in every forward
-    divergence: bool = False  # whether the KL divergence from it is part of the loss
-    pair_weights: bool = False  # whether pairs are weighed by the policy's probabilities
+    checkpointed_share: float = 0.0  # fraction of the layers that recompute their activations; 0 without checkpointing
+    optimizer: str = "adamw_torch_fused"  # transformers' name of the optimizer
+    cuda: bool = False  # whether it runs on a GPU, with GPU kernels
+    autocast: torch.dtype | None = None  # dtype of matrix products under autocast; None without autocast
+    accumulates: bool = False  # whether gradients of an earlier micro-batch are already allocated
+    share: float = 1.0  # fraction of the layers' gradients that one process keeps
+    reference: bool = False  # whether every forward also computes a reference from a copy of the trained weights
+    divergence: bool = False  # whether the loss includes the KL divergence from the reference
+    pair_weights: bool = False  # whether pairs are weighted by the policy's probabilities
 
     @classmethod
     def read(cls, arguments: ModelArguments, **others: Any) -> Blueprint:
-        """Build it from a model configuration on disk or on the hub and further fields; no weights are read."""
+        """Create a blueprint from a model configuration on disk or on the hub; no weights are read."""
         config = load_config(arguments)
-        own = getattr(config.get_text_config(), "dtype", None) or torch.float32
+        stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
         return cls(
             arguments,
             config,
-            own if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32"),
+            stored if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32"),
             **others,
         )
 
     def kinds(self) -> list[list[int]]:
-        """The numbers of the layers of each kind, in the order of their first ones."""
-        found: dict[Any, list[int]] = {}
+        """Group the layers by kind: the indices of each kind's layers, in order of first appearance."""
+        groups: dict[Any, list[int]] = {}
         layers = _layers(self._untrained())
         checkpointed = checkpointed_layers(len(layers), self.checkpointed_share)
-        for number, (layer, again) in enumerate(zip(layers, checkpointed, strict=True)):
+        for number, (layer, recomputed) in enumerate(zip(layers, checkpointed, strict=True)):
             shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
             windows = [getattr(module, "sliding_window", None) for module in layer.modules()]
-            key = (type(layer), shapes, tuple(window for window in windows if isinstance(window, int)), again)
-            found.setdefault(key, []).append(number)
-        return list(found.values())
+            key = (type(layer), shapes, tuple(window for window in windows if isinstance(window, int)), recomputed)
+            groups.setdefault(key, []).append(number)
+        return list(groups.values())
 
     def build(self, numbers: Sequence[int] | None = None) -> tuple[Any, list[nn.Module]]:
-        """The model as it is trained, on the meta device, with these layers alone if given; and its layers."""
+        """Build the model as it is trained on the meta device, optionally with only these layers; return both."""
         model = self._untrained()
         layers = _layers(model)
-        again = checkpointed_layers(len(layers), self.checkpointed_share)
-        for layer, chosen in zip(layers, again, strict=True):
-            layer.gradient_checkpointing = chosen
+        checkpointed = checkpointed_layers(len(layers), self.checkpointed_share)
+        for layer, recomputed in zip(layers, checkpointed, strict=True):
+            layer.gradient_checkpointing = recomputed
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         if numbers is not None:
             _keep_layers(model, layers, numbers)
         if self.arguments.quantization:
-            _to_four_bits(model, self.dtype)
+            _quantize(model, self.dtype)
         with torch.device("meta"):
             model = self._adapted(model)
         freeze_parts_unused_by_text(model)
         disable_dropout(model)
-        self._settle(model)
+        self._choose_path(model)
         return model, list(layers)
 
     def _untrained(self) -> Any:
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
         if hasattr(text, "num_local_experts") or hasattr(text, "num_experts"):
-            text._experts_implementation = config._experts_implementation = "grouped_mm"  # shapes without numbers
+            text._experts_implementation = config._experts_implementation = "grouped_mm"  # shapes independent of values
         kind = AutoModelForSequenceClassification if self.reward else auto_class(config)
         if self.reward:
             config.num_labels = 1
@@ -111,8 +110,8 @@ class Blueprint:
             return get_peft_model(model, adapter)
         return add_adapter(model, self.arguments.lora) if self.arguments.use_peft else model
 
-    def _settle(self, model: Any) -> None:
-        """Take the path that batches will take, as far as that shows without numbers."""
+    def _choose_path(self, model: Any) -> None:
+        """Choose the path that batches will probably take, judging by the architecture alone."""
         inner = prepare_policy(model)
         state = state_of(inner)
         state.fused_head = is_reward_model(inner) or find_head(inner) is not None
@@ -125,26 +124,26 @@ class Blueprint:
 
 
 def _layers(model: Any) -> nn.ModuleList:
-    """The layers of the language model."""
+    """Return the layers of the language model."""
     lists = [
         module
         for module in model.get_decoder().modules()
         if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
     ]
     if not lists:
-        raise SimpoError(f"model_name_or_path: {type(model).__name__} has no list of layers that could be planned")
+        raise SimpoError(f"model_name_or_path: cannot plan for {type(model).__name__}: it has no list of layers")
     return max(lists, key=len)
 
 
 def _keep_layers(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> None:
-    """Leave these layers only, in ``model`` and in its configuration."""
+    """Remove all other layers from ``model`` and its configuration."""
     total = len(layers)
     kept = [layers[number] for number in numbers]
     del layers[:]
     layers.extend(kept)
     for place, layer in enumerate(kept):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # its place in a cache
+            if hasattr(module, "layer_idx"):  # its index in a cache
                 module.layer_idx = place
     config = model.config.get_text_config()
     for name, value in list(vars(config).items()):
@@ -155,12 +154,12 @@ def _keep_layers(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> N
 
 # ---- Weights in 4 bits.
 
-_FOUR_BIT, _SCALES = 0.5, 4 / 64  # bytes of a weight in 4 bits, and its share of its block's fp32 scale
-_NESTED_SCALES = 1 / 64 + 4 / (64 * 256)  # scales in 8 bits, and their own
+_FOUR_BIT, _SCALES = 0.5, 4 / 64  # bytes per weight: the 4 bits, and the fp32 scale that 64 weights share
+_NESTED_SCALES = 1 / 64 + 4 / (64 * 256)  # bytes per weight of 8-bit scales and of their own scales
 
 
-class _FromFourBits(torch.autograd.Function):
-    """A product with weights that are written out for it, forward and backward, and not kept."""
+class _DequantizedProduct(torch.autograd.Function):
+    """A matrix product whose weights are dequantized temporarily, in both forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
@@ -174,14 +173,14 @@ class _FromFourBits(torch.autograd.Function):
 
 
 class _FourBitLinear(nn.Linear):
-    """Has the memory of a linear layer of bitsandbytes, except that its weight is as large as the one written out."""
+    """Allocates memory like a bitsandbytes linear layer, except that its stored weight has the dequantized size."""
 
     def forward(self, states: Tensor) -> Tensor:
-        return _FromFourBits.apply(states.to(self.weight.dtype), self.weight).to(states.dtype)
+        return _DequantizedProduct.apply(states.to(self.weight.dtype), self.weight).to(states.dtype)
 
 
-def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
-    """Quantize all linear layers but the output layer; everything else becomes fp32, as for training."""
+def _quantize(model: Any, dtype: torch.dtype) -> None:
+    """Quantize all linear layers except the output layer to 4 bits; everything else becomes fp32, as for training."""
     output = model.get_output_embeddings()
     compute = torch.bfloat16 if dtype == torch.float32 else dtype
     for module in model.modules():
@@ -196,8 +195,8 @@ def _to_four_bits(model: Any, dtype: torch.dtype) -> None:
 
 
 def stored_bytes(model: Any, *, nested: bool) -> float:
-    """Bytes of the weights and buffers of a :class:`Blueprint`'s model, where scales have 8 bits if ``nested``."""
+    """Return the bytes of all weights and buffers of a :class:`Blueprint`'s model; ``nested`` means 8-bit scales."""
     four_bit = _FOUR_BIT + (_NESTED_SCALES if nested else _SCALES)
-    small = {id(module.weight) for module in model.modules() if isinstance(module, _FourBitLinear)}
-    each = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * four_bit if name in small else float(t.nbytes) for name, t in each.items())
+    quantized = {id(module.weight) for module in model.modules() if isinstance(module, _FourBitLinear)}
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * four_bit if key in quantized else float(t.nbytes) for key, t in tensors.items())
