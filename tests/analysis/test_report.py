@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from simpo.analysis.charts import Pairs, curves, paper_figures, thin
-from simpo.analysis.headline import deciding, measurements
-from simpo.analysis.reading import Run, in_order
+from simpo.analysis.charts import Pairs, curves, downsample, paper_figures
+from simpo.analysis.headline import deciding_measure, measurements
+from simpo.analysis.reading import Run, natural_key
 from simpo.analysis.report import examples, write_report
 from simpo.cli import main
 from simpo.errors import SimpoError
@@ -46,7 +46,7 @@ def test_the_headline_is_the_change_of_the_same_rows(make_run, tmp_path, rows_of
     (measure,) = measurements(run)
     assert measure.before.value == before.mean() and measure.after.value == after.mean() > before.mean()
     assert measure.change == mean_interval(after - before)
-    assert deciding([measure]) == measure and measure.direction == "better" and measure.change.low > 0
+    assert deciding_measure([measure]) == measure and measure.direction == "better" and measure.change.low > 0
     page = write_report([tmp_path / "run"])
     for value in (measure.before, measure.after, measure.change):
         for number in (value.value, value.low, value.high):
@@ -71,7 +71,7 @@ def test_a_loss_starts_and_changes_as_a_mean_over_tokens(tmp_path):
     found = Run.read(tmp_path / "run")
     assert measurements(found)[0].change.value == pytest.approx(means[1] - means[0])
     assert curves([found])[0]["series"][0]["data"][0] == (0, pytest.approx(means[0], rel=1e-4))
-    assert "epoch" not in write_report([tmp_path / "run"]).read_text().partition("Not finite in the log")[2][:80]
+    assert "epoch" not in write_report([tmp_path / "run"]).read_text().partition("(NaN or infinite)")[2][:80]
     (tmp_path / "run/held_out_after.jsonl").unlink()
     assert measurements(Run.read(tmp_path / "run"))[0].change is None
 
@@ -123,11 +123,11 @@ def test_figures_count_what_a_loop_counts(make_run, tmp_path, rows_of):
     series = charts["Calibration"]["series"][1]["data"]
     first = [c for c in confidence if c < 0.6]
     assert series[0][0] == pytest.approx(np.mean(first), rel=1e-4)
-    accuracy = charts["Accuracy by difference in length"]
+    accuracy = charts["Accuracy by length difference"]
     assert (
         len(accuracy["x"]["categories"]) == len(accuracy["series"][0]["data"]) == len(accuracy["series"][0]["bounds"])
     )
-    moved = charts["Change of log-probability by position"]["series"][0]["data"]
+    moved = charts["Change in log-probability by position"]["series"][0]["data"]
     assert moved == [(1, 0.5), (2, -0.2)]
 
 
@@ -138,16 +138,16 @@ def test_rewards_that_are_all_0_rank_nothing(make_run, tmp_path, rows_of):
     write_lines(path / "held_out_before.jsonl", [row | zero for row in rows_of(path / "held_out_before.jsonl")])
     names = {chart["title"]: [one["name"] for one in chart["series"]] for chart in paper_figures(Run.read(path))}
     assert names["Distribution of reward margins"] == ["before", "after"]
-    assert names["Calibration"] == names["Accuracy by difference in length"] == ["after"]
+    assert names["Calibration"] == names["Accuracy by length difference"] == ["after"]
 
 
 def test_a_thinned_curve_keeps_every_spike():
     values = np.random.default_rng(0).normal(size=54_321)
     values[17_000], values[40_001] = 99.0, -77.0
-    thinned = thin(list(enumerate(values.tolist())))
+    thinned = downsample(list(enumerate(values.tolist())))
     assert len(thinned) <= 1000 and (17_000, 99) in thinned and (40_001, -77) in thinned
     assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
-    assert thin([(1, 2.0), (2, 3.0)]) == [(1, 2), (2, 3)]
+    assert downsample([(1, 2.0), (2, 3.0)]) == [(1, 2), (2, 3)]
 
 
 def test_tokens_without_a_finite_log_probability_are_left_out(make_run, tmp_path, rows_of):
@@ -163,7 +163,7 @@ def test_tokens_without_a_finite_log_probability_are_left_out(make_run, tmp_path
 
 def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
     names = [f"round-{number}/model/run.json" for number in (10, 9, 2, 1)]
-    assert [path.parts[0] for path in sorted(map(Path, names), key=in_order)] == [
+    assert [path.parts[0] for path in sorted(map(Path, names), key=natural_key)] == [
         "round-1", "round-2", "round-9", "round-10",
     ]  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_a_large_run_makes_a_small_page(make_run, tmp_path):
     charts = data_of(page)["charts"].values()
     assert {chart["title"] for chart in charts} >= {"Loss", "Gradient norm", "Reward and length", "Calibration"}
     assert all(len(series["data"]) <= 2000 for chart in charts for series in chart["series"])
-    assert "of 100,000 values are drawn" in page.read_text() and "of 20,000 pairs are drawn" in page.read_text()
+    assert "of 100,000 values" in page.read_text() and "of 20,000 pairs" in page.read_text()
 
 
 def test_a_run_in_progress_with_damaged_logs(make_run, tmp_path):
@@ -270,13 +270,13 @@ def test_a_sweep_is_told_by_its_best_trial(make_run, tmp_path):
         write_results(path, command="sweep", fingerprint=run.fingerprint, metrics=metrics)
         run.finish()
     found, trial = measurements(Run.read(path)), measurements(trials[1])
-    assert found == trial and deciding(found).direction == "better"
+    assert found == trial and deciding_measure(found).direction == "better"
     page = write_report([path])
     text = page.read_text(encoding="utf-8")
     assert sentence_of(page).startswith("Of 2 finished trials, 001 is the best: reward accuracy on 60")
     assert "</span>The best trial ranks pairs better</p>" in text
     assert "compared with trials/001, no clear difference" in text
-    assert "chosen by the held-out rows" in text
+    assert "on these held-out rows" in text
     assert {row["kind"] for row in data_of(page)["examples"]} == {"pair"}
     (loss,) = (chart for chart in data_of(page)["charts"].values() if chart["title"] == "Loss")
     assert [one["run"] for one in loss["series"]] == ["trials/000"] * 2 + ["trials/001"] * 2

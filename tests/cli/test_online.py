@@ -173,8 +173,8 @@ def test_a_gold_annotator_is_not_trained_on(recipe):
         assert found["rollout/gold", stage].value == pytest.approx(sum(known) / len(known))
     data = json.loads(re.search(r'id="data">(.*?)</script>', Path("out/report.html").read_text(), re.DOTALL)[1])
     titles = [chart["title"] for chart in data["charts"].values()]
-    assert "Score by the annotator, by distance from the start" in titles
-    assert "Score by the gold annotator, by distance from the start" in titles
+    assert "Annotator score, by distance from the start model" in titles
+    assert "Gold annotator score, by distance from the start model" in titles
 
 
 @pytest.mark.parametrize("objective", ["ppo", "simpo"])

@@ -1,1 +1,1 @@
-"""Plots of what runs leave in their folders."""
+"""Plots and reports made from the files in run folders."""

@@ -1,4 +1,4 @@
-"""Plots of a run as PNG files."""
+"""Plots as PNG files: training curves, rates, answer lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from simpo.runs.files import disk_errors, staged_files
 from simpo.statistics import Interval
 
-# Colors that color-blind readers and grayscale prints keep apart (Okabe and Ito 2008).
+# Distinguishable to color-blind readers and in grayscale (Okabe and Ito 2008).
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 AFTER, BEFORE = COLORS[:2]
 STYLE: Any = {
@@ -25,20 +25,20 @@ STYLE: Any = {
     "font.size": 10,
 }
 
-_MAX_BINS = 40  # of a histogram
+_MAX_BINS = 40
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; the file is complete or absent."""
+    """Write a figure as PNG, atomically."""
     with disk_errors(path), staged_files(path.parent) as folder:
         figure.savefig(folder / path.name, dpi=150)
 
 
 def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[str, str], title: str) -> None:
-    """Curves of a run's metrics over its optimizer steps, one panel each, on training and held-out data.
+    """Plot metrics over optimizer steps, on training and held-out data, with one panel per metric.
 
-    ``logs`` are the lines of ``metrics.jsonl``. ``names`` has the axis label of every panel's metric; accuracies get an
-    axis from 0 or 0.5 to 1.
+    ``logs`` holds the lines of ``metrics.jsonl``. ``names`` maps each metric to its axis label. The axis of accuracies
+    runs from 0 or 0.5 to 1.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
@@ -59,9 +59,9 @@ def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[
 
 
 def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str, *, even: str) -> None:
-    """Shares ``{what: {model: interval}}`` as bars, in percent.
+    """Plot shares ``{label: {model: interval}}`` as bars, in percent.
 
-    A line marks 50% at the entry ``even``, where it means that the models are equally good.
+    A line marks 50% at the label ``even``, where it means that the models are equally good.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 1.9 * len(rates), 3.6), layout="constrained")
@@ -70,36 +70,36 @@ def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: s
         models = list(next(iter(rates.values())))
         width = 0.8 / len(models)
         for number, (model, color) in enumerate(zip(models, (BEFORE, AFTER), strict=True)):
-            shares = [of_models[model] for of_models in rates.values()]
-            places = [place + (number - (len(models) - 1) / 2) * width for place in range(len(rates))]
-            axes.bar(places, [100 * share.value for share in shares], width * 0.92, color=color, label=model)
-            for place, share in zip(places, shares, strict=True):
+            shares = [by_model[model] for by_model in rates.values()]
+            positions = [group + (number - (len(models) - 1) / 2) * width for group in range(len(rates))]
+            axes.bar(positions, [100 * share.value for share in shares], width * 0.92, color=color, label=model)
+            for x, share in zip(positions, shares, strict=True):
                 value, low, high = (
                     100 * (share.value if bound is None else bound) for bound in (share.value, share.low, share.high)
                 )
-                axes.errorbar(place, value, [[value - low], [high - value]], color="0.15", capsize=3, linewidth=1)
-                axes.annotate(f"{value:.0f}", (place, high), (0, 2), textcoords="offset points", ha="center")
+                axes.errorbar(x, value, [[value - low], [high - value]], color="0.15", capsize=3, linewidth=1)
+                axes.annotate(f"{value:.0f}", (x, high), (0, 2), textcoords="offset points", ha="center")
         axes.grid(visible=False, axis="x")
-        place = list(rates).index(even)
-        axes.hlines(50, place - 0.5, place + 0.5, color="0.4", linewidth=0.8, linestyle="--")
+        x = list(rates).index(even)
+        axes.hlines(50, x - 0.5, x + 0.5, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(ylabel="%", ylim=(0, 108), xticks=range(len(rates)), xticklabels=list(rates))
         axes.legend(frameon=False, ncols=2, loc="upper left")
         save(figure, path)
 
 
 def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]], title: str) -> None:
-    """Histograms of answer lengths in tokens, ``{model: lengths}``, as outlines on shared axes; PNG."""
+    """Plot histograms of answer lengths in tokens, ``{model: lengths}``, as outlines on shared axes."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
         longest = max(max(values) for values in lengths.values())
-        width = math.ceil(longest / _MAX_BINS)  # whole tokens, so that every bin covers equally many lengths
+        width = math.ceil(longest / _MAX_BINS)  # in whole tokens, so that every bin covers the same number of lengths
         edges = [number * width + 0.5 for number in range(math.ceil(longest / width) + 1)]
         for (model, values), color in zip(lengths.items(), (BEFORE, AFTER), strict=True):
             mean = sum(values) / len(values)
             axes.hist(values, edges, histtype="step", color=color, linewidth=2, label=f"{model} (mean {mean:.1f})")
             axes.axvline(mean, color=color, linewidth=1.2, linestyle="--")
-        axes.set(xlabel="tokens of an answer, including the end of turn", ylabel="answers")
+        axes.set(xlabel="answer length in tokens, including the end-of-turn token", ylabel="answers")
         axes.legend(frameon=False)
         save(figure, path)

@@ -1,4 +1,4 @@
-"""``simpo report``: one self-contained HTML file that explains one run, or several next to one another."""
+"""``simpo report``: a self-contained HTML file that explains a run, or compares several."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from simpo import __version__
 from simpo.analysis.charts import by_distance, curves, paper_figures, rounds
-from simpo.analysis.headline import deciding, measurements, number
-from simpo.analysis.reading import Row, Run, in_order, read_runs
+from simpo.analysis.headline import deciding_measure, format_interval, measurements
+from simpo.analysis.reading import Row, Run, natural_key, read_runs
 from simpo.errors import SimpoError
 from simpo.runs.files import write_text
 from simpo.runs.log import utc_now
@@ -29,20 +29,20 @@ from simpo.statistics import mean_interval
 
 FILE_NAME = "report.html"
 _PAGE = Path(__file__).parent / "page"
-_PAGES = Environment(
+_TEMPLATES = Environment(
     loader=FileSystemLoader(_PAGE),
     autoescape=select_autoescape(["html.j2"], ["txt.j2"]),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_PAGES.filters["number"] = number
-_PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-_MOST_TRAININGS = 12  # runs in one chart
+_TEMPLATES.filters["format_interval"] = format_interval
+_TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+_MAX_TRAININGS = 12  # runs in one chart
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
-    """Write the report of run folders, to ``report.html`` in the first one by default; returns its path."""
+    """Write the report of one or more run folders and return its path, by default ``report.html`` in the first one."""
     runs = read_runs(paths)
     output = paths[0] / FILE_NAME if output is None else output
     write_text(output, render(runs))
@@ -50,10 +50,10 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page of one or several runs."""
+    """Render the page for one or more runs."""
     several = len(runs) > 1
     trainings = [training for run in runs for training in _trainings(run, several)]
-    drawn = trainings[:_MOST_TRAININGS]
+    drawn = trainings[:_MAX_TRAININGS]
     compared = drawn if [run.record.command for run in runs] == ["sweep"] else runs
     sections = [
         ("curves", "Curves", [*(chart for run in runs for chart in rounds(run)), *by_distance(drawn), *curves(drawn)])
@@ -70,9 +70,9 @@ def render(runs: Sequence[Run]) -> str:
     }
     names = ("report.js", "echarts.common.min.js", "report.css")
     script, charting, style = ((_PAGE / name).read_text(encoding="utf-8") for name in names)
-    return _PAGES.get_template("report.html.j2").render(
+    return _TEMPLATES.get_template("report.html.j2").render(
         views=[_view(run) for run in runs],
-        comparison=_sentences("comparison.txt.j2", several=_several(runs)) if several else [],
+        comparison=_sentences("comparison.txt.j2", several=_comparison(runs)) if several else [],
         compared=[run.name for run in compared],
         differences=_differences(compared),
         sections=[(name, title, charts) for name, title, charts in sections if charts],
@@ -90,8 +90,8 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _sentences(template: str, **facts: Any) -> list[str]:
-    """The lines of a template of sentences, each once; they are escaped where a page shows them."""
-    return [line for line in dict.fromkeys(_PAGES.get_template(template).render(facts).splitlines()) if line]
+    """Render a template with one sentence per line and return the distinct sentences, not yet escaped for HTML."""
+    return [line for line in dict.fromkeys(_TEMPLATES.get_template(template).render(facts).splitlines()) if line]
 
 
 def _csp_hash(script: str) -> str:
@@ -99,7 +99,7 @@ def _csp_hash(script: str) -> str:
 
 
 def _trainings(run: Run, several: bool) -> list[Run]:
-    """The runs whose curves are drawn: the run itself, or the rounds or trials in it; with names for a legend."""
+    """Return the runs whose curves are plotted (the run itself, or its rounds or trials), named for the legend."""
     pattern = {"loop": "round-*/model", "sweep": "trials/*"}.get(run.record.command)
     if pattern is None:
         run.trained.name = run.name if several else run.trained.name
@@ -110,11 +110,11 @@ def _trainings(run: Run, several: bool) -> list[Run]:
     return parts
 
 
-# ---- The data of each run on the page.
+# ---- What the page shows about each run.
 
 
 def _view(run: Run) -> Row:
-    """The data that the template shows for one run, apart from charts and examples."""
+    """Collect the template variables for one run, apart from charts and examples."""
     table: dict[str, dict[Stage | None, Metric]] = {}
     for metric in run.metrics or run.trained.metrics:
         if not metric.name.startswith("data/"):
@@ -127,57 +127,57 @@ def _view(run: Run) -> Row:
     return {
         "run": run,
         "measures": measures,
-        "deciding": deciding(measures),
+        "deciding": deciding_measure(measures),
         "stages": {stage for metrics in table.values() for stage in metrics},
         "table": table,
         "data": [metric for metric in run.trained.metrics if metric.name.startswith("data/")],
         "hashes": {"fingerprint": run.record.fingerprint}
         | {key: value for key, value in identity if re.fullmatch("[0-9a-f]{64}", str(value))},
         "files": files,
-        # last: reading the rest may have added some
-        "warnings": _sentences("warnings.txt.j2", run=run, several=_several(trials)),
+        # Last, because reading the files above may have added warnings.
+        "warnings": _sentences("warnings.txt.j2", run=run, several=_comparison(trials)),
     }
 
 
-def _several(runs: Sequence[Run]) -> Row:
-    """What several runs have in common, and which two of them rank held-out pairs best."""
-    found = [(run, run.trained.column("after", "rewards/accuracies")) for run in runs]
-    found = [(run, values) for run, values in found if len(values) and not np.isnan(values).any()]
+def _comparison(runs: Sequence[Run]) -> Row:
+    """Determine whether several runs are comparable, and which two of them rank held-out pairs best."""
+    scored = [(run, run.trained.column("after", "rewards/accuracies")) for run in runs]
+    scored = [(run, values) for run, values in scored if len(values) and not np.isnan(values).any()]
     facts: Row = {
         "kinds": sorted({run.record.command for run in runs}),
         "data": len({run.trained.record.identity.get("data/eval") for run in runs}),
         "objectives": len({run.trained.settings.get("objective") for run in runs}),
         "best": None,
     }
-    if len(found) > 1 and len({len(values) for _, values in found}) == 1:
-        (best, first), (second, other), *_ = sorted(found, key=lambda pair: -float(pair[1].mean()))
-        facts |= {"best": best.name, "second": second.name, "change": mean_interval(first - other)}
+    if len(scored) > 1 and len({len(values) for _, values in scored}) == 1:
+        (best, best_values), (second, values), *_ = sorted(scored, key=lambda pair: -float(pair[1].mean()))
+        facts |= {"best": best.name, "second": second.name, "change": mean_interval(best_values - values)}
     return facts
 
 
 def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The recipe keys in which several runs differ."""
+    """Return the recipe keys in which the runs differ, with each run's value."""
     settings = [run.trained.settings for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one if key not in ("output_dir", "logging_dir", "run_name"))
     rows = {key: [json.dumps(one.get(key), ensure_ascii=False, default=str) for one in settings] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
-# ---- Examples: held-out pairs with their largest gains and losses, and answers before and after.
+# ---- Examples: held-out pairs, and answers before and after.
 
-_LONGEST = 8_000  # characters of a text
-_MOST = 120  # answers of a run
-_BUDGET = 2_000_000  # characters of all examples as JSON
+_MAX_TEXT = 8_000  # characters per text
+_MAX_ANSWERS = 120  # per run
+_BUDGET = 2_000_000  # characters of JSON for all examples together
 
 
 def examples(runs: Sequence[Run]) -> tuple[list[Row], int]:
-    """The examples of all runs for the page's script, and how many were left out to keep the page small."""
+    """Return the examples of all runs for the page's script, and how many were left out to keep the page small."""
     rows, left_out = [], 0
     for run in runs:
         used = answers = 0
         for row in chain(_answers(run), _pairs(run.trained)):
             size, is_answer = len(json.dumps(row)), row["kind"] == "answers"
-            if used + size > _BUDGET // len(runs) or (is_answer and answers == _MOST):
+            if used + size > _BUDGET // len(runs) or (is_answer and answers == _MAX_ANSWERS):
                 left_out += 1
             else:
                 used, answers = used + size, answers + is_answer
@@ -186,13 +186,13 @@ def examples(runs: Sequence[Run]) -> tuple[list[Row], int]:
 
 
 def _pairs(run: Run) -> list[Row]:
-    """The held-out pairs that were written as text, the largest gain in margin first."""
+    """Return the held-out pairs that were stored as text, sorted by gain in margin, largest first."""
     pairs = []
     for row in run.examples:
-        place, responses = row.get("row", 0), row.get("responses", ())
+        index, responses = row.get("row", 0), row.get("responses", ())
         names = ["chosen", "rejected"] if len(responses) == 2 else [f"response {k + 1}" for k in range(len(responses))]
         scores = {
-            stage: rows[place].get("rewards/margins") for stage, rows in run.held_out.items() if place < len(rows)
+            stage: rows[index].get("rewards/margins") for stage, rows in run.held_out.items() if index < len(rows)
         }
         margins = {stage: round(value, 4) for stage, value in scores.items() if isinstance(value, int | float)}
         change = margins["after"] - margins["before"] if len(margins) == 2 else 0.0
@@ -203,7 +203,7 @@ def _pairs(run: Run) -> list[Row]:
         pairs.append(
             {
                 "kind": "pair",
-                "place": row.get("where") or f"row {place}",
+                "place": row.get("where") or f"row {index}",
                 "margins": margins,
                 "change": round(change, 4),
                 "prompt": _side("prompt", [_text(row.get("prompt"))]),
@@ -214,19 +214,20 @@ def _pairs(run: Run) -> list[Row]:
 
 
 def _answers(run: Run) -> Iterator[Row]:
-    """Answers to the same prompts before and after, or of a comparison's models, the clearest verdicts first."""
+    """Yield answers to the same prompts before and after, or from the compared models, clearest verdicts first."""
     names = ("A", "B") if run.record.command == "compare" else ("after", "before")
-    of_rounds = sorted(run.path.glob("round-*/comparison/verdicts.jsonl"), key=in_order)
-    for path in [run.path / "verdicts.jsonl", *of_rounds[-1:]]:
+    round_files = sorted(run.path.glob("round-*/comparison/verdicts.jsonl"), key=natural_key)
+    for path in [run.path / "verdicts.jsonl", *round_files[-1:]]:
         rows = run.lines(path.relative_to(run.path).as_posix())
         for row in sorted(rows, key=lambda row: -abs(sum(value - 0.5 for value in _verdicts(row).values()))):
             yield _answer(row, dict(zip(names, (row.get("a"), row.get("b")), strict=True)), _verdicts(row))
-    steps = sorted(run.path.glob("generations/step-*.jsonl"), key=in_order)
-    files = [("generations/start.jsonl", f"generations/{step.name}") for step in steps[-1:]]
-    for before, after in [("sft-answers/responses.jsonl", "simpo-answers/responses.jsonl"), *files]:  # first, a demo's
-        later = {row.get("id"): row for row in run.lines(after)}
-        for row in run.lines(before) if later else ():
-            answers = {"before": row, "after": later.get(row.get("id"), {})}
+    steps = sorted(run.path.glob("generations/step-*.jsonl"), key=natural_key)
+    during_training = [("generations/start.jsonl", f"generations/{step.name}") for step in steps[-1:]]
+    of_demo = ("sft-answers/responses.jsonl", "simpo-answers/responses.jsonl")
+    for before, after in [of_demo, *during_training]:
+        after_by_id = {row.get("id"): row for row in run.lines(after)}
+        for row in run.lines(before) if after_by_id else ():
+            answers = {"before": row, "after": after_by_id.get(row.get("id"), {})}
             yield _answer(row, {stage: (one.get("responses") or [None])[0] for stage, one in answers.items()}, {})
 
 
@@ -235,7 +236,7 @@ def _verdicts(row: Row) -> dict[str, float]:
 
 
 def _answer(row: Row, answers: dict[str, Any], verdicts: dict[str, float]) -> Row:
-    """An answer of each of two models to one prompt; a verdict is 1 if the first is better, 0 if the second is."""
+    """Build an example from two models' answers to a prompt; a verdict is 1 if the first wins, 0 if the second does."""
     first, second = (f"{name} is better" for name in answers)
     return {
         "kind": "answers",
@@ -249,8 +250,8 @@ def _answer(row: Row, answers: dict[str, Any], verdicts: dict[str, float]) -> Ro
 
 
 def _side(name: str, texts: Sequence[str], **logps: Sequence[float | None] | None) -> Row:
-    """A text by its tokens as far as it is shown, with their log-probabilities before and after."""
-    shown, room = [], _LONGEST
+    """Build one text of an example from its tokens, cut to a maximum length, with log-probabilities per token."""
+    shown, room = [], _MAX_TEXT
     for text in texts:
         if room > 0:
             shown.append(text[:room])
@@ -264,7 +265,7 @@ def _side(name: str, texts: Sequence[str], **logps: Sequence[float | None] | Non
 
 
 def _text(value: Any) -> str:
-    """A text; a conversation turn by turn."""
+    """Convert a prompt or answer to text; a conversation becomes one line per turn."""
     if isinstance(value, list):
         return "\n".join(
             f"{turn.get('role', '')}: {turn.get('content', '')}" if isinstance(turn, dict) else str(turn)

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts and lists the examples of a report. Data is put into the page as text only, never as markup.
+// Draws the charts and lists the examples of a report. Data is inserted as text only, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
@@ -36,12 +36,12 @@
   const DASHES = ["solid", "dashed", "dotted"];
   const SYMBOLS = ["circle", "triangle", "rect", "diamond"];
 
-  // The metrics of a chart of curves, in the order of charts.yaml; other charts have none.
+  // The metrics of a curve chart that were logged, in the order of charts.yaml; none for other charts.
   const metricsOf = (chart) =>
     Object.values(chart.keys || {}).filter((name) => chart.series.some((one) => one.metric === name));
 
-  // What a curve looks like. Of one run, metrics differ in color; if there is one, training and held-out rows do. Of several
-  // runs, the runs differ in color, and metrics in dashes. Training is thin.
+  // The style of a curve. For a single run, color distinguishes metrics or, if there is only one, training from held-out
+  // rows. For several runs, color distinguishes runs, and dashes metrics. Training curves are thin.
   const styled = (one, metrics) => {
     const thin = one.name === "training", metric = metrics.indexOf(one.metric), several = metrics.length > 1;
     const label = several ? `${one.metric}, ${one.name}` : one.name;
@@ -50,7 +50,7 @@
     return { ...one, name: one.run, label: `${one.run}, ${label}`, thin, color: run, dash: metric };
   };
 
-  // What the lines of several runs mean, whose legend names the runs only.
+  // Explains line styles in charts of several runs, where the legend only names the runs.
   const explained = (chart, metrics) => {
     const both = new Set(chart.series.map((one) => one.thin)).size > 1;
     const dashes = ["Solid", "dashed", "dotted"].slice(0, metrics.length).map((dash, k) => `${dash}: ${metrics[k]}`);
@@ -111,7 +111,7 @@
 
   const optionOf = (chart, width) => {
     const soft = css("--soft"), grid = css("--line");
-    const even = Boolean(chart.x.share || chart.x.whole || chart.x.name.endsWith("step"));  // whether the ends are round
+    const even = Boolean(chart.x.share || chart.x.whole || chart.x.name.endsWith("step"));  // whether the ends of the axis are round numbers
     const axis = { nameLocation: "middle", nameTextStyle: { color: soft }, axisLabel: { color: soft, hideOverlap: true },
       axisLine: { onZero: false, lineStyle: { color: soft } }, splitLine: { lineStyle: { color: grid } } };
     const x = { ...axis, type: chart.x.categories ? "category" : "value", data: chart.x.categories, name: chart.x.name, nameGap: chart.x.categories ? 48 : 28,
@@ -130,7 +130,7 @@
       Object.assign(y, { min, max, interval: max - min > 0.55 ? 0.2 : max - min > 0.25 ? 0.1 : 0.05 });
     }
     const legend = [...new Set(chart.series.map((one) => one.name))];
-    const lines = legend.reduce(([count, used], name) => {  // as the legend will break, at about 6.6 pixels a character
+    const lines = legend.reduce(([count, used], name) => {  // estimates the legend's line breaks, at about 6.6 pixels per character
       const size = 42 + 6.6 * name.length;
       return used + size > width ? [count + 1, size] : [count, used + size];
     }, [1, 0])[0];
@@ -150,7 +150,7 @@
 
   const plots = [...document.querySelectorAll("[data-chart]")];
   const drawn = new Map();
-  const PAPER = 290;  // pixels: what the style sheet gives to a chart in print
+  const PAPER = 290;  // width of a chart in print in pixels, as in the style sheet
   const draw = (plot, width = plot.clientWidth) => {
     const instance = drawn.get(plot) || echarts.init(plot, null, { renderer: data.charts[plot.dataset.chart].kind === "points" ? "canvas" : "svg" });
     drawn.set(plot, instance);
@@ -158,7 +158,7 @@
     instance.setOption(optionOf(data.charts[plot.dataset.chart], width), { notMerge: true });
   };
   const drawAll = (width) => { plots.forEach((plot) => draw(plot, width)); root.dataset.drawn = String(drawn.size); };
-  const drawNext = () => {  // one at a time, from the top, so that the page answers at once
+  const drawNext = () => {  // one chart at a time, so that the page stays responsive
     const plot = plots.find((one) => !drawn.has(one));
     if (plot) { draw(plot); setTimeout(drawNext, 0); }
     root.dataset.drawn = String(drawn.size);
@@ -201,9 +201,9 @@
   const filters = {
     "pairs, largest gain first": [(row) => row.kind === "pair", (a, b) => b.change - a.change],
     "pairs, largest loss first": [(row) => row.kind === "pair", (a, b) => a.change - b.change],
-    "pairs that became right": [(row) => right(row, "after") && !right(row, "before"), (a, b) => b.change - a.change],
-    "pairs that became wrong": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after") && right(row, "before"), (a, b) => a.change - b.change],
-    "pairs that are wrong after": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after"), (a, b) => a.margins.after - b.margins.after],
+    "pairs that became correct": [(row) => right(row, "after") && !right(row, "before"), (a, b) => b.change - a.change],
+    "pairs that became incorrect": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after") && right(row, "before"), (a, b) => a.change - b.change],
+    "pairs that are incorrect after training": [(row) => row.kind === "pair" && "after" in row.margins && !right(row, "after"), (a, b) => a.margins.after - b.margins.after],
     "answers": [(row) => row.kind === "answers", () => 0],
   };
   const verdictsOf = (row) => Object.entries(row.verdicts || {}).map(([judge, value]) => `${judge}: ${value}`);
