@@ -187,9 +187,9 @@ def _objective(row: Objective) -> list[str]:
         (f"`{name}`", describe(known.type), _value(known.default), known.bound.text if known.bound else "", known.help)
         for name, known in row.hyperparameters.items()
     ]
-    for name, spelling in row.spellings.items():
-        kind = describe(row.hyperparameters[spelling.of].type)
-        rows.append((f"`{name}`", kind, "", "", f"Alternative spelling of `{spelling.of}`."))
+    for name, alias in row.aliases.items():
+        kind = describe(row.hyperparameters[alias.of].type)
+        rows.append((f"`{name}`", kind, "", "", f"Alternative spelling of `{alias.of}`."))
     table = _markdown(("key", "takes", "default", "", "meaning"), rows) if rows else ["It has no hyperparameters."]
     return ["", f"### `{row.name}`", "", summary, f"({row.paper})", "", *table]
 

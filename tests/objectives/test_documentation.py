@@ -34,7 +34,7 @@ def test_a_section_is_complete(name):
         if key != "label_smoothing":
             default = str(parameter.default).lower() if isinstance(parameter.default, bool) else str(parameter.default)
             assert default.removesuffix(".0") in hyperparameters
-    for key in row.spellings:
+    for key in row.aliases:
         assert f"`{key}`" in hyperparameters
 
 

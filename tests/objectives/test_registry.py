@@ -27,9 +27,9 @@ def test_the_fields_are_the_schema(name):
         assert known.help.endswith(".")
         assert (known.bound is not None) == (known.type is float)
         known.check(known.default)
-    for key, spelling in row.spellings.items():
+    for key, alias in row.aliases.items():
         assert key not in row.hyperparameters
-        assert spelling.of in row.hyperparameters
+        assert alias.of in row.hyperparameters
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

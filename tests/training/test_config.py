@@ -101,9 +101,9 @@ def test_every_hyperparameter_of_every_row_is_a_key():
     keys = {field.name for field in dataclasses.fields(PreferenceConfig)}
     hints = get_type_hints(PreferenceConfig)
     for row in OBJECTIVES.values():
-        assert {*row.hyperparameters, *row.spellings} <= set(hyperparameter_names()) <= keys
+        assert {*row.hyperparameters, *row.aliases} <= set(hyperparameter_names()) <= keys
         kinds = {name: known.type for name, known in row.hyperparameters.items()}
-        kinds |= {name: row.hyperparameters[spelling.of].type for name, spelling in row.spellings.items()}
+        kinds |= {name: row.hyperparameters[alias.of].type for name, alias in row.aliases.items()}
         for name, kind in kinds.items():
             assert hints[name] == kind | None
 

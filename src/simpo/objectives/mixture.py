@@ -64,8 +64,8 @@ class Mixture(Objective):
         return all(part.takes_unpaired for part in self.parts)
 
     @property
-    def adds_up_pairs(self) -> bool:
-        return all(part.adds_up_pairs for part in self.parts)
+    def averages_pairs(self) -> bool:
+        return all(part.averages_pairs for part in self.parts)
 
     def part_that_needs(self, need: str) -> Objective:
         return next(part for part in self.parts if need in part.needs)
@@ -105,11 +105,11 @@ class Mixture(Objective):
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in given:
-            if not any(name in (*part.hyperparameters, *part.spellings) for part in self.parts):
+            if not any(name in (*part.hyperparameters, *part.aliases) for part in self.parts):
                 raise ValueError(f"{name} is not a hyperparameter of {' or '.join(p.name for p in self.parts)}")
         resolved: dict[str, Any] = {}
         for part in self.parts:
-            own = {key: value for key, value in given.items() if key in (*part.hyperparameters, *part.spellings)}
+            own = {key: value for key, value in given.items() if key in (*part.hyperparameters, *part.aliases)}
             resolved |= {f"{part.name}.{name}": value for name, value in part.resolve(own).items()}
         return resolved
 

@@ -117,7 +117,7 @@ class Hyperparameter(NamedTuple):
             raise ValueError(f"{self.name} {self.bound.text}, not {value!r}")
 
 
-class Spelling(NamedTuple):
+class Alias(NamedTuple):
     """Another name for the hyperparameter ``of``, for example SimPO's absolute ``gamma`` for ``gamma_beta_ratio``.
 
     ``convert`` takes the given value and the other hyperparameters, and returns the value of ``of``.
@@ -143,7 +143,7 @@ class Objective(ABC):
             anything else, such as KTO's ``"z_ref"``, as a keyword argument of :meth:`pair` and :meth:`unpaired`.
         average_logps: whether ``logps/*`` are logged as averages over tokens (otherwise as sums).
         takes_unpaired: whether it can train on single labeled responses.
-        spellings: other names for hyperparameters.
+        aliases: other names for hyperparameters.
     """
 
     name: ClassVar[str]
@@ -151,7 +151,7 @@ class Objective(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     average_logps: ClassVar[bool] = False
     takes_unpaired: ClassVar[bool] = False
-    spellings: ClassVar[Mapping[str, Spelling]] = {}
+    aliases: ClassVar[Mapping[str, Alias]] = {}
 
     @abstractmethod
     def pair(self, w: Responses, l: Responses, *args: Any, **kwargs: Any) -> Tensor:
@@ -211,12 +211,12 @@ class Objective(ABC):
         if {"gamma", "gamma_beta_ratio"} & self.hyperparameters.keys():
             columns.append("margin")
         # Not for KTO, whose reference point contains beta, nor for listwise rewards, which do not belong to pairs.
-        if "beta" in self.hyperparameters and "z_ref" not in self.needs and self.adds_up_pairs:
+        if "beta" in self.hyperparameters and "z_ref" not in self.needs and self.averages_pairs:
             columns.append("beta")
         return tuple(columns)
 
     @property
-    def adds_up_pairs(self) -> bool:
+    def averages_pairs(self) -> bool:
         """Whether a comparison's loss is the mean over its pairs, so that pairs can be weighted."""
         return type(self).comparisons is Objective.comparisons
 
@@ -271,26 +271,26 @@ class Objective(ABC):
                 two names, a value out of bounds, or a combination that the objective rejects.
         """
         values = {name: known.default for name, known in self.hyperparameters.items()}
-        spelled = {name: self.spellings[name] for name in given if name in self.spellings}
+        aliased = {name: self.aliases[name] for name in given if name in self.aliases}
         for name, value in given.items():
             if name in values:
                 values[name] = value
-            elif name not in spelled:
+            elif name not in aliased:
                 raise ValueError(self._unknown(name))
-        for name, spelling in spelled.items():
-            if spelling.of in given:
-                raise ValueError(f"{name} and {spelling.of} set the same hyperparameter; give only one of them")
-            self.hyperparameters[spelling.of]._replace(name=name).check(given[name])
+        for name, alias in aliased.items():
+            if alias.of in given:
+                raise ValueError(f"{name} and {alias.of} set the same hyperparameter; give only one of them")
+            self.hyperparameters[alias.of]._replace(name=name).check(given[name])
         for name, value in values.items():
             self.hyperparameters[name].check(value)
-        for name, spelling in spelled.items():  # conversions need checked values
-            values[spelling.of] = spelling.convert(given[name], values)
+        for name, alias in aliased.items():  # conversions need checked values
+            values[alias.of] = alias.convert(given[name], values)
         self.with_hyperparameters(**values)
         return values
 
     def _unknown(self, name: str) -> str:
-        owners = [row.name for row in OBJECTIVES.values() if name in row.hyperparameters or name in row.spellings]
-        known = ", ".join([*self.hyperparameters, *self.spellings]) or "none"
+        owners = [row.name for row in OBJECTIVES.values() if name in row.hyperparameters or name in row.aliases]
+        known = ", ".join([*self.hyperparameters, *self.aliases]) or "none"
         belongs = f" (it belongs to {', '.join(owners)})" if owners else ""
         return f"{name} is not a hyperparameter of objective {self.name!r}{belongs}; it has {known}"
 

@@ -19,9 +19,9 @@ from simpo.objectives.objective import (
     OBJECTIVES,
     OPEN_UNIT,
     POSITIVE,
+    Alias,
     Objective,
     Responses,
-    Spelling,
 )
 
 # ---- Shared by several objectives.
@@ -32,7 +32,7 @@ LabelSmoothing = Annotated[float, BELOW_HALF, "Probability that a label is wrong
 Link = Annotated[Literal["sigmoid", "hinge"], "Loss on the margin: -log sigmoid(margin), or relu(1 - margin)."]
 AnchorWeight = Annotated[float, NON_NEGATIVE, "Weight of the chosen response's negative log-likelihood."]
 
-_GAMMA = {"gamma": Spelling("gamma_beta_ratio", lambda gamma, values: gamma / values["beta"])}
+_GAMMA = {"gamma": Alias("gamma_beta_ratio", lambda gamma, values: gamma / values["beta"])}
 
 
 def preference_nll(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -66,7 +66,7 @@ class SimPO(Objective):
     name = "simpo"
     paper = "Meng, Xia, Chen 2024, arXiv 2405.14734, eq. 6"
     average_logps = True
-    spellings = _GAMMA
+    aliases = _GAMMA
     beta: Beta = 2.0
     gamma_beta_ratio: GammaBetaRatio = 0.5
     link: Link = "sigmoid"
@@ -94,7 +94,7 @@ class AlphaPO(Objective):
     name = "alphapo"
     paper = "Gupta et al. 2025, arXiv 2501.03884"
     average_logps = True
-    spellings = _GAMMA
+    aliases = _GAMMA
     alpha: Annotated[float, FINITE, "Curvature of the reward; 0 is SimPO's reward."] = 0.25
     beta: Beta = 2.5
     gamma_beta_ratio: GammaBetaRatio = 0.1
@@ -391,7 +391,7 @@ class KTO(LogRatioObjective):
     paper = "Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7"
     needs = ("reference", "z_ref")
     takes_unpaired = True
-    spellings = {"desirable_weight": Spelling("lam_w"), "undesirable_weight": Spelling("lam_l")}  # noqa: RUF012
+    aliases = {"desirable_weight": Alias("lam_w"), "undesirable_weight": Alias("lam_l")}  # noqa: RUF012
     lam_w: Annotated[float, NON_NEGATIVE, "Weight of chosen (desirable) responses."] = 1.0
     lam_l: Annotated[float, NON_NEGATIVE, "Weight of rejected (undesirable) responses."] = 1.0
 

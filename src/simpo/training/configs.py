@@ -60,8 +60,8 @@ def _hyperparameter(name: str) -> Any:
         if name in row.hyperparameters:
             known = row.hyperparameters[name]
             uses.setdefault(known.help, []).append(f"{row.name} {known.default}")
-        elif name in row.spellings:
-            uses.setdefault(f"Another way to give {row.spellings[name].of}.", []).append(row.name)
+        elif name in row.aliases:
+            uses.setdefault(f"Another way to give {row.aliases[name].of}.", []).append(row.name)
     return setting(None, " ".join(f"{text.removesuffix('.')} ({', '.join(rows)})." for text, rows in uses.items()))
 
 
@@ -180,7 +180,7 @@ class PreferenceConfig(TrainingSettings):
         except ValueError as error:
             raise SimpoError(str(error)) from error
         self._check_row_columns()
-        if self.wpo_weights and not self.row.adds_up_pairs:
+        if self.wpo_weights and not self.row.averages_pairs:
             raise SimpoError(f"wpo_weights: objective {self.row.name!r} has no per-pair loss to weight; leave it out")
         if self.ld_alpha is not None and (not self.row.needs_reference or "z_ref" in self.row.needs):
             raise SimpoError(
@@ -251,7 +251,7 @@ class PreferenceConfig(TrainingSettings):
 
 def hyperparameter_names() -> list[str]:
     """Return every name under which a hyperparameter of some objective can be set."""
-    return list(dict.fromkeys(name for row in OBJECTIVES.values() for name in (*row.hyperparameters, *row.spellings)))
+    return list(dict.fromkeys(name for row in OBJECTIVES.values() for name in (*row.hyperparameters, *row.aliases)))
 
 
 # ---- Online training, on the model's own answers.

@@ -463,7 +463,7 @@ def _add_defaults(
 
 def _hyperparameters(objective: str) -> set[str]:
     row = OBJECTIVES.get(objective)
-    return set() if row is None else {*row.hyperparameters, *row.spellings}
+    return set() if row is None else {*row.hyperparameters, *row.aliases}
 
 
 _ALL_HYPERPARAMETERS = set().union(*map(_hyperparameters, OBJECTIVES))
