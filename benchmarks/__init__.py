@@ -1,1 +1,1 @@
-"""Benchmarks: run them from the repository's root, ``python -m benchmarks.NAME``."""
+"""Benchmarks. Run them from the repository root with ``python -m benchmarks.NAME``."""

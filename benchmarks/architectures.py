@@ -1,8 +1,8 @@
 """Which path each causal architecture takes: ``python -m benchmarks.architectures [--write] [TYPE ...]``
 
-Each architecture of transformers is built at toy size with random weights and checked as a user's model would be. Its
-log-probabilities and the gradients of all parameters are then compared with the model's own forward, one sequence at a
-time, in float32. ``--write`` rewrites the table in ``docs/models.md``.
+Every causal architecture in transformers is built at toy size with random weights and goes through the same self-check
+as a user's model. Its log-probabilities and all parameter gradients are then compared with the model's own forward, one
+sequence at a time, in float32. ``--write`` rewrites the table in ``docs/models.md``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from simpo.packing.model import policy_logprobs, prepare_policy, state_of
 VOCABULARY = 101
 LAYERS = 4
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
-_LARGEST = 5_000_000  # parameters; what is larger has a size that no known key reduces
+_MAX_PARAMETERS = 5_000_000  # a larger model has a dimension that none of the keys below reduces
 
-# Small values of the keys that configurations have; a key that a configuration does not have is left out.
+# Toy values for size keys. Keys that a configuration does not have are skipped.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "n_embed", "embed_dim", "embedding_size", "lru_width"], 64),
     **dict.fromkeys(["mamba_d_ssm", "attention_hidden_size", "word_embed_proj_dim", "linear_conv_hidden_size"], 64),
@@ -57,7 +57,7 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "is_decoder": True,
 }
-# Where those do not suffice: keys that hang together, or that have other names.
+# Architectures that need more: keys that depend on each other or have unusual names.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 4},
@@ -93,45 +93,47 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def toy_config(model_type: str, **more: Any) -> PreTrainedConfig:
-    """A configuration of this type with four small layers, of each kind that the type has."""
-    kind = CONFIG_MAPPING[model_type]
-    default, accepted = kind(), inspect.signature(kind.__init__).parameters
+def toy_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """Return a configuration of this type with four small layers that cover every layer type it has."""
+    config_type = CONFIG_MAPPING[model_type]
+    default, accepted = config_type(), inspect.signature(config_type.__init__).parameters
     defaults = default.to_dict()
-    values = {key: value for key, value in _SMALL.items() if _settable(kind, defaults, key) or key in accepted}
+    values = {key: value for key, value in _SMALL.items() if _settable(config_type, defaults, key) or key in accepted}
     values |= {key: 0.0 for key, value in defaults.items() if isinstance(value, float) and _is_random(key)}
     for key in ("layer_types", "mlp_layer_types"):
-        if (kinds := getattr(default, key, None)) and _settable(kind, defaults, key):
-            values[key] = (list(dict.fromkeys(kinds)) * LAYERS)[:LAYERS]
-    if "kv_lora_rank" in values:  # latent attention has no groups of heads
+        if (types := getattr(default, key, None)) and _settable(config_type, defaults, key):
+            values[key] = (list(dict.fromkeys(types)) * LAYERS)[:LAYERS]
+    if "kv_lora_rank" in values:  # latent attention has no grouped heads
         values["num_key_value_heads"] = values["num_attention_heads"]
-    return kind(**values | _SPECIAL.get(model_type, {}) | more)
+    return config_type(**values | _SPECIAL.get(model_type, {}) | overrides)
 
 
 def _is_random(key: str) -> bool:
     return "drop" in key or key.endswith("jitter_noise")
 
 
-def _settable(kind: type, defaults: dict[str, Any], key: str) -> bool:
-    attribute = inspect.getattr_static(kind, key, None)
+def _settable(config_type: type, defaults: dict[str, Any], key: str) -> bool:
+    attribute = inspect.getattr_static(config_type, key, None)
     return key in defaults and not (isinstance(attribute, property) and attribute.fset is None)
 
 
-def build(model_type: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu", **more: Any) -> PreTrainedModel:
-    """The model with random weights, large enough for attention to be far from uniform, and without dropout.
+def build(
+    model_type: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu", **overrides: Any
+) -> PreTrainedModel:
+    """Build a toy model without dropout, with random weights large enough that attention is far from uniform.
 
     Raises:
-        ValueError: it is large even so.
+        ValueError: if the model is large despite the toy sizes.
     """
-    config = toy_config(model_type, **more)
+    config = toy_config(model_type, **overrides)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _LARGEST:
+    if size > _MAX_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
     options = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}  # has float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options).to(dtype).train()
-    with torch.no_grad():  # biases and norms too, so that one that is left out shows
+    with torch.no_grad():  # biases and norms too, so that leaving one out is noticed
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64)
             parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else 0.1 * noise)
@@ -139,7 +141,7 @@ def build(model_type: str, dtype: torch.dtype = torch.float32, *, device: str = 
 
 
 def comparisons(seed: int = 0) -> list[TokenizedComparison]:
-    """K = 2, 5 and 1 responses; a prompt and responses shorter than a convolution's window."""
+    """Return comparisons with 2, 5 and 1 responses, some shorter than a convolution's window."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(size: int) -> list[int]:
@@ -150,7 +152,7 @@ def comparisons(seed: int = 0) -> list[TokenizedComparison]:
 
 
 def naive_logprobs(model: PreTrainedModel, rows: list[TokenizedComparison]) -> Tensor:
-    """``[S]`` log-probabilities by the model's own forward, one sequence at a time."""
+    """Compute log-probabilities ``[S]`` with the model's own forward, one sequence at a time."""
     found = []
     for row in rows:
         for response in row.response_ids:
@@ -163,17 +165,17 @@ def naive_logprobs(model: PreTrainedModel, rows: list[TokenizedComparison]) -> T
     return torch.cat(found)
 
 
-# ---- The table.
+# ---- The table
 
 
 class Finding(NamedTuple):
-    """How an architecture is computed, and how exactly.
+    """The path an architecture takes, and how accurate it is.
 
     Attributes:
-        path: "packed", "cached" or "padded"; "rejected"; "not built" if there is no toy model of it.
-        logprobs: largest difference of a log-probability, in nats.
-        gradients: largest difference of a gradient, relative to the largest gradient.
-        note: what the self-check logs, such as why the packed path is not taken; why there is no toy model.
+        path: "packed", "cached" or "padded"; "rejected"; or "not built" if no toy model could be built.
+        logprobs: largest error of a log-probability, in nats.
+        gradients: largest error of a gradient, relative to the largest gradient.
+        note: the self-check's log, such as why the packed path was not taken, or why there is no toy model.
     """
 
     path: str
@@ -183,11 +185,11 @@ class Finding(NamedTuple):
 
 
 def examine(model_type: str, device: str = "cpu") -> Finding:
-    """Build an architecture, let the self-check choose its path, and compare it with the model's own forward."""
+    """Build an architecture, let the self-check choose a path, and compare that path with the model's own forward."""
     try:
         model = build(model_type, device=device)
         naive_logprobs(model, comparisons()[:1])
-    except Exception as error:  # the reason why there is no toy model of it is all that matters here
+    except Exception as error:  # whatever goes wrong, only the reason matters here
         return Finding("not built", None, None, _first_line(error))
     rows = comparisons()
     try:
@@ -220,20 +222,20 @@ def _first_line(error: Exception) -> str:
 
 
 def table_row(model_type: str, finding: Finding) -> str:
-    """A line of the table."""
+    """Format one line of the table."""
     numbers = ["" if value is None else f"{value:.0e}" for value in (finding.logprobs, finding.gradients)]
     note = re.sub(r"\s+", " ", finding.note).replace("|", "\\|")
     return f"| `{model_type}` | {finding.path} | {' | '.join(numbers)} | {note} |"
 
 
-def rows_of_page() -> dict[str, str]:
-    """The lines of the table in ``docs/models.md``, by architecture."""
+def published_rows() -> dict[str, str]:
+    """Return the lines of the table in ``docs/models.md``, by architecture."""
     text = PAGE.read_text() if PAGE.exists() else ""
     return {match[1]: match[0] for match in re.finditer(r"^\| `(\w[\w-]*)` \|.*$", text, re.MULTILINE)}
 
 
-def page(rows: dict[str, str]) -> str:
-    """``docs/models.md`` with these lines."""
+def render_page(rows: dict[str, str]) -> str:
+    """Return the text of ``docs/models.md`` with these lines in its table."""
     paths = [row.split(" | ")[1] for row in rows.values()]
     counts = ", ".join(
         f"{paths.count(path)} {path}" for path in ("packed", "cached", "padded", "rejected", "not built")
@@ -245,67 +247,68 @@ def page(rows: dict[str, str]) -> str:
 _PAGE = """\
 # Which path each architecture takes
 
-Generated by `python -m benchmarks.architectures --write`. Tested: {versions}, on a CPU, in float32.
+Look up your model's architecture here to see whether it shares prompts, and how exact the result is. Generated by
+`python -m benchmarks.architectures --write`. Tested: {versions}, on a CPU, in float32.
 
-Each causal architecture of transformers was built at toy size (four layers, random weights) and computed comparisons
-with 1, 2 and 5 responses. The self-check chose the path, as it does for your model, and the log-probabilities and the
-gradients of all parameters were then compared with those of the model's own forward, one sequence at a time.
+We built each causal architecture of transformers at toy size (four layers, random weights) and computed comparisons
+with 1, 2 and 5 responses. The self-check chose the path, as it does for your model. Then we compared the
+log-probabilities and the gradients of all parameters with those of the model's own forward pass, one sequence at a
+time.
 
-- **packed**: a prompt is computed once for all of its responses, inside attention; nothing is padded.
-- **cached**: a prompt is computed once for all of its responses and handed to them through the model's own cache: keys
-  and values, recurrent states, convolution windows. Prompts are padded to one length, and so are responses.
-- **padded**: every response is computed with a prompt of its own.
+- **packed**: a prompt is computed once for all of its responses, inside attention, and nothing is padded.
+- **cached**: a prompt is computed once and passed to all of its responses through the model's own cache: keys and
+  values, recurrent states, convolution windows. Prompts are padded to one length, and so are responses.
+- **padded**: the prompt is computed again for every response.
 - **rejected**: an error before training.
-- **not built**: no toy model could be made of the default configuration with small sizes, which says nothing about real
-  checkpoints. The self-check decides there, as everywhere. Many are models for several kinds of input whose language
-  model has a row of its own (`llama4_text`, `qwen3_5_text`, ...).
+- **not built**: we could not build a toy model from the default configuration with small sizes. This says nothing about
+  real checkpoints; as always, the self-check decides. Many of these are multimodal models whose language model has its
+  own row (`llama4_text`, `qwen3_5_text`, ...).
 
-The columns of differences hold the largest one: of a log-probability in nats, and of a gradient relative to the largest
-gradient. [Which path a model takes](training.md#which-path-a-model-takes) has the rules.
+The difference columns show the largest difference: of a log-probability in nats, and of a gradient relative to the
+largest gradient. [Which path a model takes](training.md#which-path-a-model-takes) explains the rules.
 
 ## Not yet
 
-- **MiniMax** (`minimax`, lightning attention) is padded. It keeps its states in a cache class of its own. Little would
-  be gained if they could be passed on: starting from a state, its layer in transformers computes one token after the
-  other, and keeps a state for each of them until the backward pass. With the 64 heads of size 128 of MiniMax-Text-01,
-  this is a million numbers per token and layer, where the hidden state has 6,144. MiniMax-M2 and M3 have attention
-  only, and are packed.
-- **DeepSeek-V4** (`deepseek_v4`) is padded. Its compressors close a window every few tokens, counted from the start
-  of a row, so padding in front of a prompt shifts all windows and becomes part of one. Its cache needs no such
-  padding when one comparison is computed at a time; a cached path with a forward pass for each comparison is not
-  implemented.
+- **MiniMax** (`minimax`, lightning attention) is padded, because it keeps its states in its own cache class. Passing
+  them on would bring little: starting from a state, its layer in transformers computes one token after the other, and
+  keeps a state for each of them until the backward pass. With the 64 heads of size 128 of MiniMax-Text-01, this is a
+  million numbers per token and layer, compared with 6,144 for the hidden state. MiniMax-M2 and M3 have only attention,
+  and are packed.
+- **DeepSeek-V4** (`deepseek_v4`) is padded. Its compressors close a window every few tokens, counted from the start of
+  a row, so padding in front of a prompt shifts all windows and becomes part of one. Computing one comparison at a time
+  needs no such padding, but a cached path with one forward pass per comparison is not implemented.
 - **Kernels with `cu_seqlens`** (flash-linear-attention, causal-conv1d, mamba-ssm), which take sequences of different
-  lengths without padding, are not selected: they need CUDA, and nothing here could verify what they compute. Hybrid
-  and state-space models take the cached path on every device. Where such a package is installed, transformers itself
-  may use its kernels in that path, which the self-check then compares as it does everything else.
+  lengths without padding, are not used: they require CUDA, and we could not verify their results. Hybrid and
+  state-space models take the cached path on every device. If such a package is installed, transformers itself may use
+  its kernels in that path; the self-check then compares them like everything else.
 
 ## The table
 
 {counts}.
 
-| architecture | path | log-probabilities | gradients | what the self-check logs |
+| architecture | path | log-probabilities | gradients | self-check log |
 |---|---|---:|---:|---|
 {rows}
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the rows of the named architectures, or of all."""
+    """Print the rows of the named architectures, by default all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="model_type of a configuration (default: all)")
-    parser.add_argument("--write", action="store_true", help="put the rows into docs/models.md")
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="a configuration's model_type (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the rows into docs/models.md")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
     if options.write and options.device != "cpu":
-        parser.error("--write: docs/models.md describes a CPU")
+        parser.error("--write: docs/models.md is for the CPU; leave out --device")
     if unknown := set(options.types) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        parser.error(f"not a causal architecture of transformers: {', '.join(sorted(unknown))}")
-    rows = rows_of_page() if options.types else {}
+        parser.error(f"not a causal architecture in transformers: {', '.join(sorted(unknown))}")
+    rows = published_rows() if options.types else {}
     for name in options.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         rows[name] = table_row(name, examine(name, options.device))
         print(rows[name], flush=True)
         if options.write:
-            PAGE.write_text(page(rows))
+            PAGE.write_text(render_page(rows))
 
 
 if __name__ == "__main__":

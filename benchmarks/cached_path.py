@@ -1,9 +1,8 @@
-"""Prompts shared through the cache against padded rows: ``python -m benchmarks.cached_path [--type TYPE] [...]``
+"""Sharing prompts through the cache versus padded rows: ``python -m benchmarks.cached_path [--type TYPE] [...]``
 
-A training step (forward and backward of all micro-batches) of a hybrid that is wide enough for matrix products to take
-most of the time, on pairs with lengths like those of HH-RLHF. The two paths alternate within one process, because other
-work on the machine changes from one run to the next. The ratio of their median times is shown next to the ratio of
-the floating-point operations that PyTorch counts in them.
+Times a training step (forward and backward over all micro-batches) of a hybrid model, wide enough that matrix products
+dominate, on pairs as long as those in HH-RLHF. The two paths alternate within one process, so that other load on the
+machine affects both. The ratio of their median times is shown next to the ratio of their FLOPs as counted by PyTorch.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ WIDE = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 4096,
 }
-# Other keys of the layers with states, by architecture.
+# Additional keys for the recurrent layers, by architecture.
 STATES = {
     "qwen3_5_text": {
         "linear_key_head_dim": 64,
@@ -48,28 +47,28 @@ STATES = {
 }
 
 
-_SIZES = ("size", "heads", "ff_dim", "d_ssm")  # endings of the keys of widths; a head's own width is kept
+_WIDTH_SUFFIXES = ("size", "heads", "ff_dim", "d_ssm")  # the width of a single head is not scaled
 
 
 def scaled(values: dict[str, Any], factor: int) -> dict[str, Any]:
-    """``values`` of a configuration, ``factor`` times as wide."""
-    widths = {key for key in values if key.endswith(_SIZES) and key != "vocab_size"}
+    """Return configuration ``values`` with all widths multiplied by ``factor``."""
+    widths = {key for key in values if key.endswith(_WIDTH_SUFFIXES) and key != "vocab_size"}
     return {key: value * factor if key in widths else value for key, value in values.items()}
 
 
 def pairs(count: int, seed: int = 0) -> list[TokenizedComparison]:
-    """Pairs with prompts of about 155 and responses of about 40 tokens, spread as those of HH-RLHF are."""
+    """Return pairs with about 155 prompt and 40 response tokens, distributed like those in HH-RLHF."""
     random = np.random.default_rng(seed)
 
-    def ids(mean: float, spread: float, most: int) -> list[int]:
-        size = int(np.clip(random.lognormal(np.log(mean) - spread**2 / 2, spread), 2, most))
+    def ids(mean: float, spread: float, longest: int) -> list[int]:
+        size = int(np.clip(random.lognormal(np.log(mean) - spread**2 / 2, spread), 2, longest))
         return random.integers(3, VOCABULARY, size).tolist()
 
     return [TokenizedComparison(ids(155, 0.6, 512), [ids(40, 0.7, 160) for _ in range(2)]) for _ in range(count)]
 
 
 def micro_batches(rows: list[TokenizedComparison], path: str, max_batch_tokens: int) -> list[PackedBatch]:
-    """The batches that training on this path makes of ``rows``."""
+    """Split ``rows`` into micro-batches as training on this path does."""
     sizes = RowSizes.of(
         path,
         prompts=np.array([len(row.prompt_ids) for row in rows]),
@@ -85,7 +84,7 @@ def micro_batches(rows: list[TokenizedComparison], path: str, max_batch_tokens: 
 def steps(
     model: PreTrainedModel, rows: list[TokenizedComparison], max_batch_tokens: int
 ) -> dict[str, Callable[[], None]]:
-    """A step of each path, without the optimizer."""
+    """Return one training step per path, without the optimizer."""
 
     def step_of(path: str) -> Callable[[], None]:
         batches = micro_batches(rows, path, max_batch_tokens)
@@ -101,15 +100,15 @@ def steps(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print a line of the table."""
+    """Measure both paths and print a line of the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cached_path", description=__doc__.splitlines()[0])
     parser.add_argument("--type", default="qwen3_5_text", choices=sorted(STATES))
-    parser.add_argument("--pairs", type=int, default=16, help="of a step")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs per step")
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=7, help="steps of each path")
+    parser.add_argument("--repeats", type=int, default=7, help="measured steps per path")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
-    parser.add_argument("--width", type=int, default=1, help="factor on the model's width")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    parser.add_argument("--width", type=int, default=1, help="multiplies the model's width")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     with torch.device(options.device):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does training run under DeepSpeed here? A few steps of a tiny model with ZeRO 2 and 3: benchmarks/deepspeed_smoke.sh
-# Environment: PYTHON (the interpreter with simpo), PROCESSES (as many as GPUs, 1 if not given).
-# The steps run and their losses are printed, which should be alike; it measures nothing.
+# Smoke test for DeepSpeed: train a tiny model for a few steps with ZeRO 2 and 3. Usage: benchmarks/deepspeed_smoke.sh
+# Environment: PYTHON (an interpreter with simpo installed), PROCESSES (one per GPU, default 1).
+# Prints the losses, which should be similar for both stages. It does not measure speed or memory.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -10,11 +10,11 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("deepspeed") is None)'; then
-  echo "deepspeed_smoke.sh: '$PYTHON' has no deepspeed; nothing was verified (pip install deepspeed)" >&2
+  echo "deepspeed_smoke.sh: deepspeed is not installed in '$PYTHON'; nothing was verified (pip install deepspeed)" >&2
   exit 2
 fi
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.device_count() < int(sys.argv[1]))' "$PROCESSES"; then
-  echo "deepspeed_smoke.sh: there are not $PROCESSES CUDA GPUs; nothing was verified" >&2
+  echo "deepspeed_smoke.sh: fewer than $PROCESSES CUDA GPUs are available; nothing was verified" >&2
   exit 2
 fi
 
@@ -22,8 +22,7 @@ fi
 import sys
 from pathlib import Path
 
-from simpo.world.pairs import write_model
-from simpo.world.pairs import write_pairs
+from simpo.world.pairs import write_model, write_pairs
 
 folder = Path(sys.argv[1])
 write_model(folder / "model", seed=0)

@@ -1,4 +1,4 @@
-"""Who is compared: simpo's paths and its peers, each at every micro-batch size it can be tuned to."""
+"""The entrants in a comparison: simpo's paths and its peers, each at every micro-batch size it can be tuned to."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Kind = Literal["simpo", "loop", "trl cpo", "trl dpo", "liger"]
 
 @dataclass(frozen=True)
 class Entrant:
-    """Who trains, and in which micro-batches.
+    """A trainer together with its batching.
 
     Attributes:
-        name: in tables.
-        kind: what trains: simpo's trainer; simpo's forward in a bare loop, for any K; TRL's CPO or DPO trainer; or
-            transformers' ``Trainer`` with Liger's fused SimPO loss.
-        per_device: a peer's per-device batch; accumulation makes up the rest of the step.
+        name: name in tables.
+        kind: simpo's trainer; simpo's forward in a bare loop, for any K; TRL's CPO or DPO trainer; or transformers'
+            ``Trainer`` with Liger's fused SimPO loss.
+        per_device: a peer's per-device batch size; gradient accumulation fills the step.
         path: simpo's ``forward_path``.
-        max_batch_tokens: simpo's, None for its default.
+        max_batch_tokens: simpo's ``max_batch_tokens``, or None for the default.
         objective: ``"simpo"`` or ``"dpo"``.
-        precomputed: DPO's reference log-probabilities come from before the training, else from a copy of the model.
-        liger: Liger's layers.
-        compiled: ``torch_compile``.
-        checkpointed: of simpo: the share of the layers whose activations are computed again in backward.
-        shared: of a loop: whether the responses of a comparison share its prompt.
+        precomputed: whether DPO's reference log-probabilities are precomputed rather than from a copy of the model.
+        liger: whether Liger's layers are used.
+        compiled: whether ``torch_compile`` is on.
+        checkpointed: simpo only: share of the layers whose activations are recomputed in backward.
+        shared: loop only: whether the responses in a comparison share the prompt.
     """
 
     name: str
@@ -47,24 +47,24 @@ class Entrant:
 
 
 FAMILIES = {
-    "simpo": "simpo's trainer, by default with its defaults, and otherwise with every --variants",
-    "padded": "simpo's fallback for models that cannot share prompts",
-    "dpo": "simpo's trainer with the DPO loss, with a cached and with a live reference",
-    "sharing": "simpo's forward in a bare loop, and the same with every response packed alone; any K",
+    "simpo": "simpo's trainer with its defaults, or with each of --variants",
+    "padded": "simpo's fallback for models without prompt sharing",
+    "dpo": "simpo's trainer with the DPO loss, with a cached and a live reference",
+    "sharing": "simpo's forward in a bare loop, with shared prompts and with each response packed alone; any K",
     "trl-cpo": "TRL's CPO trainer with the SimPO loss",
-    "trl-dpo": "TRL's DPO trainer, plain and with precomputed reference",
-    "trl-dpo-liger": "the same with Liger's layers",
+    "trl-dpo": "TRL's DPO trainer, with a live and a precomputed reference",
+    "trl-dpo-liger": "TRL's DPO trainer with Liger's layers",
     "liger": "transformers' Trainer with Liger's fused SimPO loss",
 }
 
 
-def variant(text: str) -> Entrant:
-    """simpo's trainer with the settings that ``text`` names, separated by commas.
+def parse_variant(text: str) -> Entrant:
+    """Parse comma-separated settings for simpo's trainer.
 
-    They are a ``max_batch_tokens``, ``compiled``, ``liger``, and ``checkpointed`` or ``checkpointed=SHARE``.
+    A setting is a number (``max_batch_tokens``), ``compiled``, ``liger``, ``checkpointed`` or ``checkpointed=SHARE``.
 
     Raises:
-        ValueError: any other word.
+        ValueError: for anything else.
     """
     found: dict[str, Any] = {}
     for word in text.split(","):
@@ -81,34 +81,34 @@ def variant(text: str) -> Entrant:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for simpo's settings, the data, the model, and how it is trained."""
+    """Add the options for simpo's settings, the data, the model and the training."""
     parser.add_argument(
         "--variants",
         nargs="+",
-        type=variant,
-        default=[variant("default")],
+        type=parse_variant,
+        default=[parse_variant("default")],
         metavar="SETTINGS",
-        help="simpo's settings, each e.g. default, 4096, 16384,checkpointed or 8192,compiled,checkpointed=0.5; in one "
-        "process compiled ones last, because layers stay compiled",
+        help="simpo's settings, such as default, 4096, 16384,checkpointed or 8192,compiled,checkpointed=0.5; with "
+        "several in one process, put compiled ones last, because layers stay compiled",
     )
-    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the made-up comparisons")
-    parser.add_argument("--pairs-per-step", type=int, default=8, help="comparisons of an optimizer step")
+    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the synthetic comparisons")
+    parser.add_argument("--pairs-per-step", type=int, default=8, help="comparisons per optimizer step")
     parser.add_argument("--model", choices=MODELS, default="small", help="size of the Llama model")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
-    parser.add_argument("--optimizer", default="adamw_torch_fused", help="transformers' optim")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype; bf16 uses autocast")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights")
+    parser.add_argument("--optimizer", default="adamw_torch_fused", help="optim, as in TrainingArguments")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="size of PyTorch's pool of threads")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch CPU threads")
 
 
 def entrants(family: str, setting: Setting, variants: list[Entrant], micro_batches: list[int]) -> Iterator[Entrant]:
-    """The entrants of one of :data:`FAMILIES`.
+    """Yield the entrants in one of :data:`FAMILIES`.
 
     Args:
-        family: which family.
-        setting: pairs of a step.
-        variants: simpo's trainer in different settings.
-        micro_batches: the peers' per-device batches; by default all that divide the step.
+        family: name of the family.
+        setting: the setting of the comparison.
+        variants: simpo's trainer with different settings.
+        micro_batches: the peers' per-device batch sizes; if empty, all that divide the step.
     """
     step, checkpointed = setting.pairs_per_step, float(setting.checkpointing)
     grid = [size for size in micro_batches or range(step, 0, -1) if step % size == 0]
@@ -148,8 +148,8 @@ def entrants(family: str, setting: Setting, variants: list[Entrant], micro_batch
                 )
 
 
-def missing(family: str, setting: Setting, responses: int) -> str | None:
-    """Why a family cannot be run here, or None."""
+def unavailable_reason(family: str, setting: Setting, responses: int) -> str | None:
+    """Return why a family cannot run here, or None if it can."""
     for package in {"trl-cpo": ["trl"], "trl-dpo": ["trl"], "trl-dpo-liger": ["trl", "liger_kernel"]}.get(
         family, ["liger_kernel"] if family == "liger" else []
     ):
@@ -158,5 +158,5 @@ def missing(family: str, setting: Setting, responses: int) -> str | None:
     if family == "trl-dpo-liger" and setting.device != "cuda":
         return "Liger's layers need CUDA"
     if family != "sharing" and responses != 2:
-        return f"it takes pairs, not {responses} responses"
+        return f"it needs pairs, not {responses} responses"
     return None

@@ -1,13 +1,13 @@
-"""Online training on the tiny world: reward against KL to the start model, and how often answers must be fresh.
+"""Online training on the tiny world: reward versus KL from the start model, and how often to resample answers.
 
     simpo demo --output_dir runs/demo-1
     python -m benchmarks.frontier runs/demo-1 --output_dir runs/frontier
     python -m benchmarks.frontier runs/demo-1 --output_dir runs/frontier --compare freshness
 
 ``methods`` trains with PPO, RLOO, GRPO, DPO and SimPO, online and offline, with several KL coefficients (or betas) and
-seeds, against the exact judge and against a reward model that learnt from little, and adds the best of N. ``freshness``
-trains SimPO on answers that are sampled at every step, every 8 and 32 steps, and once: the same number of them. Every
-stage is a run of a command, and every measurement is kept, so that the same call continues after a kill.
+seeds, against the exact judge and against a reward model trained on little data, and compares them with best-of-N.
+``freshness`` trains SimPO on the same number of answers, sampled at every step, every 8 steps, every 32 steps, or once.
+Every stage is a run of a command and every measurement is stored, so the same command continues after a kill.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ import torch
 from matplotlib.axes import Axes
 
 from benchmarks.best_of_n import best_of_n_kl
-from benchmarks.figures import Figures, in_words
+from benchmarks.measurement_cache import MeasurementCache, format_interval
 from benchmarks.on_policy import (
     JUDGES,
-    Place,
+    Workspace,
     best_of_n_curves,
     divergence,
     plot_against_kl,
+    powers_of_two,
     sample,
     simpo,
-    sizes,
     train_reward,
 )
 from simpo.analysis.plots import COLORS
 from simpo.runs.files import read_lines, write_lines
 from simpo.statistics import Interval, mean_interval
 
-_ANSWERS, _HELD_OUT = 4, 100  # to a prompt, prompts
+_ANSWERS, _HELD_OUT = 4, 100  # answers per prompt, number of held-out prompts
 _COMMON: dict[str, Any] = {
     "num_generations": _ANSWERS, "max_new_tokens": 48, "max_length": 128, "generation_batch_size": 256,
     "save_strategy": "no", "report_to": "none", "logging_steps": 16,
 }  # fmt: skip
-_SHARED = {"max_steps": 32, "per_device_train_batch_size": 16, "learning_rate": 1e-3}  # by all methods
-_ONCE = {"sync_every": 32}  # offline: all answers are the start model's
-# For each method its keys, the key that keeps it near the start, and the values of that.
+_METHOD_DEFAULTS = {"max_steps": 32, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
+_OFFLINE = {"sync_every": 32}  # all answers come from the start model
+# For each method: its keys, the key that keeps it close to the start model, and the values tried for that key.
 METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    # as many answers as the others, each used twice; the scores are divided by about 4.5, and kl_coef with them
+    # as many answers as the others, each used twice; normalization divides scores by about 4.5, so kl_coef is smaller
     "ppo": (
         {"objective": "ppo", "normalize_scores": True, "learning_rate": 5e-4}
         | {"sync_every": 2, "rollout_epochs": 2, "max_steps": 64},
@@ -59,9 +59,9 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "rloo": ({"objective": "rloo"}, "kl_coef", (2.0, 0.1)),
     "grpo": ({"objective": "grpo"}, "kl_coef", (0.5, 0.02)),
     "online dpo": ({"objective": "dpo"}, "beta", (1.0, 0.1)),
-    "offline dpo": ({"objective": "dpo"} | _ONCE, "beta", (1.0, 0.1)),
+    "offline dpo": ({"objective": "dpo"} | _OFFLINE, "beta", (1.0, 0.1)),
     "online simpo": ({"objective": "simpo"}, "beta", (10.0, 2.0)),
-    "offline simpo": ({"objective": "simpo"} | _ONCE, "beta", (10.0, 2.0)),
+    "offline simpo": ({"objective": "simpo"} | _OFFLINE, "beta", (10.0, 2.0)),
 }
 FRESHNESS = {"online": 1, "every 8 steps": 8, "every 32 steps": 32, "offline": 64}
 _SIMPO = {"objective": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}
@@ -70,7 +70,7 @@ _SIMPO |= {"max_steps": 64, "per_device_train_batch_size": 8, "learning_rate": 5
 
 @dataclass(frozen=True)
 class Run:
-    """One training: ``name`` is its folder's, ``group`` what its seeds are averaged over."""
+    """One training run; results are averaged over the seeds in each ``group``."""
 
     group: str
     judge: str
@@ -79,64 +79,67 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder, and in ``figures.json``."""
+        """The run's name, for its folder and in ``measured.json``."""
         return f"{self.group}, {self.judge}, seed {self.seed}".replace(" ", "-").replace(",", "")
 
 
-def runs_of_methods(seeds: Sequence[int], judges: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
-    """Seed by seed, so that a call that was stopped has all methods."""
+def method_runs(seeds: Sequence[int], judges: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
+    """Yield the runs seed by seed, so that an interrupted benchmark still covers all methods."""
     for seed, judge, method in product(seeds, judges, methods):
         options, key, values = METHODS[method]
         for value in values:
-            yield Run(f"{method}, {key} {value:g}", judge, seed, _SHARED | options | {key: value})
+            yield Run(f"{method}, {key} {value:g}", judge, seed, _METHOD_DEFAULTS | options | {key: value})
 
 
-def runs_of_freshness(seeds: Sequence[int]) -> Iterator[Run]:
-    """SimPO with the exact judge."""
+def freshness_runs(seeds: Sequence[int]) -> Iterator[Run]:
+    """Yield SimPO runs with the exact judge."""
     for seed, (group, every) in product(seeds, FRESHNESS.items()):
         yield Run(group, JUDGES[0], seed, _SIMPO | {"sync_every": every})
 
 
-class Measuring:
-    """Trains and measures runs, each once; ``judges`` measure."""
+class RunMeasurer:
+    """Trains each run once and measures it with ``judges``."""
 
-    def __init__(self, place: Place, judges: Sequence[str]) -> None:
-        self._place, self._judges = place, judges
-        self._figures = Figures(place.folder / "measured.json")
-        sample(place, place.demo / "sft", place.folder / "start-answers", _ANSWERS, 1.0)
-        self._start = place.scores(place.folder / "start-answers", "start", JUDGES[:1])[JUDGES[0]]
+    def __init__(self, workspace: Workspace, judges: Sequence[str]) -> None:
+        self._workspace, self._judges = workspace, judges
+        self._cache = MeasurementCache(workspace.folder / "measured.json")
+        answers = workspace.folder / "start-answers"
+        sample(workspace, workspace.demo / "sft", answers, _ANSWERS, 1.0)
+        self._start_scores = workspace.scores(answers, "start", JUDGES[:1])[JUDGES[0]]
 
     def __call__(self, run: Run) -> dict[str, float]:
-        """The mean score by every judge, the KL from the start in nats per answer, and the win rate against it."""
-        return self._figures.once(run.name, lambda: self._train(run))
+        """Return each judge's mean score, KL from the start model in nats per answer, and win rate against it."""
+        return self._cache.get_or_measure(run.name, lambda: self._train(run))
 
     def _train(self, run: Run) -> dict[str, float]:
-        place, model = self._place, self._place.folder / run.name
-        data = {"model_name_or_path": place.demo / "sft", "dataset_name": place.demo / "prompts.jsonl"}
-        own = {"annotator": place.annotators[run.judge], "seed": run.seed, "output_dir": model}
-        simpo("online", *(f"--{key}={value}" for key, value in (_COMMON | data | own | run.options).items()))
-        responses = place.folder / f"{run.name}-answers"
-        sample(place, model, responses, _ANSWERS, 1.0)
-        scores = place.scores(responses, run.name, self._judges)
-        wins = np.sign(scores[JUDGES[0]][:, :, None] - self._start[:, None, :])  # every answer with every other
+        workspace, model = self._workspace, self._workspace.folder / run.name
+        data = {"model_name_or_path": workspace.demo / "sft", "dataset_name": workspace.demo / "prompts.jsonl"}
+        data |= {"annotator": workspace.annotators[run.judge], "seed": run.seed, "output_dir": model}
+        simpo("online", *(f"--{key}={value}" for key, value in (_COMMON | data | run.options).items()))
+        answers = workspace.folder / f"{run.name}-answers"
+        sample(workspace, model, answers, _ANSWERS, 1.0)
+        scores = workspace.scores(answers, run.name, self._judges)
+        # every answer against each of the start model's answers to the same prompt
+        wins = np.sign(scores[JUDGES[0]][:, :, None] - self._start_scores[:, None, :])
         return {judge: float(values.mean()) for judge, values in scores.items()} | {
-            "kl": float(divergence(place, model, responses, 1.0).mean()),
+            "kl": float(divergence(workspace, model, answers, 1.0).mean()),
             "win rate": float((0.5 + 0.5 * wins).mean()),
         }
 
 
 def summary(measured: dict[Run, dict[str, float]]) -> dict[str, dict[str, Interval]]:
-    """For every group and judge the means over seeds."""
+    """Average over the seeds of each group and judge."""
     groups: dict[str, list[dict[str, float]]] = {}
-    for run, found in measured.items():
-        groups.setdefault(f"{run.group} | {run.judge}", []).append(found)
+    for run, metrics in measured.items():
+        groups.setdefault(f"{run.group} | {run.judge}", []).append(metrics)
     return {
-        name: {what: mean_interval([one[what] for one in found]) for what in found[0]} for name, found in groups.items()
+        name: {metric: mean_interval([one[metric] for one in runs]) for metric in runs[0]}
+        for name, runs in groups.items()
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, measure, print a table, and for ``methods`` plot."""
+    """Train, measure, print the results and, for ``methods``, plot them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="folder of a finished simpo demo")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -145,20 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--judges", nargs="+", default=list(JUDGES), choices=list(JUDGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     given = parser.parse_args(argv)
-    torch.set_num_threads(1)  # for a model this small, threads wait for one another longer than they work
+    torch.set_num_threads(1)  # for a model this small, threads would mostly wait for each other
     folder, demo = given.output_dir.resolve(), given.demo.resolve()
-    place = Place(demo, folder, 64, folder / "held-out.jsonl")
-    write_lines(place.prompts, read_lines(demo / "held-out.jsonl")[:_HELD_OUT])
+    workspace = Workspace(demo, folder, 64, folder / "held-out.jsonl")
+    write_lines(workspace.prompts, read_lines(demo / "held-out.jsonl")[:_HELD_OUT])
     if given.compare == "freshness":
-        measure, runs = Measuring(place, JUDGES[:1]), list(runs_of_freshness(given.seeds))
+        measure, runs = RunMeasurer(workspace, JUDGES[:1]), list(freshness_runs(given.seeds))
     else:
-        train_reward(place)
-        measure, runs = Measuring(place, JUDGES), list(runs_of_methods(given.seeds, given.judges, given.methods))
+        train_reward(workspace)
+        measure, runs = RunMeasurer(workspace, JUDGES), list(method_runs(given.seeds, given.judges, given.methods))
     found = summary({run: measure(run) for run in runs})
     for name, values in found.items():
-        print(f"{name}: " + ", ".join(f"{what} {in_words(value)}" for what, value in values.items()))
+        print(f"{name}: " + ", ".join(f"{metric} {format_interval(value)}" for metric, value in values.items()))
     if given.compare == "methods":
-        best = best_of_n_curves(place)
+        best = best_of_n_curves(workspace)
         _plot(folder / "frontier.png", found, best, given.judges)
         print(f"plot: {folder / 'frontier.png'}")
 
@@ -169,24 +172,24 @@ def _plot(
     best: dict[str, dict[str, list[Interval]]],
     judges: Sequence[str],
 ) -> None:
-    """A line for each method, dashed if it is offline, with intervals over seeds, and the best of N."""
+    """Draw one line per method (dashed if offline) with intervals over seeds, and the best-of-N curve."""
 
     def draw(axes: Axes, trained_by: str, judge: str) -> None:
         for method, color in zip(METHODS, (*COLORS, "#000000"), strict=False):
-            own = [
+            groups = [
                 values
                 for name, values in found.items()
                 if name.startswith(f"{method}, ") and name.endswith(f" | {trained_by}")
             ]
-            points = sorted((values["kl"].value, values[judge]) for values in own)
+            points = sorted((values["kl"].value, values[judge]) for values in groups)
             if points:
-                places, means = zip(*points, strict=True)
+                divergences, means = zip(*points, strict=True)
                 heights = [mean.value for mean in means]
                 spread = [0.0 if mean.low is None else mean.value - mean.low for mean in means]
                 style = "--" if method.startswith("offline") else "-"
-                axes.errorbar(places, heights, spread, color=color, linestyle=style, marker="o", label=method)
+                axes.errorbar(divergences, heights, spread, color=color, linestyle=style, marker="o", label=method)
         curve = best[trained_by][judge]
-        counts = sizes(1 << (len(curve) - 1))
+        counts = powers_of_two(1 << (len(curve) - 1))
         axes.plot(list(map(best_of_n_kl, counts)), [one.value for one in curve], "k:", label="best of N")
 
     plot_against_kl(path, judges, "trained against", draw)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Verify and measure simpo on one CUDA GPU in about ten minutes: benchmarks/gpu.sh [SECTION ...]
-# Without a GPU, a dry run at toy size: DEVICE=cpu benchmarks/gpu.sh
-# Sections, by value: verification, 8b, peers, peers-hh, peers-8b, plan, cached, sharing, architectures; all of them by
-# default. Further: tests, the whole test suite on the GPU.
-# Environment: PYTHON (the interpreter with simpo; TRL, liger-kernel and bitsandbytes where they are to be compared),
-# OUTPUT (a folder for logs and JSON; a new temporary one otherwise).
-# Each section has its own time limit; what it has measured by then is kept, and what is missing is named.
+# Without a GPU, do a dry run at toy size: DEVICE=cpu benchmarks/gpu.sh
+# Sections, most important first: verification, 8b, peers, peers-hh, peers-8b, plan, cached, sharing, architectures. All
+# of them run by default. One more has to be named: tests, the whole test suite on the GPU.
+# Environment: PYTHON (an interpreter with simpo, and with TRL, liger-kernel and bitsandbytes to compare with them),
+# OUTPUT (a folder for logs and JSON, by default a new temporary one).
+# Each section has a time limit. Results measured by then are kept, and whatever is missing is reported.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -16,16 +16,16 @@ rm -f "$OUTPUT/.failed"
 
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(n) is None for n in sys.argv[1:]))" "$@"; }
 if ! has torch simpo; then
-  echo "gpu.sh: '$PYTHON' has no torch or no simpo: pip install -e . and name the interpreter with PYTHON" >&2
+  echo "gpu.sh: torch or simpo is not installed in '$PYTHON': pip install -e . and set PYTHON to the interpreter" >&2
   exit 2
 fi
 if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu.sh: PyTorch sees no CUDA GPU here; nothing was verified. Dry run: DEVICE=cpu benchmarks/gpu.sh" >&2
+  echo "gpu.sh: PyTorch finds no CUDA GPU; nothing was verified. For a dry run: DEVICE=cpu benchmarks/gpu.sh" >&2
   exit 2
 fi
 
 parts=()
-# part NAME SECONDS MODULE ...: run it in the background with a time limit, its output in $OUTPUT/NAME.txt
+# part NAME SECONDS MODULE ...: run a module in the background with a time limit and its output in $OUTPUT/NAME.txt
 part() {
   local name=$1 limit=$2
   shift 2
@@ -38,7 +38,7 @@ part() {
     }
   } &
 }
-# compare NAME SECONDS OPTION ...: a comparison that stops by itself before its time limit
+# compare NAME SECONDS OPTION ...: run a comparison that stops on its own before the time limit
 compare() {
   local name=$1 limit=$2
   shift 2
@@ -47,13 +47,13 @@ compare() {
   wait
 }
 
-verification() { # verifies and measures nothing, so that its parts can run at the same time
+verification() { # nothing is timed here, so all parts can run at the same time
   for check in kernels models compiled large; do
     part "verify-$check" "$1" benchmarks.verify_cuda --device "$DEVICE" --only "$check"
   done
   wait
 }
-optimizer=adamw_torch_fused # with bf16 weights its states are bf16: 64 GB in all
+optimizer=adamw_torch_fused # bf16 states for bf16 weights: 64 GB in total for 8B
 has torchao && optimizer=adamw_torch_8bit
 has bitsandbytes && optimizer=adamw_8bit
 small=(--model 1b --dtype bf16 --families simpo trl-dpo-liger dpo trl-cpo liger trl-dpo padded)
@@ -82,7 +82,7 @@ if [ "$DEVICE" = cuda ]; then
           wait
         done
         ;;
-      tests) # every result is printed as it is known, so that names remain when time runs out
+      tests) # -vv prints each result as it comes, so that the output shows how far it got if time runs out
         part tests 400 pytest -n auto -o addopts= --import-mode=importlib -m "not exhaustive" -vv -rf --tb=short \
           -p no:benchmark -p no:cacheprovider && wait ;;
       sharing)
@@ -91,7 +91,7 @@ if [ "$DEVICE" = cuda ]; then
           --pairs-per-step 4 --families sharing
         ;;
       architectures) part architectures 40 benchmarks.architectures --device cuda && wait ;;
-      *) echo "gpu.sh: no section is called $name" >&2 && exit 2 ;;
+      *) echo "gpu.sh: unknown section: $name" >&2 && exit 2 ;;
       esac
     done
   done
@@ -110,9 +110,9 @@ for name in "${parts[@]}"; do
   grep -sE "^[^ ].*: (.*Error|stopped|no time)" "$OUTPUT/$name.log" | tail -3
 done
 echo "Tables and JSON: $OUTPUT"
-[ "$DEVICE" = cuda ] || echo "Dry run on the CPU at toy size: these are no measurements, and nothing of CUDA was verified."
+[ "$DEVICE" = cuda ] || echo "Dry run on the CPU at toy size: the numbers mean nothing, and nothing was verified on CUDA."
 if [ -e "$OUTPUT/.failed" ]; then
-  echo "gpu.sh: FAILED in part, see above"
+  echo "gpu.sh: some parts FAILED, see above"
   exit 1
 fi
 echo "gpu.sh: done"

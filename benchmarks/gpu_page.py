@@ -1,6 +1,6 @@
 """Write the tables of GPU measurements into docs/performance.md: python -m benchmarks.gpu_page
 
-The figures come from the JSON files in ``benchmarks/results``, one per card, which ``benchmarks/gpu.sh`` measured.
+The measurements come from ``benchmarks/gpu.sh`` and are stored in ``benchmarks/results``, one JSON file per GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- gpu: (?P<card>\S+) (?P<section>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def page(text: str) -> str:
-    """``text`` with a new table between every ``<!-- gpu: CARD SECTION -->`` and its ``<!-- end -->``."""
+def update_tables(text: str) -> str:
+    """Rewrite the table between every ``<!-- gpu: CARD SECTION -->`` and its ``<!-- end -->`` in ``text``."""
 
     def block(match: re.Match[str]) -> str:
         found = json.loads((RESULTS / f"{match['card']}.json").read_text())[match["section"]]
@@ -28,7 +28,7 @@ def page(text: str) -> str:
 
 
 def _variants(found: dict[str, Any]) -> str:
-    """The table of a ``profile_step`` measurement: one row for each setting of simpo on the same model."""
+    """Format a ``profile_step`` measurement: one row per variant of simpo on the same model."""
     rows = []
     for one in found["variants"]:
         name = one["name"].removeprefix("simpo ")
@@ -41,7 +41,7 @@ def _variants(found: dict[str, Any]) -> str:
 
 
 def _entrants(found: dict[str, Any]) -> str:
-    """The table of a ``compare`` measurement: every entrant, the fastest first, then those that were not measured."""
+    """Format a ``compare`` measurement: entrants from fastest to slowest, then those that were not measured."""
     rows = []
     for one in sorted(found["entrants"], key=lambda each: each["speed_ratio"]):
         numbers = f"{one['tokens_per_second']:,.0f} | {one['utilisation']:.1%} | {one['peak_mib'] / 1024:.1f} GiB"
@@ -53,4 +53,4 @@ def _entrants(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    PAGE.write_text(update_tables(PAGE.read_text()))

@@ -1,4 +1,4 @@
-"""Models of a few letters: a tokenizer whose tokens are single letters, and a small Llama."""
+"""A tokenizer with single-letter tokens, and a small Llama to go with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _END = "<end>"
 
 
 def letter(token: int) -> str:
-    """The text of a token; 1 is ``a``."""
+    """Return the text of a token; token 1 is ``a``."""
     return chr(ord("a") + token - 1)
 
 
 def letter_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
-    """``tokens - 1`` letters with white space between them, and token 0, which ends an answer."""
+    """Return a tokenizer for ``tokens - 1`` letters separated by whitespace; token 0 ends an answer."""
     letters = {letter(token): token for token in range(1, tokens)}
     tokenizer = Tokenizer(models.WordLevel({_END: 0} | letters, _END))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -23,7 +23,7 @@ def letter_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
 
 
 def letter_model(tokens: int, *, layers: int, spread: float, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, whose standard deviation is ``spread``."""
+    """Return a Llama with random weights of standard deviation ``spread``."""
     config = LlamaConfig(
         vocab_size=tokens,
         hidden_size=64,

@@ -1,4 +1,4 @@
-"""What is measured of an entrant."""
+"""The measurement of one entrant."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a worker reports.
+    """The results a worker reports.
 
     Attributes:
-        name: the entrant's.
-        seconds: duration of all measured steps at their median pace, by the setting's clock. A step that compiles
-            something takes seconds longer, but a training of hours has only few of them.
-        step_seconds: durations of the measured steps, one by one.
-        pairs: in them.
-        tokens: in those, every prompt counted once and no padding, so that all entrants have the same number.
-        losses: of every step, the warm-up's first.
-        forwards: how many micro-batches they made.
-        flops: counted arithmetic of the measured steps, only what causal masks leave, logits made once.
-        flops_recomputed: the same with the logits made again in backward.
+        name: the entrant's name.
+        seconds: duration of all measured steps at their median pace, by the setting's clock. The median leaves out
+            steps that compile something: they take seconds longer, but are rare in a training run of hours.
+        step_seconds: duration of each measured step.
+        pairs: pairs in the measured steps.
+        tokens: tokens in those pairs, without padding and with each prompt counted once; the same for all entrants.
+        losses: loss of every step, starting with the warm-up step.
+        forwards: number of micro-batches in the measured steps.
+        flops: FLOPs of the measured steps, visible query-key pairs only, each logit computed once.
+        flops_recomputed: the same with the logits recomputed in backward.
         necessary_flops: see :func:`benchmarks.arithmetic.necessary_flops`; the same for all entrants.
-        peak_flops: per second, of large square products, on the same threads right after.
-        peak_mib: most memory of the process (of PyTorch on the GPU, with CUDA).
-        grown_mib: the same less what was in use when the model had been made.
-        products_seconds: time of the same matrix products alone, if asked for.
+        peak_flops: FLOP/s of large square products on the same threads, measured right afterwards.
+        peak_mib: peak memory of the process (of PyTorch's allocator with CUDA).
+        grown_mib: peak memory minus the memory in use once the model was built.
+        products_seconds: time for the same matrix products on their own, if requested.
     """
 
     name: str

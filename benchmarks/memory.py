@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Memory use of this process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MEBIBYTE = 2**20
 
 
 def in_use_mib(device: str) -> float:
-    """Memory of this process now, in MiB (of PyTorch's allocator, with CUDA)."""
+    """Return the current memory use of this process in MiB (of PyTorch's allocator with CUDA)."""
     if device == "cuda":
         return torch.cuda.memory_allocated() / MEBIBYTE
     return psutil.Process().memory_info().rss / MEBIBYTE
 
 
 def peak_mib(device: str) -> float:
-    """The most memory of this process so far, in MiB (of PyTorch's allocator, with CUDA)."""
+    """Return the peak memory use of this process in MiB (of PyTorch's allocator with CUDA)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / MEBIBYTE
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss there starts from the peak of the process that launched this one
+    if status.exists():  # on Linux, ru_maxrss is inherited from the parent process and may be too high
         kibibytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return float(kibibytes) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

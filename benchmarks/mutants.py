@@ -1,11 +1,11 @@
-"""Mutation testing: are the tests able to fail? ``python -m benchmarks.mutants --count 200 --seed 0 [PACKAGE ...]``
+"""Mutation testing: can the tests fail? ``python -m benchmarks.mutants --count 200 --seed 0 [PACKAGE ...]``
 
-Each mutant changes one operator, comparison, constant or condition in a function of ``src/simpo``. All tests are
-collected once. Then every mutant gets a fork of this process, in which the changed code takes the place of the
-function's, and which runs those tests of its package that import its file and are not marked slow, up to the first
-failure. A mutant that no test notices survives: it is either equivalent to the original, or it shows a missing test.
-Constants of modules and classes and defaults of parameters are used when they are imported, and are not changed.
-Results are appended to a file of JSON lines, so an interrupted run continues where it stopped.
+Each mutant changes one operator, comparison, constant or condition inside a function in ``src/simpo``. All tests are
+collected once. Each mutant then runs in a fork of this process: its code replaces the original, and the tests of its
+package that import its file and are not marked slow run until one fails. A mutant that no test detects survives:
+either it is equivalent to the original or a test is missing. Module and class constants and parameter defaults are
+evaluated at import time, so they are not mutated. Results are appended to a JSON lines file, and an interrupted run
+continues from there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Where the tests of a package are, the quickest and closest first.
+# The tests of each package, the fastest and most specific first.
 TESTS = {
     "objectives": ["tests/objectives", "tests/training/test_objectives.py", "tests/compat"],
     "packing": ["tests/packing", "tests/training/test_steps.py", "tests/training/test_trainer.py"],
@@ -51,7 +51,7 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change in a function: where it is, the statement before and after it, and the whole file."""
+    """One change in a function: its location, the statement before and after, and the whole mutated file."""
 
     package: str
     path: str
@@ -62,28 +62,28 @@ class Mutant:
 
     @property
     def module(self) -> str:
-        """Its dotted name."""
+        """The dotted module name."""
         return ".".join(Path(self.path).with_suffix("").parts[1:])
 
     def row(self) -> dict[str, str | int]:
-        """What is stored of it."""
+        """Return the fields stored in the results."""
         return {key: getattr(self, key) for key in ("package", "path", "line", "before", "after")}
 
 
 def mutants_of(path: Path, package: str) -> Iterator[Mutant]:
-    """Every mutant of a file; docstrings, annotations and texts of messages are left alone."""
+    """Yield every mutant of a file, leaving docstrings, annotations and message texts alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inside = [node for function in functions for statement in function.body for node in ast.walk(statement)]
     for node in {id(node): node for node in inside if isinstance(node, ast.stmt)}.values():
         before = ast.unparse(node)
-        for _ in _changes(node):  # each iteration changes the tree, and the next one restores it
+        for _ in _changes(node):  # each iteration mutates the tree and the next one restores it
             where = str(path.relative_to(ROOT)), node.lineno
             yield Mutant(package, *where, before, ast.unparse(node), ast.unparse(tree))
 
 
 def _changes(statement: ast.stmt) -> Iterator[None]:
-    """Apply each possible change to a statement's own expressions in turn; undo it when resumed."""
+    """Apply each possible change to a statement's own expressions in turn, and undo it when resumed."""
     for node in _expressions(statement):
         if isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARISONS:
             yield from _swap(node.ops, 0, _COMPARISONS[type(node.ops[0])]())
@@ -112,7 +112,7 @@ def _is_text(node: ast.BinOp) -> bool:
 
 
 def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
-    """The expressions of a statement, without those of statements, annotations and error messages inside it."""
+    """Yield a statement's expressions, excluding nested statements, annotations and error messages."""
     if isinstance(statement, (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom)):
         return
     queue = [child for child in ast.iter_child_nodes(statement) if not isinstance(child, ast.stmt)]
@@ -128,7 +128,7 @@ def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def test_files(mutant: Mutant) -> set[Path]:
-    """The test files of its package that import its module, or names from the module's package; all if none does."""
+    """Return the package's test files that import the mutant's module or names from its package; all if none do."""
     files = [file for path in map(ROOT.joinpath, TESTS[mutant.package]) for file in [path, *path.rglob("test_*.py")]]
     parent, _, name = mutant.module.rpartition(".")
     names = rf"[^\n]*\b{name}\b" if parent == "simpo" else ""
@@ -138,7 +138,7 @@ def test_files(mutant: Mutant) -> set[Path]:
 
 
 def apply(mutant: Mutant) -> None:
-    """Give the module's functions the code of the mutant, wherever they are referred to."""
+    """Replace the code of the module's functions with the mutant's, wherever they are referenced."""
     module = importlib.import_module(mutant.module)
     codes = {code.co_qualname: code for code in _codes(compile(mutant.source, str(module.__file__), "exec"))}
     gc.unfreeze()
@@ -156,13 +156,13 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 class Trial:
-    """Tests the mutants instead of running the tests that were collected."""
+    """A pytest plugin that runs the collected tests on each mutant instead of once."""
 
     def __init__(self, mutants: list[Mutant], results: Path, timeout: float) -> None:
         self.mutants, self.results, self.timeout = mutants, results, timeout
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Called by pytest after the collection."""
+        """Test every mutant; pytest calls this after collection."""
         for number, mutant in enumerate(self.mutants, start=1):
             files = test_files(mutant)
             items = [item for item in session.items if item.path in files and not item.get_closest_marker("slow")]
@@ -193,12 +193,12 @@ def _run(mutant: Mutant, session: pytest.Session, items: list[pytest.Item]) -> N
 
 
 def main() -> None:
-    """Draw mutants, test those that the results do not have yet, and print the survivors."""
+    """Sample mutants, test those without a stored result, and print the survivors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", nargs="*", default=list(TESTS), help=f"of {', '.join(TESTS)}")
-    parser.add_argument("--count", type=int, default=100, help="mutants in all, spread over the packages by size")
+    parser.add_argument("packages", nargs="*", default=list(TESTS), help=f"choose from {', '.join(TESTS)}")
+    parser.add_argument("--count", type=int, default=100, help="total number of mutants, sampled uniformly")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one mutant's tests")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds allowed for one mutant's tests")
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     arguments = parser.parse_args()
     mutants: list[Mutant] = []

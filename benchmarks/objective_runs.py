@@ -1,4 +1,4 @@
-"""An objective trained at one learning rate from one seed, and how far it moved from where it started."""
+"""Train an objective at one learning rate with one seed, and measure how far it moved from the initial model."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from simpo.runs.files import write_text
 from simpo.training.batches import comparisons_of
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 
-_TOKENS = 4096  # of a forward when the held-out pairs are scored
-_TRAINER = "trainer"  # folder of the trainer, which saves nothing
-Keys = dict[str, Any]  # of a recipe
+_SCORING_TOKENS = 4096  # tokens per forward when scoring held-out pairs
+_TRAINER_FOLDER = "trainer"  # nothing is saved there
+Keys = dict[str, Any]  # recipe keys
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run is measured by; lists have a number for every held-out pair, those that choose a learning rate first.
+    """The metrics of a run. Lists have one entry per held-out pair; the tuning pairs come first.
 
     Attributes:
-        correct: 1 if the chosen response has the larger implicit reward, by the objective's own definition, else 0.
-        apart: 1 if the chosen response's average log-probability a token rose more (or fell less), else 0: a
-            measure that is the same for all objectives.
+        correct: 1 if the chosen response has the larger implicit reward, as the objective defines it, otherwise 0.
+        apart: 1 if the chosen response's average log-probability rose more (or fell less) than the rejected one's,
+            otherwise 0. This definition is the same for all objectives.
         chosen: change of the chosen response's average log-probability, in nats per token.
-        rejected: the same of the rejected response.
-        kl: KL(trained || start) of the next token in nats, exact over the vocabulary, mean over the pair's tokens.
-        step_seconds: median of the optimizer steps but the first; on a CPU the processor's time, all threads together.
+        rejected: change of the rejected response's average log-probability, in nats per token.
+        kl: KL(trained || initial) of the next token in nats, exact over the vocabulary, mean over the pair's tokens.
+        step_seconds: median time of the optimizer steps after the first; on a CPU, CPU time summed over threads.
     """
 
     correct: list[float]
@@ -67,21 +67,21 @@ class Measured:
 
 
 class HeldOut:
-    """Pairs that are not trained on, with the start model's states for them, which are computed once for all runs."""
+    """Held-out pairs, with the initial model's hidden states computed once for all runs."""
 
     def __init__(self, start: PreTrainedModel, pairs: Sequence[TokenizedComparison]) -> None:
         start = prepare_policy(start).eval()
         self._batches: list[tuple[PackedBatch, ReferenceStates, Responses]] = []
         with torch.no_grad():
-            for batch, _ in bounded_batches(start, pairs, max_batch_tokens=_TOKENS, path="auto"):
+            for batch, _ in bounded_batches(start, pairs, max_batch_tokens=_SCORING_TOKENS, path="auto"):
                 on_device = batch.to(start.device)
                 states = reference_states(start, on_device)
                 logps = fused_logprobs(states.hidden, states.head, on_device.targets)
                 self._batches.append((on_device, states, responses_of(on_device, logps)))
 
     def start_preferences(self) -> np.ndarray:
-        """``[pairs, 3]``, whether the chosen response of a pair has the higher average log-probability under the start
-        model, the higher sum of log-probabilities, and more tokens.
+        """Return ``[pairs, 3]``: whether the chosen response has the higher average and total log-probability under
+        the initial model, and whether it has more tokens.
         """
         found = [(before.avg, before.logp, before.length) for *_, before in self._batches]
         return torch.cat([torch.stack([one[0::2] > one[1::2] for one in each], dim=1) for each in found]).numpy(
@@ -90,7 +90,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, trained: PreTrainedModel, objective: Objective, step_seconds: float) -> Measured:
-        """Compare a trained model with the start model; rewards are those of ``objective``."""
+        """Compare a trained model with the initial model, using the rewards of ``objective``."""
         trained = prepare_policy(trained).eval()
         columns: list[Tensor] = []
         for batch, states, before in self._batches:
@@ -105,19 +105,19 @@ class HeldOut:
 
 
 class _Clock(TrainerCallback):
-    """How long optimizer steps took."""
+    """Records the duration of each optimizer step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self._begun = 0.0
-        self._now = time.perf_counter if torch.cuda.is_available() else time.process_time  # deaf to other programs
+        self._now = time.perf_counter if torch.cuda.is_available() else time.process_time  # immune to other load
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Called by the trainer, once an optimizer step."""
+        """Start timing an optimizer step."""
         self._begun = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Called by the trainer, once an optimizer step."""
+        """Record the duration of the step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.steps.append(self._now() - self._begun)
@@ -126,30 +126,30 @@ class _Clock(TrainerCallback):
 def train(
     start: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, keys: Mapping[str, Any], folder: Path
 ) -> tuple[PreferenceTrainer, float]:
-    """Train ``start``, which is changed, on ``rows`` with recipe keys.
+    """Train ``start`` in place on ``rows`` with the given recipe keys.
 
     Returns:
-        The trainer, whose ``model`` is the trained one, and the median seconds of a step, see :class:`Measured`.
+        The trainer, which holds the trained ``model``, and the median seconds per step (see :class:`Measured`).
 
     Raises:
-        SimpoError: a key is wrong, or training failed.
+        SimpoError: if a key is wrong or training fails.
     """
     clock = _Clock()
     config = PreferenceConfig(str(folder), **keys)
     trainer = PreferenceTrainer(start, config, rows, processing_class=tokenizer, callbacks=[clock])
-    trainer.remove_callback(PrinterCallback)  # it prints to stdout, where the table goes
+    trainer.remove_callback(PrinterCallback)  # it would print to stdout, where the table goes
     trainer.train()
     return trainer, statistics.median(clock.steps[1:])
 
 
 class Bench:
-    """Everything that runs have in common.
+    """Runs and measures objectives on the same model and data.
 
     Args:
-        model: folder of the start model.
-        folder: of the measurements.
-        texts: lines of the pairs ``train``, ``tuning`` and ``test``.
-        shared: recipe keys of all runs.
+        model: folder of the initial model.
+        folder: folder for the measurements.
+        texts: JSON lines of the ``train``, ``tuning`` and ``test`` pairs.
+        shared: recipe keys common to all runs.
     """
 
     def __init__(self, model: str, folder: Path, texts: Mapping[str, Sequence[str]], shared: Keys) -> None:
@@ -164,24 +164,24 @@ class Bench:
         tokenized = prepare(held_out, self._tokenizer, settings, label="held out").dataset
         pairs = comparisons_of(tokenized, range(len(tokenized)))
         prompts = [tuple(pair.prompt_ids) for pair in pairs[len(texts["tuning"]) :]]
-        # Pairs with the same prompt are not independent: they are one item of the bootstrap.
+        # Pairs with the same prompt are not independent, so the bootstrap resamples them together.
         self.clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
-        self.held_out = HeldOut(load_model(model).to(PreferenceConfig(str(folder / _TRAINER)).device), pairs)
+        self.held_out = HeldOut(load_model(model).to(PreferenceConfig(str(folder / _TRAINER_FOLDER)).device), pairs)
 
     def preference(self, measured: Measured) -> tuple[float, float]:
-        """Larger for the better learning rate: the more accurate run or, of equals, the one that moved less."""
+        """Return a sort key for learning rates: higher accuracy on the tuning pairs, then smaller KL."""
         tuning = len(measured.correct) - len(self.clusters)
         return statistics.fmean(measured.correct[:tuning]), -statistics.fmean(measured.kl[:tuning])
 
     def run(self, label: str, keys: Keys, rate: str, seed: int) -> Measured | str:
-        """The measurement, made now or before; or why there is none."""
+        """Return the stored or newly made measurement, or the error message if training failed."""
         path = self._folder / f"{re.sub('[^a-z0-9_.]+', '-', label)}-{rate}-{seed}.json"
         if not path.exists():
             print(f"{label} at {rate}, seed {seed}", file=sys.stderr, flush=True)
             given = keys | self._shared | {"learning_rate": float(rate), "seed": seed}
             given |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
             try:
-                start, trained_in = load_model(self._model), self._folder / _TRAINER
+                start, trained_in = load_model(self._model), self._folder / _TRAINER_FOLDER
                 trainer, seconds = train(start, self._tokenizer, self._rows, given, trained_in)
             except SimpoError as error:
                 return str(error)

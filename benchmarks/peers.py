@@ -1,4 +1,4 @@
-"""The peers' trainers, each as its users get it, on the very ids that simpo is given."""
+"""The peers' trainers as their users run them, on exactly the token ids that simpo gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.setting import BETA, GAMMA, Setting, load_comparisons, load_text
 IGNORED = -100
 
 
-# Modules that the trainers below import when they are made, by the entrant's kind.
+# Modules that the trainers below import on construction, by kind of entrant.
 MODULES = {
     "trl cpo": ["trl.experimental.cpo"],
     "trl dpo": ["trl.trainer.dpo_trainer"],
@@ -29,13 +29,13 @@ MODULES = {
 
 
 def import_peer(kind: str) -> None:
-    """Import what the trainer of this kind of entrant needs, so that it starts without delay."""
+    """Import the modules this kind of entrant needs ahead of time, so that it starts without delay."""
     for module in MODULES.get(kind, []):
         importlib.import_module(module)
 
 
 def trl_cpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
-    """TRL's CPO trainer with the SimPO loss alone."""
+    """Build TRL's CPO trainer with the SimPO loss only."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: PLC0415 - may be absent
 
     args = CPOConfig(
@@ -53,12 +53,12 @@ def trl_cpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str)
     for row, (prompt, chosen, rejected) in zip(trainer.train_dataset, _ids(setting), strict=True):
         for key, response in (("chosen", chosen), ("rejected", rejected)):
             labels = [IGNORED] * len(prompt) + response
-            _check_same(row[f"{key}_input_ids"] == prompt + response and row[f"{key}_labels"] == labels, key)
+            _require_same_ids(row[f"{key}_input_ids"] == prompt + response and row[f"{key}_labels"] == labels, key)
     return trainer
 
 
 def trl_dpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
-    """TRL's DPO trainer; its reference is a copy of the model unless it is precomputed."""
+    """Build TRL's DPO trainer; the reference is a copy of the model unless it is precomputed."""
     from trl import DPOConfig, DPOTrainer  # noqa: PLC0415 - may be absent
 
     args = DPOConfig(
@@ -77,17 +77,17 @@ def trl_dpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str)
     )
     for row, ids in zip(trainer.train_dataset, _ids(setting), strict=True):
         for key, expected in zip(("prompt", "chosen", "rejected"), ids, strict=True):
-            _check_same(row[f"{key}_ids"] == expected, key)
+            _require_same_ids(row[f"{key}_ids"] == expected, key)
     return trainer
 
 
 def liger_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
-    """transformers' ``Trainer`` on padded pairs with Liger's fused SimPO loss."""
+    """Build transformers' ``Trainer`` on padded pairs with Liger's fused SimPO loss."""
     args = TrainingArguments(
         remove_unused_columns=False, **_batches(entrant, setting), **training_arguments(setting, folder)
     )
     rows = Dataset.from_list([asdict(comparison) for comparison in load_comparisons(setting)])
-    return _LigerTrainer(model, args=args, train_dataset=rows, data_collator=_padded)
+    return _LigerTrainer(model, args=args, train_dataset=rows, data_collator=_collate)
 
 
 class _LigerTrainer(Trainer):
@@ -95,7 +95,7 @@ class _LigerTrainer(Trainer):
         from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss  # noqa: PLC0415 - may be absent
 
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: accumulated ones are averaged
+        self.model_accepts_loss_kwargs = False  # so that the Trainer averages losses over accumulated micro-batches
         self.fused_loss = LigerFusedLinearSimPOLoss(
             beta=BETA, gamma=GAMMA, alpha=0.0, compute_nll_loss=False, compiled=self.args.device.type == "cuda"
         )
@@ -107,8 +107,8 @@ class _LigerTrainer(Trainer):
         return loss
 
 
-def _padded(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """``[2 B, T]`` ids, mask and labels: all chosen responses, then all rejected ones."""
+def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad ids, mask and labels to ``[2 B, T]``: all chosen responses, then all rejected ones."""
     ids, labels = [], []
     for rank in (0, 1):
         for row in rows:
@@ -138,7 +138,7 @@ def _ids(setting: Setting) -> list[tuple[list[int], list[int], list[int]]]:
     return [(row.prompt_ids, *row.response_ids) for row in load_comparisons(setting)]
 
 
-def _check_same(same: bool, key: str) -> None:
-    """Raise if TRL's own tokenization of the text is not, token for token, what simpo is given."""
+def _require_same_ids(same: bool, key: str) -> None:
+    """Raise if TRL's own tokenization differs from the token ids given to simpo."""
     if not same:
         raise RuntimeError(f"TRL tokenizes {key} differently")

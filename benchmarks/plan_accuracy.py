@@ -1,9 +1,9 @@
-"""What simpo plan predicts against what real runs take on this machine: python -m benchmarks.plan_accuracy [--times]
+"""Compare simpo plan's predictions with real runs on this machine: python -m benchmarks.plan_accuracy [--times]
 
-On a CPU memory is measured by the allocator's own hooks (PyTorch's profiler records every allocation), with the weights
-copied out of the files that they are mapped from, and times are medians of a run without the profiler. On a GPU, where
-the runs are larger, one run gives both, and the allocator counts; the CUDA context and fragmentation, which the plan
-adds, are left out.
+On a CPU, memory is measured by the allocator's own hooks (PyTorch's profiler records every allocation), after copying
+the weights out of their memory-mapped files; times are medians from a run without the profiler. On a GPU, with larger
+runs, one run measures both, with the allocator's statistics; the plan's allowances for the CUDA context and
+fragmentation are excluded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from simpo.planning.settings import PlanSettings
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose memory and time are predicted and measured."""
+    """A run with predicted and measured memory and time."""
 
     name: str
     command: str = "train"
@@ -50,7 +50,10 @@ RUNS = (
     Run("SimPO"),
     Run("SimPO, one micro-batch", config={"max_batch_tokens": 8192}),
     Run("SimPO, checkpointing", config={"activation_checkpointing": True}),
-    Run("SimPO, half of it, SGD", config={"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "sgd"}),
+    Run(
+        "SimPO, half checkpointed, SGD",
+        config={"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "sgd"},
+    ),
     Run("SimPO, LoRA", model={"use_peft": True}),
     Run("SimPO, LoRA, checkpointing", model={"use_peft": True}, config={"activation_checkpointing": True}),
     Run("SimPO, K = 8", config={"max_batch_tokens": 1024}, responses=8),
@@ -68,7 +71,7 @@ GPU_RUNS = (
     Run("SimPO", config=_LARGE),
     Run("SimPO, checkpointing", config=_LARGE | {"activation_checkpointing": True}),
     Run(
-        "SimPO, half of it, 8-bit Adam",
+        "SimPO, half checkpointed, 8-bit Adam",
         config=_LARGE | {"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "adamw_8bit"},
     ),
     Run("SimPO, bf16 weights", model={"dtype": "bfloat16"}, config=_LARGE),
@@ -81,7 +84,7 @@ GPU_RUNS = (
 
 
 def make_model(folder: Path, layers: int = 6, hidden: int = 256, vocabulary: int = 4000) -> None:
-    """A random Llama."""
+    """Save a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -97,7 +100,7 @@ def make_model(folder: Path, layers: int = 6, hidden: int = 256, vocabulary: int
 
 
 def make_rows(count: int, responses: int, vocabulary: int = 4000, longest: int = 90) -> Dataset:
-    """Random tokenized rows."""
+    """Return random tokenized rows."""
     draw = np.random.default_rng(0)
 
     def part() -> list[int]:
@@ -110,7 +113,7 @@ def make_rows(count: int, responses: int, vocabulary: int = 4000, longest: int =
 
 
 def config_of(run: Run, folder: Path, steps: int = 3) -> Any:
-    """The run's configuration, eight rows a step over all processes, on a GPU 16."""
+    """Return the run's configuration with 8 rows per step over all processes (16 on a GPU)."""
     keys = {"max_batch_tokens": 512} | dict(run.config)
     return KINDS[run.command].config_type(
         str(folder / "out"),
@@ -125,7 +128,7 @@ def config_of(run: Run, folder: Path, steps: int = 3) -> Any:
 
 
 def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
-    """What simpo plan says of the run."""
+    """Return simpo plan's estimate for the run."""
     parts = (ModelArguments(str(folder), **run.model), None, config_of(run, folder))
     sharding = None if run.processes == 1 else "ddp"
     planner = Planner(parts, PlanSettings(run.command, gpus=run.processes, sharding=sharding), rows)  # type: ignore[arg-type]
@@ -133,12 +136,12 @@ def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
 
 
 def clock() -> float:
-    """Seconds; of one thread where there is only one, so that other processes of the machine do not count."""
+    """Return the time in seconds: CPU time with a single thread, so that other processes do not count."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class _Times(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Records the duration of each optimizer step in seconds."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -153,17 +156,17 @@ class _Times(TrainerCallback):
 
 
 def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
-    """Seconds of the run's steps."""
+    """Train and return the duration of each step in seconds."""
     kind, times = KINDS[run.command], _Times()
     model: Any = kind.load(ModelArguments(str(folder), **run.model))
-    if device().type == "cpu":  # the weights are mapped from their file
+    if device().type == "cpu":  # loaded weights are memory-mapped and bypass the allocator
         model = copy.deepcopy(model)
     kind(model, args=config_of(run, folder, steps), train_dataset=rows, callbacks=[times]).train()
     return times.seconds
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes that PyTorch's CPU allocator holds of what is allocated during ``run``."""
+    """Return the peak bytes that PyTorch's CPU allocator holds of everything allocated during ``run``."""
     with profile(profile_memory=True) as recorded:
         run()
     waiting, peak = list(recorded.kineto_results.experimental_event_tree()), 0
@@ -176,7 +179,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _peak_of_processes(run: Run, folder: Path) -> int:
-    """Run in several processes and return the largest peak of them, in bytes."""
+    """Train in several processes and return the largest peak among them, in bytes."""
     several = ["-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     worker = ["-m", "benchmarks.plan_accuracy", "--worker", run.name, "--folder", str(folder)]
     output = subprocess.run([sys.executable, *several, *worker], check=True, capture_output=True, text=True).stdout
@@ -184,11 +187,11 @@ def _peak_of_processes(run: Run, folder: Path) -> int:
 
 
 def _compare(run: Run, folder: Path, times: bool) -> tuple[float, float]:
-    """What is measured and what is predicted: seconds of a step, or MiB."""
+    """Return the measured and the predicted value, in seconds per step or MiB."""
     rows = make_rows(24, run.responses)
     estimate = predicted(run, folder, rows)
     if times:
-        assert estimate.step_seconds is not None, "first: simpo plan --calibrate"
+        assert estimate.step_seconds is not None, "run simpo plan --calibrate first"
         return float(np.median(train(run, folder, rows, 9)[3:])), estimate.step_seconds
     alone = run.processes == 1
     peak = peak_bytes(lambda: train(run, folder, rows)) if alone else _peak_of_processes(run, folder)
@@ -196,7 +199,7 @@ def _compare(run: Run, folder: Path, times: bool) -> tuple[float, float]:
 
 
 def _compare_on_gpu(run: Run, folder: Path) -> dict[str, Any]:
-    """Peak memory in MiB and the median seconds of a step, measured and predicted."""
+    """Return measured and predicted peak memory in MiB and median seconds per step."""
     rows = make_rows(16 * 8, run.responses, vocabulary=32000, longest=600)
     estimate = predicted(run, folder, rows)
     gc.collect()
@@ -219,7 +222,7 @@ def _main_on_gpu(folder: Path, output: Path | None) -> None:
     for run in GPU_RUNS:
         try:
             one = _compare_on_gpu(run, folder)
-        except Exception as error:  # the other runs can still be compared
+        except Exception as error:  # continue with the other runs
             one = {"name": run.name, "failed": f"{type(error).__name__}: {error}"}
         found.append(one)
         print("|", " | ".join(str(value) for value in one.values()), "|", flush=True)
@@ -228,10 +231,10 @@ def _main_on_gpu(folder: Path, output: Path | None) -> None:
 
 
 def main() -> None:
-    """Print a table."""
+    """Compare all runs and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", action="store_true", help="times of steps instead of memory")
-    parser.add_argument("--output", type=Path, help="on a GPU: write everything measured there, as JSON")
+    parser.add_argument("--times", action="store_true", help="compare step times instead of memory")
+    parser.add_argument("--output", type=Path, help="GPU only: JSON file for all measurements")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -246,7 +249,7 @@ def main() -> None:
         return
     make_model(folder)
     for run in RUNS:
-        if not asked.times or run.processes == 1:  # several would share this machine's cores
+        if not asked.times or run.processes == 1:  # with several processes, times depend on the number of cores
             measured, found = _compare(run, folder, asked.times)
             print(f"| {run.name} | {measured:.4g} | {found:.4g} | {found / measured - 1:+.1%} |", flush=True)
 

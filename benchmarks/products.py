@@ -1,4 +1,4 @@
-"""The matrix products of a step, timed alone: what a step would take if nothing else took time."""
+"""Time the matrix products of a step on their own: how long a step would take if nothing else took time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Clock = Callable[[], float]
 
 
 def seconds_of(products: Iterable[Product], dtype: torch.dtype, device: str, clock: Clock = time.perf_counter) -> float:
-    """Time of all ``products`` one after the other; every distinct shape is timed and multiplied by its number."""
+    """Return the total time of ``products`` in sequence: each distinct shape is timed and multiplied by its count."""
     counts: Counter[Product] = Counter()
     for product in products:
         counts[product._replace(count=1)] += product.count
@@ -25,7 +25,7 @@ def seconds_of(products: Iterable[Product], dtype: torch.dtype, device: str, clo
 
 
 def _seconds(product: Product, dtype: torch.dtype, device: str, clock: Clock) -> float:
-    """The quickest of a few runs, after one that is not timed."""
+    """Return the fastest of several runs after a warm-up."""
     m, k, n, batch, _ = product
     left = torch.randn(batch, m, k, device=device, dtype=dtype).squeeze(0)
     right = torch.randn(batch, k, n, device=device, dtype=dtype).squeeze(0)

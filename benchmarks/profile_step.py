@@ -1,7 +1,7 @@
-"""Speed, memory and profile of simpo in several settings, one after the other on one model in one process.
+"""Measure speed, memory and a profile of simpo's variants, one after the other on one model in one process.
 
-Of each setting: complete optimizer steps, then one more under PyTorch's profiler, operator by operator, or on a GPU
-kernel by kernel. Run from the repository's root::
+For each variant, complete optimizer steps are timed and one more runs under PyTorch's profiler, which lists operators
+(kernels on a GPU). Run from the repository root::
 
     python -m benchmarks.profile_step --variants 2048
     python -m benchmarks.profile_step --device cuda --model 8b --weights bf16 --dtype bf16 --variants 4096 4096,compiled
@@ -27,19 +27,19 @@ from transformers import TrainerCallback
 from benchmarks.arithmetic import Product, Shape, necessary_flops
 from benchmarks.entrants import Entrant, add_training_options
 from benchmarks.memory import in_use_mib, peak_mib
-from benchmarks.own import simpo_trainer
 from benchmarks.products import seconds_of
-from benchmarks.profiles import PROFILES, made_up_rows
+from benchmarks.profiles import PROFILES, synthetic_rows
 from benchmarks.report import processor, versions
 from benchmarks.rows import word_tokenizer
 from benchmarks.setting import Setting, build_model, load_comparisons, prepare
+from benchmarks.simpo_entrants import simpo_trainer
 
-# in the names of operators of a CPU and of kernels of a GPU that compute matrix products, attention's included
+# substrings that identify matrix products, including attention, in CPU operator and GPU kernel names
 PRODUCTS = ("mm", "scaled_dot_product", "gemm", "nvjet", "cutlass", "flash", "xmma")
 
 
 class Recorder(TrainerCallback):
-    """The ends of all steps, and a profile of the last."""
+    """Records when each step ended, and profiles the last one."""
 
     def __init__(self, device: str) -> None:
         kind = torch.profiler.ProfilerActivity
@@ -48,7 +48,7 @@ class Recorder(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called once an optimizer step."""
+        """Record the end of a step; start the profiler before the last one and stop it afterwards."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -59,17 +59,17 @@ class Recorder(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Mean seconds of a step, without the warm-up step and the profiled one."""
+        """Mean seconds per step, excluding the warm-up step and the profiled step."""
         return (self.ends[-2] - self.ends[0]) / (len(self.ends) - 2)
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="profile_step", description="Where the time of simpo's steps goes.")
+    """Profile every variant and return the exit code."""
+    parser = argparse.ArgumentParser(prog="profile_step", description="Show where simpo's step time goes.")
     add_training_options(parser)
-    parser.add_argument("--steps", type=int, default=2, help="steps measured; one comes before, one after")
-    parser.add_argument("--rows", type=int, default=15, help="operators shown")
-    parser.add_argument("--output", type=Path, help="write what was measured there, as JSON")
+    parser.add_argument("--steps", type=int, default=2, help="steps measured, between a warm-up and a profiled step")
+    parser.add_argument("--rows", type=int, default=15, help="number of operators shown")
+    parser.add_argument("--output", type=Path, help="JSON file for the measurements")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def main() -> int:
         given = {name: getattr(options, name) for name in chosen}
         setting = Setting(folder, pairs=options.pairs_per_step * (options.steps + 1), **given)
         words = setting.vocabulary - 1
-        rows = made_up_rows(PROFILES[options.profile], setting.steps * setting.pairs_per_step, 2, words)
+        rows = synthetic_rows(PROFILES[options.profile], setting.steps * setting.pairs_per_step, 2, words)
         counts = prepare(setting, rows, word_tokenizer(words))
         model = build_model(setting)
         report = {
@@ -92,13 +92,13 @@ def main() -> int:
             found, table = _measure(model, entrant, setting, folder, report["peak_gflops"] * 1e9, options.rows)
             report["variants"].append(found)
             Console(width=150).print(table)
-            if options.output:  # after every one, so that a run that is stopped leaves what it has
+            if options.output:  # after every variant, so that an interrupted run keeps its results
                 options.output.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
 def _product_rate(setting: Setting) -> float:
-    """Operations per second of a large matrix product."""
+    """Return the FLOP/s of a large matrix product."""
     square = Product(8192, 8192, 8192) if setting.device == "cuda" else Product(1024, 1024, 1024)
     dtype = torch.bfloat16 if "bf16" in (setting.dtype, setting.weights) else torch.float32
     return square.flops / seconds_of([square], dtype, setting.device)
@@ -118,7 +118,7 @@ def _measure(
         trainer = simpo_trainer(model, entrant, setting, folder)
         trainer.add_callback(recorder)
         trainer.train()
-    except Exception as error:  # out of memory, above all: the next setting may do
+    except Exception as error:  # typically out of memory; the next variant may still fit
         model.zero_grad()
         reason = f"{type(error).__name__}: {error}"
         return {"name": entrant.name, "failed": reason}, Table(title=f"{entrant.name}: {reason[:140]}")
@@ -147,9 +147,9 @@ def _table(found: dict[str, Any], recorder: Recorder, rows: int) -> Table:
     products = sum(own(event) for event in events if any(name in event.key for name in PRODUCTS))
     profiled = recorder.ends[-1] - recorder.ends[-2]
     table = Table(
-        title=f"{found['name']}: {found['seconds_per_step']:.3f} s a step, {found['tokens_per_second']:.0f} tokens/s, "
+        title=f"{found['name']}: {found['seconds_per_step']:.3f} s/step, {found['tokens_per_second']:.0f} tokens/s, "
         f"MFU {found['utilisation']:.1%}, peak {found['peak_mib']:.0f} MiB\n"
-        f"profiled step: {profiled:.3f} s, {total / 1e6:.3f} s in operators, {products / total:.0%} of it in products"
+        f"profiled step: {profiled:.3f} s, {total / 1e6:.3f} s in operators, {products / total:.0%} in matrix products"
     )
     for column in ("operator", "calls", "ms", "share"):
         table.add_column(column, justify="left" if column == "operator" else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Comparisons of random words whose lengths are like those of real data, for machines without the data."""
+"""Synthetic comparisons of random words with realistic lengths, for machines without the real data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.rows import Row
 
 @dataclass(frozen=True)
 class Profile:
-    """Log-normal lengths in tokens, cut at four times the median.
+    """Log-normal lengths in tokens, capped at four times the median.
 
     Attributes:
-        prompt: median length of a prompt.
-        response: median length of a response, its end-of-text token not counted.
-        spread: standard deviation of the logarithms of both.
+        prompt: median prompt length.
+        response: median response length without the end-of-text token.
+        spread: standard deviation of the log-lengths.
     """
 
     prompt: int
@@ -24,25 +24,25 @@ class Profile:
     spread: float
 
     def scaled(self, factor: float) -> Profile:
-        """All lengths times ``factor``."""
+        """Return the profile with all lengths multiplied by ``factor``."""
         return Profile(max(1, round(self.prompt * factor)), max(1, round(self.response * factor)), self.spread)
 
 
 PROFILES = {
-    "hh": Profile(prompt=105, response=30, spread=0.7),  # shared prompts longer than the answers
+    "hh": Profile(prompt=105, response=30, spread=0.7),  # prompts longer than answers
     "ultrafeedback": Profile(prompt=90, response=260, spread=0.6),  # short prompts, long answers
     "documents": Profile(prompt=4096, response=200, spread=0.05),
 }
 
 
-def made_up_rows(profile: Profile, count: int, responses: int, words: int) -> list[Row]:
-    """``count`` comparisons of ``responses`` responses each; every word is one token.
+def synthetic_rows(profile: Profile, count: int, responses: int, words: int) -> list[Row]:
+    """Return ``count`` comparisons of random words; every word is one token.
 
     Args:
-        profile: the lengths.
-        count: how many.
-        responses: to each prompt, ``K``.
-        words: number of different words, ``w0`` and so on.
+        profile: distribution of the lengths.
+        count: number of comparisons.
+        responses: responses per prompt, ``K``.
+        words: number of distinct words (``w0``, ``w1``, ...).
     """
     source = random.Random(0)  # noqa: S311 - words, not secrets
 

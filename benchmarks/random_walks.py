@@ -1,12 +1,12 @@
-"""Shortest paths on a random graph, from random walks: PPO and RLOO, on several graphs.
+"""Learn shortest paths on random graphs from random walks with PPO and RLOO.
 
     python -m benchmarks.random_walks --output_dir runs/random-walks
 
-The task is that of trlX's example with the same name: 21 nodes, of which the first is the goal, and random edges
-between them. A small Llama is first trained on random walks, most of which take detours or do not arrive. Then it is
-trained on its own walks, whose score is their optimality: the length of the shortest path over that of the walk, and 0
-for a walk that takes a missing edge or does not arrive. The optimality of sampled walks from every node is measured
-before and after. Runs that are in ``figures.json`` are not repeated.
+The task comes from trlX's example of the same name: random edges between 21 nodes, the first of which is the goal. A
+small Llama is first trained on random walks, most of which take detours or never arrive. It is then trained on its own
+walks. A walk's score is its optimality: the length of the shortest path divided by the length of the walk, or 0 if it
+uses a missing edge or does not arrive. The optimality of walks sampled from every node is measured before and after
+online training. Runs already in ``figures.json`` are not repeated.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from scipy.sparse.csgraph import shortest_path
 from transformers.utils import logging as hf_logging
 
-from benchmarks.figures import Figures, in_words
 from benchmarks.letters import letter, letter_model, letter_tokenizer
+from benchmarks.measurement_cache import MeasurementCache, format_interval
 from simpo.generation.chunks import gather, missing_chunks, sample_chunks
 from simpo.generation.engine import TransformersEngine
 from simpo.generation.settings import SamplingSettings
@@ -36,8 +36,8 @@ from simpo.training.rollouts import AnsweredPrompt
 from simpo.training.sft import SFTTrainer
 
 NODES, LONGEST, WALKS, EDGE = 21, 10, 1000, 0.1
-ANSWER = LONGEST + 1  # tokens, with the one that ends a walk
-MEASURED = 50  # walks from every node
+ANSWER = LONGEST + 1  # tokens, including the one that ends a walk
+MEASURED = 50  # walks per start node
 _QUIET: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
 _SFT: dict[str, Any] = {"learning_rate": 3e-3, "num_train_epochs": 5, "per_device_train_batch_size": 50}
 ONLINE: dict[str, dict[str, Any]] = {
@@ -47,11 +47,11 @@ ONLINE: dict[str, dict[str, Any]] = {
 
 
 class Graph:
-    """A random graph, from every node of which there is a path to node 0.
+    """A random directed graph with a path from every node to node 0.
 
     Attributes:
-        edges: ``[N, N]`` bool.
-        steps: ``[N]`` the length of the shortest path from every node to node 0.
+        edges: ``[N, N]`` bool adjacency matrix.
+        steps: ``[N]`` length of the shortest path from each node to node 0.
     """
 
     def __init__(self, seed: int) -> None:
@@ -63,14 +63,14 @@ class Graph:
                 break
 
     def walk(self, rng: random.Random) -> list[int]:
-        """A random walk from a random node, until it arrives at node 0 or has taken ``LONGEST`` steps."""
+        """Take a random walk from a random node until it reaches node 0 or has taken ``LONGEST`` steps."""
         nodes = [rng.randrange(1, NODES)]
         while nodes[-1] != 0 and len(nodes) <= LONGEST:
             nodes.append(rng.choice(np.flatnonzero(self.edges[nodes[-1]]).tolist()))
         return nodes
 
     def optimality(self, nodes: Sequence[int]) -> float:
-        """The optimality of a walk from ``nodes[0]``, from 0 to 1."""
+        """Return the optimality of a walk, between 0 and 1."""
         arrives = nodes[-1] == 0 and all(self.edges[a, b] for a, b in pairwise(nodes))
         return float(self.steps[nodes[0]]) / (len(nodes) - 1) if arrives and len(nodes) > 1 else 0.0
 
@@ -80,26 +80,26 @@ def _text(nodes: Sequence[int]) -> str:
 
 
 def _optimality(graph: Graph, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """Of token ids; what follows the goal counts, and the end must have been drawn."""
+    """Return the optimality of a walk in token ids. It must end with the end token; steps past the goal count."""
     if not answer or answer[-1] != 0:
         return 0.0
     return graph.optimality([token - 1 for token in (*prompt, *answer[:-1])])
 
 
 def measure(model: Any, graph: Graph, seed: int) -> float:
-    """The mean optimality of sampled walks from every node but the goal."""
+    """Return the mean optimality of walks sampled from every node but the goal."""
     prompts = [[1 + node] for node in range(1, NODES)]
     settings = SamplingSettings(
         n=MEASURED, temperature=1, top_p=1, max_new_tokens=ANSWER, seed=seed, chunk_size=len(prompts) * MEASURED
     )
     engine = TransformersEngine(model, letter_tokenizer(1 + NODES))
     records = sample_chunks(engine, prompts, settings, missing_chunks(prompts, settings))
-    walks = zip(prompts, gather(records, len(prompts)), strict=True)
-    return float(np.mean([_optimality(graph, prompt, list(one.ids)) for prompt, own in walks for one in own]))
+    by_prompt = zip(prompts, gather(records, len(prompts)), strict=True)
+    return float(np.mean([_optimality(graph, prompt, list(one.ids)) for prompt, walks in by_prompt for one in walks]))
 
 
 def run(seed: int, objective: str, rollouts: int, folder: Path) -> dict[str, float]:
-    """The mean optimality after supervised fine-tuning and after online training, on the graph of a seed."""
+    """Train on the graph of a seed; return the mean optimality after fine-tuning and after online training."""
     graph, rng = Graph(seed), random.Random(seed)  # noqa: S311 - sampling, not secrets
     tokenizer = letter_tokenizer(1 + NODES)
     walks = [graph.walk(rng) for _ in range(WALKS)]
@@ -133,23 +133,23 @@ def run(seed: int, objective: str, rollouts: int, folder: Path) -> dict[str, flo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on every graph, and print the means with intervals over the graphs."""
+    """Train on every graph and print the means with intervals over graphs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--objectives", nargs="+", default=list(ONLINE), choices=list(ONLINE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rollouts", type=int, default=60, help="of 8 walks from every node (default 60)")
+    parser.add_argument("--rollouts", type=int, default=60, help="rollouts of 8 walks per node (default 60)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
-    figures, found = Figures(given.output_dir / "figures.json"), {}
+    cache, found = MeasurementCache(given.output_dir / "figures.json"), {}
     for seed, objective in product(given.seeds, given.objectives):
         train = partial(run, seed, objective, given.rollouts, given.output_dir)
-        found[seed, objective] = figures.once(f"{objective} | seed {seed}", train)
+        found[seed, objective] = cache.get_or_measure(f"{objective} | seed {seed}", train)
         print(f"{objective} | seed {seed}: {found[seed, objective]}", flush=True)
     for objective, when in product(given.objectives, ("before", "after")):
         mean = mean_interval([found[seed, objective][when] for seed in given.seeds])
-        print(f"{objective}, {when}: mean {in_words(mean)} over {mean.n} graphs")
+        print(f"{objective}, {when}: mean {format_interval(mean)} over {mean.n} graphs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the comparison found: medians, ratios and counted bounds, as JSON and as a table."""
+"""Report a comparison as JSON and as a table: medians, ratios and bounds from FLOP counts."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def summarize(
     counts: dict[str, int],
     absent: dict[str, str],
 ) -> dict[str, Any]:
-    """Everything that is known so far, ready for ``json.dumps``; entrants without a measurement are left out.
+    """Return all results so far, ready for ``json.dumps``; entrants without a measurement are left out.
 
     Args:
-        entrants: in the order of the table.
-        runs: the measurements of each, by its name.
-        setting: of all.
-        counts: of tokens and rows.
-        absent: what was not measured, and why.
+        entrants: the entrants, in the order of the table.
+        runs: measurements by entrant name.
+        setting: the setting common to all.
+        counts: token and row counts.
+        absent: the reason for each entrant or family that was not measured.
     """
     measured = [entrant for entrant in entrants if runs.get(entrant.name)]
     seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
@@ -104,14 +104,14 @@ def _row(name: str, runs: list[Measurement], seconds: list[float], peak: float) 
 
 
 def _base(entrants: list[Entrant], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """simpo's quickest packed entrant with the SimPO loss, or the first of all."""
+    """Return simpo's fastest packed entrant with the SimPO loss, otherwise the first entrant."""
     own = {entrant.name for entrant in entrants if entrant.path == "auto" and entrant.objective == "simpo"}
     best = max((row for row in rows if row["name"] in own), key=lambda row: row["pairs_per_second"], default=None)
     return best or (rows[0] if rows else None)
 
 
 def _compared(row: dict[str, Any], base: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """How much slower and larger ``row`` is than ``base``, and how much slower counted arithmetic makes it."""
+    """Return the time of ``row`` relative to ``base``, measured and by FLOP count, and the relative memory."""
     rounds = zip(seconds[row["name"]], seconds[base["name"]], strict=False)
     ratio, bound = median(mine / theirs for mine, theirs in rounds), row["gflop_per_pair"] / base["gflop_per_pair"]
     return {
@@ -123,22 +123,22 @@ def _compared(row: dict[str, Any], base: dict[str, Any], seconds: dict[str, list
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The table, and below it what it was measured on."""
+    """Print the table, and below it the setting, hardware and versions."""
     console = Console(width=None if Console().is_terminal else 170)
     setting, data = report["setting"], report["data"]
     console.print(_table(report))
     rows, count = setting["pairs"], data["responses"]
     lines = [
         f"Llama {setting['model']}, {setting['weights']} weights, {setting['dtype']}, {setting['optimizer']}; {rows} "
-        f"comparisons of {count / rows:g} responses, {setting['pairs_per_step']} a step, mean "
-        f"{data['prompt_tokens'] / rows:.0f} prompt and {data['response_tokens'] / count:.0f} response tokens, longest "
+        f"comparisons with {count / rows:g} responses each, {setting['pairs_per_step']} per step, on average "
+        f"{data['prompt_tokens'] / rows:.0f} prompt and {data['response_tokens'] / count:.0f} response tokens, at most "
         f"{data['longest']}.",
         f"{report['processor']}, {setting['device']}, {setting['threads']} threads, {setting['clock']} time; "
         f"matrix products at {report['peak_gflops']:,.0f} GFLOP/s; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        f"slower by: times the time a pair of {report['base']}, the median of rounds; counted: what counted arithmetic "
-        "makes it; share: the first over the second; memory: times its peak. MFU: unique tokens, visible pairs, logits "
-        "of responses, over the measured rate of products.",
+        f"slower by: time per pair relative to {report['base']}, median over rounds; counted: the same from FLOPs; "
+        "share: the first divided by the second; memory: relative peak memory. MFU: FLOPs for unique tokens, visible "
+        "query-key pairs and response logits, relative to the measured rate of matrix products.",
     ]
     lines += [f"Not measured: {name}: {reason}." for name, reason in report["absent"].items()]
     for line in lines:
@@ -161,7 +161,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that matter, where they are installed."""
+    """Return the versions of the relevant packages that are installed."""
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 
@@ -173,7 +173,7 @@ def _version(name: str) -> str | None:
 
 
 def processor(device: str) -> str:
-    """The name of the GPU or CPU that ``device`` stands for."""
+    """Return the model name of the GPU or CPU."""
     if device == "cuda":
         import torch  # noqa: PLC0415 - slow import
 

@@ -1,4 +1,4 @@
-"""Every entrant in a process of its own, in turns over several rounds, within a time limit."""
+"""Measure every entrant in its own process, in turns over several rounds, within a time limit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.measurement import Measurement
 from benchmarks.setting import Setting
 
 ROOT = Path(__file__).parents[1]
-# How many processes may wait for their turn with everything imported. Imports take longer than most measurements on a
-# GPU and do not disturb them; on a CPU they would.
+# How many processes may import ahead and wait for their turn. Imports take longer than most GPU measurements and do not
+# disturb them; on a CPU they would.
 WAITING = {"cuda": 5, "cpu": 0}
 
 
@@ -30,10 +30,10 @@ def rounds(
     time_limit: float | None,
     entrant_limit: float | None = None,
 ) -> Iterator[tuple[Entrant, Measurement | str]]:
-    """Measure every entrant ``repeats`` times; yields each measurement, or why there is none, as it is made.
+    """Measure every entrant ``repeats`` times, yielding each measurement (or why there is none) as it is made.
 
-    An entrant that failed once does not run again. After ``time_limit`` seconds nothing is started any more, and what
-    runs is ended; one measurement takes at most ``entrant_limit`` seconds.
+    An entrant that has failed does not run again. After ``time_limit`` seconds the current run is stopped and no other
+    is started; a single run is stopped after ``entrant_limit`` seconds.
     """
     end = None if time_limit is None else time.monotonic() + time_limit
     turns = [(number, entrant) for number in range(repeats) for entrant in entrants]
@@ -64,7 +64,7 @@ def rounds(
 
 @dataclass
 class _Worker:
-    """A process that has imported what it needs, or is about to, and measures as soon as it is told to."""
+    """A process that imports what it needs and then waits for the signal to measure."""
 
     process: subprocess.Popen[str]
     output: Path
@@ -87,7 +87,7 @@ class _Worker:
         return cls(process, output, log)
 
     def measure(self, time_limit: float | None) -> Measurement | str:
-        """The measurement, or why there is none: the end of the process's output."""
+        """Return the measurement or, if there is none, the reason: the last line of the process's output."""
         try:
             self.process.communicate("go\n", timeout=time_limit)
         except subprocess.TimeoutExpired:
@@ -95,11 +95,11 @@ class _Worker:
             return "stopped by the time limit"
         if self.process.returncode or not self.output.exists():
             lines = self.log.read_text(errors="replace").strip().splitlines()
-            return (lines or [f"ended with {self.process.returncode}"])[-1][:300]
+            return (lines or [f"exited with {self.process.returncode}"])[-1][:300]
         return Measurement(**json.loads(self.output.read_text()))
 
     def stop(self) -> None:
-        """End the process if it still runs, and its memory with it."""
+        """Kill the process if it is still running."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()

@@ -1,4 +1,4 @@
-"""Comparisons as text, their tokenizers, and the ids that every entrant is given."""
+"""Comparisons as text, their tokenizers, and the token ids that every entrant gets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Row:
 
 
 def read_pairs(path: Path) -> list[Row]:
-    """The HH-style transcripts of ``path`` (``.jsonl`` or ``.jsonl.gz``), each cut at the last cue that both share."""
+    """Read HH-style transcripts (``.jsonl`` or ``.jsonl.gz``), splitting each pair at the last cue both share."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rows = map(json.loads, text.decode().splitlines())
     return [_cut(row["chosen"], row["rejected"]) for row in rows]
@@ -40,7 +40,7 @@ def _cut(chosen: str, rejected: str) -> Row:
 
 
 def byte_pair_tokenizer(rows: Sequence[Row], vocabulary: int) -> Any:
-    """A byte-level BPE of the rows' own text, with merges that occur at least twice; at most ``vocabulary`` tokens."""
+    """Train a byte-level BPE tokenizer on the rows' text: at most ``vocabulary`` tokens, merges seen at least twice."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415 - slow import
 
     tokenizer = Tokenizer(models.BPE())
@@ -58,7 +58,7 @@ def byte_pair_tokenizer(rows: Sequence[Row], vocabulary: int) -> Any:
 
 
 def word_tokenizer(words: int) -> Any:
-    """One token a word of :func:`benchmarks.profiles.made_up_rows`."""
+    """Return a tokenizer with one token per word of :func:`benchmarks.profiles.synthetic_rows`."""
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - slow import
 
     vocabulary = {END: 0} | {f"w{number}": number + 1 for number in range(words)}
@@ -74,6 +74,6 @@ def _fast(tokenizer: Any) -> Any:
 
 
 def tokenize(row: Row, tokenizer: Any) -> TokenizedComparison:
-    """``row`` as ids; every response ends in the end-of-text token."""
+    """Tokenize ``row``; every response ends with the end-of-text token."""
     prompt, *responses = tokenizer([row.prompt, *row.responses], add_special_tokens=False)["input_ids"]
     return TokenizedComparison(prompt, [[*response, tokenizer.eos_token_id] for response in responses])

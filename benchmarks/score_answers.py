@@ -1,7 +1,7 @@
-"""K answers to one prompt, scored or learned from: the prompt once, against every answer with a prompt of its own.
+"""K answers to one prompt, scored or trained on: a shared prompt versus the prompt repeated for every answer.
 
-Processor time of one thread, both sides in turns, the fastest of several rounds each; the last columns set the ratio
-against what counted arithmetic allows. Run from the repository's root::
+Measures CPU time on one thread, alternating between the two, and takes the fastest of several rounds of each. The last
+columns compare the ratio with the bound from FLOP counts. Run from the repository root::
 
     python -m benchmarks.score_answers
 """
@@ -29,12 +29,12 @@ from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import responses_of
 from simpo.packing.scoring import score_answers, token_outputs
 
-KINDS = ("log-probabilities", "rewards", "ppo update")  # the last one with its backward
+KINDS = ("log-probabilities", "rewards", "ppo update")  # the update includes backward
 Score = Callable[[Sequence[TokenizedComparison]], Tensor]
 
 
 class Outcome(NamedTuple):
-    """Seconds of scoring, and how many times faster sharing is: measured, and as counted arithmetic allows."""
+    """Seconds with a shared prompt and one by one, and the speedup that FLOP counts allow."""
 
     shared: float
     one_by_one: float
@@ -42,16 +42,16 @@ class Outcome(NamedTuple):
 
     @property
     def measured(self) -> float:
-        """The ratio of the times."""
+        """The measured speedup."""
         return self.one_by_one / self.shared
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="score_answers", description="K answers to one prompt, shared or one by one.")
-    parser.add_argument("--answers", type=int, default=8, help="answers to the prompt")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens of an answer")
+    """Run the benchmark and return the exit code."""
+    parser = argparse.ArgumentParser(prog="score_answers", description="Score K answers to one prompt.")
+    parser.add_argument("--answers", type=int, default=8, help="number of answers")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt length in tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="answer lengths in tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="small", help="a key of benchmarks.setting.MODELS")
     options = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> int:
     for column in ("scores", "tokens", "shared s", "one by one s", "ratio", "allowed", "share"):
         table.add_column(column, justify="left" if column == "scores" else "right")
     for kind in KINDS:
-        score = scorer(kind, setting)
+        score = make_scorer(kind, setting)
         for length in options.lengths:
             comparison = make_comparison(options.prompt, [length] * options.answers, setting.vocabulary)
             found = measure(kind, score, comparison, setting, options.rounds)
@@ -76,13 +76,13 @@ def main() -> int:
     return 0
 
 
-def scorer(kind: str, setting: Setting) -> Score:
-    """Scores comparisons by a model of that setting with random weights."""
+def make_scorer(kind: str, setting: Setting) -> Score:
+    """Return a function that scores comparisons with a randomly initialized model."""
     if kind == "log-probabilities":
         model = build_model(setting)
         return lambda comparisons: score_responses(model, comparisons).logp
     if kind == "ppo update":
-        return updater(setting)
+        return _ppo_update(setting)
     torch.manual_seed(0)
     config: Any = model_config(setting)
     config.num_labels = 1
@@ -90,8 +90,8 @@ def scorer(kind: str, setting: Setting) -> Score:
     return lambda comparisons: score_answers(reward_model, comparisons)
 
 
-def updater(setting: Setting) -> Score:
-    """Computes the gradients of PPO's losses, with a value head on the policy; returns the log-probabilities."""
+def _ppo_update(setting: Setting) -> Score:
+    """Return a function that computes PPO's gradients, with a value head on the policy, and the log-probabilities."""
     model, row = build_model(setting), POLICY_GRADIENTS["ppo"]
     head = nn.Linear(model.config.hidden_size, 1)
 
@@ -110,7 +110,7 @@ def updater(setting: Setting) -> Score:
 
 
 def make_comparison(prompt: int, answers: Sequence[int], vocabulary: int) -> TokenizedComparison:
-    """Random tokens of these lengths."""
+    """Return a comparison of random tokens with these lengths."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:
@@ -119,15 +119,15 @@ def make_comparison(prompt: int, answers: Sequence[int], vocabulary: int) -> Tok
     return TokenizedComparison(ids(prompt), [ids(count) for count in answers])
 
 
-def alone(comparison: TokenizedComparison) -> list[TokenizedComparison]:
-    """Every answer with a prompt of its own."""
+def split_by_answer(comparison: TokenizedComparison) -> list[TokenizedComparison]:
+    """Split a comparison into one per answer, each with its own copy of the prompt."""
     return [TokenizedComparison(comparison.prompt_ids, [ids]) for ids in comparison.response_ids]
 
 
 @torch.no_grad()
 def measure(kind: str, score: Score, comparison: TokenizedComparison, setting: Setting, rounds: int) -> Outcome:
-    """Both ways in turns, after a warm-up that proves that they agree."""
-    singles = alone(comparison)
+    """Time both ways in turns, after a warm-up that checks that they agree."""
+    singles = split_by_answer(comparison)
     torch.testing.assert_close(score([comparison]), torch.cat([score([one]) for one in singles]), rtol=1e-4, atol=1e-3)
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
@@ -142,16 +142,17 @@ def measure(kind: str, score: Score, comparison: TokenizedComparison, setting: S
 
 
 def allowed_ratio(kind: str, comparison: TokenizedComparison, shape: Shape) -> float:
-    """Counted arithmetic of the forwards (and backwards) one by one, over that of the shared one."""
+    """Return the ratio of FLOPs one by one to FLOPs with a shared prompt (including backward for the update)."""
 
     def flops(forward: Forward) -> int:
         if kind == "ppo update":
             return forward.flops(shape)
         products = [*forward.layer_products(shape), *forward.attention_products(shape)]
-        head = forward.head_product(shape).flops if kind == "log-probabilities" else 0  # a reward's is one row
+        head = forward.head_product(shape).flops if kind == "log-probabilities" else 0  # a reward head has a single row
         return sum(product.flops for product in products) + head
 
-    return sum(flops(packed_forward([one])) for one in alone(comparison)) / flops(packed_forward([comparison]))
+    one_by_one = sum(flops(packed_forward([one])) for one in split_by_answer(comparison))
+    return one_by_one / flops(packed_forward([comparison]))
 
 
 if __name__ == "__main__":

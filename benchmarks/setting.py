@@ -1,4 +1,4 @@
-"""What all entrants of a comparison get: the model, the rows and the common training arguments."""
+"""What all entrants in a comparison share: the model, the rows and the training arguments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from benchmarks.rows import Row, tokenize
 from simpo.packing.layout import TokenizedComparison
 
-BETA, GAMMA = 2.0, 1.0  # of SimPO; DPO's beta has no influence on speed
-# Sizes of Llama models: hidden, layers, heads, key-value heads, intermediate, vocabulary, tied.
+BETA, GAMMA = 2.0, 1.0  # for SimPO; DPO's beta does not affect speed
+# Llama sizes: hidden, layers, heads, key-value heads, intermediate, vocabulary, tied embeddings.
 MODELS = {
     "toy": (64, 1, 1, 1, 128, 512, False),
-    "wide": (768, 2, 12, 6, 2048, 8192, False),  # on a CPU: nearly all of its time is in large products
+    "wide": (768, 2, 12, 6, 2048, 8192, False),  # on a CPU, nearly all time goes into large matrix products
     "small": (384, 8, 6, 3, 1024, 49152, False),
     "1b": (2048, 16, 32, 8, 8192, 128256, True),
     "8b": (4096, 32, 32, 8, 14336, 128256, False),
@@ -24,22 +24,22 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything but who trains and in which micro-batches.
+    """Everything except the trainer and its micro-batches.
 
     Attributes:
-        folder: where :func:`prepare` put the tokenizer and the rows.
-        pairs: comparisons measured; a step's worth more come first, as a warm-up.
-        pairs_per_step: comparisons of an optimizer step.
+        folder: folder with the tokenizer and rows written by :func:`prepare`.
+        pairs: comparisons measured, after one warm-up step.
+        pairs_per_step: comparisons per optimizer step.
         dtype: ``"fp32"``, or ``"bf16"`` for autocast.
-        weights: type of the weights, ``"fp32"`` or ``"bf16"``.
-        threads: of PyTorch's pool, where the device is a CPU.
+        weights: dtype of the weights, ``"fp32"`` or ``"bf16"``.
+        threads: PyTorch CPU threads.
         device: ``"cpu"`` or ``"cuda"``.
-        clock: ``"wall"``, or ``"cpu"`` for processor time, which other programs on the machine disturb less.
-        model: a key of :data:`MODELS`.
-        optimizer: ``optim`` of transformers.
-        checkpointing: whether activations are computed again in backward.
-        learning_rate: constant.
-        max_length: longer prompts with responses are an error: truncation would not be the same on all sides.
+        clock: ``"wall"``, or ``"cpu"`` for CPU time, which other programs on the machine disturb less.
+        model: a key in :data:`MODELS`.
+        optimizer: transformers' ``optim``.
+        checkpointing: whether activations are recomputed in backward.
+        learning_rate: the constant learning rate.
+        max_length: longer rows are an error, because entrants would truncate them differently.
     """
 
     folder: str
@@ -58,24 +58,24 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps, the warm-up's included."""
+        """Optimizer steps, including the warm-up step."""
         return 1 + self.pairs // self.pairs_per_step
 
     @property
     def vocabulary(self) -> int:
-        """Size of the model's vocabulary."""
+        """Vocabulary size of the model."""
         return MODELS[self.model][5]
 
 
 def prepare(setting: Setting, rows: Sequence[Row], tokenizer: Any) -> dict[str, int]:
-    """Write the tokenizer, the rows and their ids into ``setting.folder``; returns a few counts.
+    """Write the tokenizer, the rows and their ids to ``setting.folder`` and return token and row counts.
 
     Raises:
-        ValueError: fewer rows than asked for, or one that would have to be truncated.
+        ValueError: if there are too few rows or a row is too long.
     """
     wanted = setting.steps * setting.pairs_per_step
     if len(rows) < wanted:
-        raise ValueError(f"there are {len(rows)} pairs; {wanted} are needed (warm-up step included)")
+        raise ValueError(f"{len(rows)} pairs are too few; {wanted} are needed, including the warm-up step")
     comparisons = [tokenize(row, tokenizer) for row in rows[:wanted]]
     longest = max(len(c.prompt_ids) + max(map(len, c.response_ids)) for c in comparisons)
     if longest > setting.max_length:
@@ -95,12 +95,12 @@ def prepare(setting: Setting, rows: Sequence[Row], tokenizer: Any) -> dict[str, 
 
 
 def load_comparisons(setting: Setting) -> list[TokenizedComparison]:
-    """The warm-up's and the measured rows, in the order of training."""
+    """Return the warm-up and measured rows in training order."""
     return [TokenizedComparison(**row) for row in _stored(setting)["ids"]]
 
 
 def load_text(setting: Setting) -> list[dict[str, str]]:
-    """The same rows as text, if they are pairs: ``prompt``, ``chosen``, ``rejected``."""
+    """Return the same rows, which must be pairs, as text: ``prompt``, ``chosen``, ``rejected``."""
     rows = _stored(setting)["text"]
     return [
         {"prompt": row["prompt"], **dict(zip(("chosen", "rejected"), row["responses"], strict=True))} for row in rows
@@ -112,7 +112,7 @@ def _stored(setting: Setting) -> dict[str, list[Any]]:
 
 
 def model_config(setting: Setting) -> Any:
-    """The model's configuration."""
+    """Return the model's configuration."""
     from transformers import LlamaConfig  # noqa: PLC0415 - slow import
 
     hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = MODELS[setting.model]
@@ -132,7 +132,7 @@ def model_config(setting: Setting) -> Any:
 
 
 def build_model(setting: Setting) -> Any:
-    """The model on its device with random weights, the same ones every time."""
+    """Build the model on its device with the same random weights every time."""
     import torch  # noqa: PLC0415 - slow import
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow import
 
@@ -143,7 +143,7 @@ def build_model(setting: Setting) -> Any:
 
 
 def training_arguments(setting: Setting, output: str) -> dict[str, Any]:
-    """Keyword arguments that all trainers get; what is not named here is ``TrainingArguments``' default."""
+    """Return the keyword arguments common to all trainers; everything else keeps its ``TrainingArguments`` default."""
     return {
         "output_dir": output,
         "max_steps": setting.steps,

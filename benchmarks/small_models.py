@@ -1,4 +1,4 @@
-"""Small random models of the kinds whose attention differs, and comparisons for them."""
+"""Small random models with different kinds of attention, and comparisons for them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "initializer_range": 0.08,  # so that attention is not nearly uniform
-    "attn_implementation": "eager",  # the reference; sdpa would leave out Gemma 2's softcap
+    "initializer_range": 0.08,  # large enough that attention is far from uniform
+    "attn_implementation": "eager",  # the reference; sdpa would ignore Gemma 2's softcap
 }
 KINDS: dict[str, Any] = {
     "llama": LlamaConfig(**_SIZES),
@@ -34,14 +34,14 @@ KINDS: dict[str, Any] = {
 
 
 def build(kind: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of that kind; its weights, rounded to ``dtype``, are the same every time."""
+    """Build a model with the same weights every time, up to rounding to ``dtype``."""
     torch.manual_seed(0)
-    # through bf16, so that every type starts from the same weights
+    # via bf16, so that every dtype represents the same weights exactly
     return AutoModelForCausalLM.from_config(KINDS[kind], dtype=torch.float32).bfloat16().to(device, dtype)
 
 
 def comparisons(device: str, vocabulary: int = VOCABULARY) -> list[TokenizedComparison]:
-    """A few, with prompts longer and shorter than the window; on a CPU, shorter ones."""
+    """Return comparisons with prompts longer and shorter than the window (shorter overall on a CPU)."""
     generator = torch.Generator().manual_seed(1)
     sizes = [(200, 70, 33), (9, 61, 120), (300, 5, 80)] if device == "cuda" else [(60, 21, 9), (5, 12, 30)]
 

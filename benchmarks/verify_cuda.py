@@ -1,11 +1,11 @@
-"""Proof on a GPU of what a CPU cannot run: attention kernels, and packed models in half precision.
+"""Verify on a GPU what a CPU cannot run: attention kernels, and packed models in half precision.
 
-Every check compares with something simpler: a kernel with attention by its definition, the packed path with the model's
-own forward, one sequence at a time. Run from the repository's root::
+Every check compares with a simpler reference: a kernel with attention computed by its definition, the packed path with
+the model's own forward, one sequence at a time. Run from the repository root::
 
     python -m benchmarks.verify_cuda
 
-With ``--device cpu`` the checks that need a GPU are reported as skipped. Exit code 1 if a check fails.
+With ``--device cpu``, checks that need a GPU are reported as skipped. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from simpo.packing.selfcheck import naive_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUT = (Span(300, (77, 201)), Span(5, (130, 1, 64)), Span(64, (64,)))
-# largest error of a kernel, as a share of the largest entry; half precision keeps three digits
+# largest error of a kernel relative to the largest entry; half precision has about three digits
 KERNEL_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-# a packed model's error against fp32 may be this multiple of the naive forward's in the same type, plus this share
+# a packed model's error relative to fp32 may be FACTOR times the naive forward's in the same dtype, plus SLACK
 FACTOR, SLACK = 2.0, {"fp32": 1e-3, "bf16": 1e-2}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the result."""
+    """The result of one check."""
 
     name: str
     outcome: Literal["passed", "FAILED", "skipped"]
@@ -48,27 +48,27 @@ class Check:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="verify_cuda", description="Kernels and packed models against definitions.")
+    """Run the checks and return the exit code."""
+    parser = argparse.ArgumentParser(prog="verify_cuda", description="Verify kernels and packed models.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", choices=CHECKS, nargs="+", default=list(CHECKS), help="default: all")
     options = parser.parse_args()
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
-        print("verify_cuda: PyTorch sees no CUDA GPU; --device cpu is a dry run", file=sys.stderr)
+        print("verify_cuda: PyTorch finds no CUDA GPU; use --device cpu for a dry run", file=sys.stderr)
         return 2
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU: nothing of CUDA is verified"
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU (CUDA is not verified)"
     print(f"Verification on {where}, torch {torch.__version__}", flush=True)
     outcomes = []
     for check in chain.from_iterable(CHECKS[name](device) for name in options.only):
-        print(f"{check.outcome}: {check.name} ({check.detail})", flush=True)  # at once: the time may be up
+        print(f"{check.outcome}: {check.name} ({check.detail})", flush=True)  # flushed in case a time limit strikes
         outcomes.append(check.outcome)
     print(", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "FAILED", "skipped")))
     return int("FAILED" in outcomes)
 
 
 def kernel_checks(device: str) -> Iterator[Check]:
-    """Both kernels, in both types, in every style that they are chosen for."""
+    """Check both kernels, in both dtypes, for every attention style they are used for."""
     styles = {
         "plain": AttentionStyle(0.125),
         "window": AttentionStyle(0.125, window=100),
@@ -88,17 +88,18 @@ def _kernel_check(kernel: str, style_name: str, style: AttentionStyle, dtype: st
     if device != "cuda":
         return Check(name, "skipped", "needs CUDA")
     if kernel == "varlen" and dtype == "fp32":
-        return Check(name, "skipped", "the kernel takes half precision only")
+        return Check(name, "skipped", "the kernel supports half precision only")
     try:
         errors = _kernel_errors(getattr(kernels, kernel), style, DTYPES[dtype], device)
-    except Exception as error:  # whatever a kernel raises is the finding
+    except Exception as error:  # whatever a kernel raises is the result
         return Check(name, "FAILED", f"{type(error).__name__}: {_first_line(error)}")
-    fine = all(error <= KERNEL_TOLERANCE[dtype] for error in errors.values())  # NaN is not
-    return Check(name, "passed" if fine else "FAILED", ", ".join(f"{key} {error:.1e}" for key, error in errors.items()))
+    passed = all(error <= KERNEL_TOLERANCE[dtype] for error in errors.values())  # False for NaN
+    details = ", ".join(f"{key} {error:.1e}" for key, error in errors.items())
+    return Check(name, "passed" if passed else "FAILED", details)
 
 
 def _kernel_errors(kernel: kernels.Kernel, style: AttentionStyle, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Largest error of the output and of each gradient, as a share of its largest entry."""
+    """Return the largest error of the output and of each gradient, relative to its largest entry."""
     layout = AttentionLayout(LAYOUT).to(torch.device(device))
     torch.manual_seed(0)
     exact = [torch.randn(1, n, layout.total, 64, device=device, requires_grad=True) for n in (8, 2, 2)]
@@ -122,14 +123,14 @@ def _outputs(
 
 @dataclass(frozen=True)
 class Result:
-    """Log-probabilities ``[S]`` and the gradient of their weighted sum with respect to all weights, flat, in fp32."""
+    """Log-probabilities ``[S]``, and the flattened fp32 gradient of their weighted sum with respect to all weights."""
 
     logprobs: Tensor
     gradient: Tensor
 
 
 def model_checks(device: str) -> Iterator[Check]:
-    """The packed path of every small model in both types, with and without gradient checkpointing."""
+    """Check the packed path of every small model in both dtypes, with and without gradient checkpointing."""
     batch = PackedBatch.build(comparisons(device)).to(device)
     for kind in KINDS:
         truth = _naive(kind, "fp32", batch)
@@ -143,7 +144,7 @@ def model_checks(device: str) -> Iterator[Check]:
 
 
 def compiled_checks(device: str) -> Iterator[Check]:
-    """A model whose layers are compiled once for all lengths, as ``torch_compile`` does."""
+    """Check a model with layers compiled once for all lengths, as with ``torch_compile``."""
     name = "llama bf16, compiled"
     if device != "cuda":
         yield Check(name, "skipped", "needs CUDA")
@@ -161,7 +162,7 @@ def compiled_checks(device: str) -> Iterator[Check]:
 
 
 def large_checks(device: str) -> Iterator[Check]:
-    """A model of 8B in bf16 (on a CPU, a small one) passes the self-check, so that it takes the packed path."""
+    """Check that an 8B model in bf16 (a toy model on a CPU) passes the self-check and takes the packed path."""
     setting = Setting("", model="8b" if device == "cuda" else "toy", weights="bf16", device=device)
     model = build_model(setting)
     path = choose_path(model, PackedBatch.build(comparisons(device, setting.vocabulary)).to(device))
@@ -178,9 +179,9 @@ def _naive(kind: str, dtype: str, batch: PackedBatch) -> Result:
 
 
 def _packed(kind: str, dtype: str, batch: PackedBatch, *, checkpointing: bool) -> tuple[Result, str]:
-    """The packed path's result, and the kernels that its attention took."""
+    """Return the packed path's result and the attention kernels it used."""
     model = build(kind, DTYPES[dtype], batch.input_ids.device)
-    model.train()  # checkpointing is for training only; the models have no dropout
+    model.train()  # checkpointing only works in training mode; the models have no dropout
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     used: set[str] = set()
@@ -203,18 +204,18 @@ def _result(model: torch.nn.Module, logprobs: Tensor) -> Result:
 
 
 def _model_check(name: str, truth: Result, naive: Result, found: Result, dtype: str, used: str) -> Check:
-    """Packed is right if it is about as near to the naive fp32 result as the naive forward in the same type."""
-    fine, details = True, []
+    """The packed result must be about as close to the naive fp32 result as the naive forward in the same dtype."""
+    passed, details = True, []
     for part in ("logprobs", "gradient"):
         exact = getattr(truth, part)
         mine, theirs = (((getattr(r, part) - exact).norm() / exact.norm()).item() for r in (found, naive))
-        fine &= mine <= FACTOR * theirs + SLACK[dtype]  # false for NaN
+        passed &= mine <= FACTOR * theirs + SLACK[dtype]  # False for NaN
         details.append(f"{part} {mine:.1e} (naive {theirs:.1e})")
-    return Check(name, "passed" if fine else "FAILED", f"{', '.join(details)}; {used}")
+    return Check(name, "passed" if passed else "FAILED", f"{', '.join(details)}; {used}")
 
 
 def _expected_kernel(kind: str, dtype: str, used: str, device: str) -> Check:
-    """A kernel that fails its own proof is replaced without an error; here that is a failure."""
+    """Fail if the expected kernel was not used: training falls back without an error if a kernel fails its check."""
     name = f"{kind} {dtype}, kernel"
     if device != "cuda":
         return Check(name, "skipped", "needs CUDA")

@@ -1,8 +1,8 @@
-"""Compare greedy answers by vLLM with those of each step's weights: python -m benchmarks.verify_online MODEL FOLDER
+"""Compare vLLM's greedy answers with those of each step's weights: python -m benchmarks.verify_online MODEL FOLDER
 
-FOLDER is a run of ``simpo online`` from MODEL with ``engine: vllm``, ``temperature: 0``, ``sync_every: 1`` and
-``save_steps: 1``, of a model or an adapter, in float32. The answers of rollout k have to be those of checkpoint k,
-token by token, and to differ from those of the checkpoint before it, which an engine with old weights would give.
+FOLDER is a ``simpo online`` run from MODEL with ``engine: vllm``, ``temperature: 0``, ``sync_every: 1`` and
+``save_steps: 1``, of a model or an adapter, in float32. The answers in rollout k must match those of checkpoint k token
+by token, and not all may match those of the previous checkpoint, which an engine with stale weights would give.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.files import read_lines
 from simpo.training.checkpoints import step_of
 
-TOLERANCE = 3e-5  # nats a token
+TOLERANCE = 3e-5  # nats per token
 
 
 @torch.no_grad()
 def greedy(model: Any, prompt: list[int], length: int) -> tuple[list[int], float]:
-    """The likeliest next token, ``length`` times, each by a forward of the whole text; and their log-probability."""
+    """Decode ``length`` tokens greedily without a cache, and return them with their log-probability."""
     ids, logp = list(prompt), 0.0
     for _ in range(length):
         logps = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
@@ -34,7 +34,7 @@ def greedy(model: Any, prompt: list[int], length: int) -> tuple[list[int], float
 
 
 def main(name: str, folder: str) -> int:
-    """Print how many answers are those of the current, and of the old weights; 1 if a current one is not."""
+    """Print how many answers match the current and the previous weights; return 1 unless the current ones match."""
     steps = [name, *map(str, sorted(Path(folder).glob("checkpoint-*"), key=step_of))]
     models = [load_model(ModelArguments(step, dtype="float32")).eval() for step in steps]
     wrong, old, worst, total = 0, 0, 0.0, 0
@@ -47,8 +47,8 @@ def main(name: str, folder: str) -> int:
             wrong, total = wrong + (ids != expected), total + 1
             worst = max(worst, abs(naive - logp) / len(ids)) if ids == expected else worst
             old += before is not None and greedy(before, row["prompt_ids"], len(ids))[0] == ids
-    print(f"{total - wrong} of {total} greedy answers in {len(steps) - 1} rollouts are those of the current weights;")
-    print(f"those of the weights before would be {old}; log-probabilities differ by at most {worst:.1e} nats a token")
+    print(f"{total - wrong} of {total} greedy answers in {len(steps) - 1} rollouts match the current weights;")
+    print(f"{old} match the previous weights; log-probabilities differ by at most {worst:.1e} nats per token")
     return int(not total or wrong > 0 or old == total or worst > TOLERANCE)
 
 

@@ -1,6 +1,6 @@
-"""Compare the log-probabilities that vLLM stored with naive ones: python -m benchmarks.verify_vllm MODEL FOLDER
+"""Compare log-probabilities from vLLM with naive ones: python -m benchmarks.verify_vllm MODEL FOLDER
 
-FOLDER is a run of ``simpo sample --engine vllm``. Every answer goes through the model alone, in float32.
+FOLDER is a ``simpo sample --engine vllm`` run. The reference computes one answer at a time in float32.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TOLERANCE = 3e-5  # nats a token
+TOLERANCE = 3e-5  # nats per token
 
 
 def main(model_name: str, folder: str) -> int:
-    """Print the largest difference; 1 if it is too large."""
+    """Print the largest difference; return 1 if it is too large."""
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
     worst = 0.0
@@ -31,7 +31,7 @@ def main(model_name: str, folder: str) -> int:
             naive = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
             worst = max(worst, abs(naive - stored) / len(ids))
             tokens += len(ids)
-    print(f"{tokens} tokens; largest difference of an answer's mean log-probability: {worst:.1e} nats")
+    print(f"{tokens} tokens; largest difference in an answer's mean log-probability: {worst:.1e} nats")
     return int(not tokens or worst > TOLERANCE)
 
 

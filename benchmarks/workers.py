@@ -1,4 +1,4 @@
-"""One entrant of a comparison, measured in a process of its own."""
+"""Measure one entrant in a comparison; runs in its own process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from benchmarks.arithmetic import Forward, Product, Shape, necessary_flops, pack
 from benchmarks.entrants import Entrant
 from benchmarks.measurement import Measurement
 from benchmarks.memory import in_use_mib, peak_mib
-from benchmarks.own import Loop, planned_batches, simpo_trainer
 from benchmarks.peers import import_peer, liger_trainer, trl_cpo_trainer, trl_dpo_trainer
 from benchmarks.products import seconds_of
 from benchmarks.setting import Setting, build_model, load_comparisons
+from benchmarks.simpo_entrants import Loop, planned_batches, simpo_trainer
 from simpo.packing.layout import TokenizedComparison
 
 TRAINERS = {"simpo": simpo_trainer, "trl cpo": trl_cpo_trainer, "trl dpo": trl_dpo_trainer, "liger": liger_trainer}
@@ -32,10 +32,10 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
     """Train, measure, and write the :class:`Measurement` to ``output`` as JSON.
 
     Args:
-        entrant: who trains.
-        setting: what and where; :func:`benchmarks.setting.prepare` must have filled its folder.
+        entrant: the trainer to measure.
+        setting: the setting; :func:`benchmarks.setting.prepare` must have filled its folder.
         output: the file to write.
-        products: also time the matrix products alone.
+        products: whether to also time the matrix products on their own.
     """
     torch.set_num_threads(setting.threads)
     measured = load_comparisons(setting)[setting.pairs_per_step :]
@@ -72,12 +72,12 @@ def work(entrant: Entrant, setting: Setting, output: Path, *, products: bool = F
 
 
 def seconds_at_median_pace(seconds: list[float], tokens: list[int]) -> float:
-    """Seconds of all steps at the median time per token, from the ``seconds`` and ``tokens`` of each step."""
+    """Return the total seconds at the median time per token, given the ``seconds`` and ``tokens`` of each step."""
     return median(time / count for time, count in zip(seconds, tokens, strict=True)) * sum(tokens)
 
 
 class Clock(TrainerCallback):
-    """When every optimizer step ended; the first is the warm-up."""
+    """Records when each optimizer step ended, including the warm-up step."""
 
     def __init__(self, setting: Setting) -> None:
         self.device = setting.device
@@ -85,7 +85,7 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Called once an optimizer step."""
+        """Record the end of a step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.ends.append(self.now())
@@ -94,7 +94,7 @@ class Clock(TrainerCallback):
 def _train(
     model: Any, entrant: Entrant, setting: Setting, clock: Clock
 ) -> tuple[list[float], list[list[TokenizedComparison]]]:
-    """Losses of all steps, and the comparisons of every micro-batch of the measured ones."""
+    """Train; return the losses of all steps and the comparisons in each micro-batch of the measured steps."""
     if entrant.kind == "loop":
         loop = Loop(model, entrant, setting)
         loop.run(clock.on_step_end)
@@ -112,7 +112,7 @@ def _train(
 
 
 def _forwards(batches: list[list[TokenizedComparison]], entrant: Entrant) -> list[Forward]:
-    """What each micro-batch computes; TRL's DPO makes the logits in chunks, twice."""
+    """Describe the work of each micro-batch; TRL's DPO computes the logits in chunks, twice."""
     if entrant.kind == "loop" or entrant.path == "auto":
         return [packed_forward(batch) for batch in batches]
     everywhere = entrant.kind in ("trl cpo", "liger") or (entrant.kind == "trl dpo" and not _scores_only_responses())
@@ -121,12 +121,12 @@ def _forwards(batches: list[list[TokenizedComparison]], entrant: Entrant) -> lis
 
 
 def _scores_only_responses() -> bool:
-    """Whether TRL's chunked output layer leaves out the prompts, which it does where Triton runs."""
+    """Whether TRL's chunked output layer skips prompt tokens, which it does wherever Triton runs."""
     return torch.cuda.is_available()
 
 
 def _with_reference(forwards: list[Forward], entrant: Entrant, shape: Shape) -> int:
-    """Operations of all ``forwards``; of a live reference, forward only."""
+    """Return the FLOPs of all ``forwards``, plus one extra forward pass each for a live reference."""
     total = sum(forward.visible_flops(shape) for forward in forwards)
     if entrant.objective == "dpo" and not entrant.precomputed:
         total += sum(replace(forward, recomputed=0).visible_flops(shape) for forward in forwards) // 3
@@ -136,5 +136,5 @@ def _with_reference(forwards: list[Forward], entrant: Entrant, shape: Shape) -> 
 if __name__ == "__main__":
     order = json.loads(sys.argv[1])
     import_peer(order["entrant"]["kind"])
-    sys.stdin.readline()  # its turn
+    sys.stdin.readline()  # wait for its turn
     work(Entrant(**order["entrant"]), Setting(**order["setting"]), Path(order["output"]), products=order["products"])

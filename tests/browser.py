@@ -29,7 +29,7 @@ _KEYS = {
 
 
 def chromium() -> str:
-    """The path of the browser; skips the test where there is none."""
+    """Return the path of the browser; skip the test if there is none."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
         pytest.skip("needs Chromium (Debian package chromium)")
@@ -37,17 +37,17 @@ def chromium() -> str:
 
 
 class Browser:
-    """A browser process; a context manager.
+    """A browser process; use it as a context manager.
 
     Attributes:
         pages: the open pages.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Start it with its profile in ``folder``."""
+        """Start the browser with its profile in ``folder``."""
         to_browser, commands = os.pipe()
         events, from_browser = os.pipe()
-        # The protocol's descriptors are 3 (commands) and 4 (events); the shell moves ours there.
+        # The protocol uses descriptors 3 (commands) and 4 (events); the shell moves our pipes there.
         script = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$0" "$@"'
         options = [
             "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
@@ -71,7 +71,7 @@ class Browser:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._commands)  # the browser ends itself when nobody drives it any longer
+        os.close(self._commands)  # the browser exits when its pipe is closed
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -80,7 +80,7 @@ class Browser:
         os.close(self._events)
 
     def open(self, url: str, *, width: int = 1400, height: int = 900, dark: bool = False) -> Page:
-        """A new page of this size, with the console and all requests recorded from the start."""
+        """Open a page of this size, recording the console and all requests from the start."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session)
@@ -92,7 +92,7 @@ class Browser:
         return page
 
     def send(self, method: str, *, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """A command's result."""
+        """Send a command and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         os.write(self._commands, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
@@ -105,7 +105,7 @@ class Browser:
                 return found["result"]
 
     def _receive(self, deadline: float) -> dict[str, Any]:
-        """The next message; events are noted at their page."""
+        """Return the next message; events are recorded on their page."""
         while b"\0" not in self._buffer:
             if not select.select([self._events], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise TimeoutError("the browser does not answer")
@@ -119,12 +119,12 @@ class Browser:
 
 
 class Page:
-    """One page of a browser.
+    """A page in a browser.
 
     Attributes:
-        session: its id in the protocol.
-        complaints: errors and warnings of the console, uncaught exceptions, and failed or blocked requests.
-        requests: the URLs that it requested.
+        session: the page's session id in the protocol.
+        complaints: console errors and warnings, uncaught exceptions, and failed or blocked requests.
+        requests: the URLs the page requested.
     """
 
     def __init__(self, browser: Browser, session: str) -> None:
@@ -134,7 +134,7 @@ class Page:
         self.requests: list[str] = []
 
     def note(self, event: dict[str, Any]) -> None:
-        """Note an event of the protocol."""
+        """Record an event of the protocol."""
         method, given = event.get("method"), event.get("params", {})
         if method == "Runtime.consoleAPICalled" and given["type"] in ("error", "warning", "assert"):
             self.complaints.append(str(given["args"]))
@@ -146,7 +146,7 @@ class Page:
             self.requests.append(given["request"]["url"])
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result."""
+        """Send a command for this page and return its result."""
         return self._browser.send(method, session=self.session, **parameters)
 
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
@@ -158,17 +158,17 @@ class Page:
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; promises are awaited."""
+        """Return the value of a JavaScript expression; promises are awaited."""
         found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise RuntimeError(f"{expression}: {found['exceptionDetails']}")
         return found["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """The value of an expression as soon as it is true."""
+        """Wait until an expression is true and return its value."""
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
-            with suppress(RuntimeError):  # the page is not there yet
+            with suppress(RuntimeError):  # the page is not loaded yet
                 if found := self.evaluate(expression):
                     return found
             time.sleep(0.02)
@@ -182,9 +182,9 @@ class Page:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def type(self, text: str) -> None:
-        """Write text where the focus is."""
+        """Type text at the focus."""
         self.send("Input.insertText", text=text)
 
     def screenshot(self, path: Path) -> None:
-        """Save what is visible as PNG."""
+        """Save the visible part of the page as PNG."""
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))

@@ -1,4 +1,4 @@
-"""Tiny random models, random comparisons, and the naive log-probabilities that everything is compared with."""
+"""Tiny random models, random comparisons, and the naive log-probabilities used as a reference."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ import simpo.packing.selfcheck  # noqa: F401 - see float64_everywhere
 from simpo.packing.layout import TokenizedComparison
 from simpo.world.pairs import make_tokenizer
 
-# Started in the background, as some CI systems do, the tests and the processes that they start would ignore Ctrl-C.
+# If started in the background, as in some CI systems, the tests and their child processes would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny, and the tests run in several processes
 
 
 def pytest_collection_finish():
-    """accelerate collects garbage after every training, which would look at all modules for longer than it trains."""
+    """Freeze the garbage collector: accelerate's collection after every run would otherwise dominate training time."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no core waits for one of them at the end."""
+    """Run files with slow tests first, so that no core waits for one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run in one process, which makes its fixtures once, and files start in their order above."""
+    """Run each file in one process, so that its fixtures are built once, and start files in the order above."""
     from xdist.scheduler import LoadScopeScheduling
 
     config.option.loadscopereorder = False
@@ -79,9 +79,9 @@ _CONFIGS = {
             "head_dim": 8,
             "sliding_window": 6,
             "query_pre_attn_scalar": 8,
-            "attn_logit_softcapping": 2.0,  # low enough to be felt by random weights
+            "attn_logit_softcapping": 2.0,  # low enough to matter with random weights
             "final_logit_softcapping": 5.0,
-            "attn_implementation": "eager",  # sdpa leaves the softcap out
+            "attn_implementation": "eager",  # sdpa ignores the softcap
         },
     ),
     "gemma3": (
@@ -89,7 +89,7 @@ _CONFIGS = {
         _SIZES | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _MIXED},
     ),
     "phi3": (hf.Phi3Config, _SIZES),
-    "opt": (  # facebook/opt-350m: projections around the layers, and norms after them
+    "opt": (  # like facebook/opt-350m: projections around the layers, and norms after them
         hf.OPTConfig,
         _without("intermediate_size", "num_key_value_heads")
         | {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
@@ -121,8 +121,8 @@ _CONFIGS = {
 def make_model():
     """``make_model(name, dtype, **changes)``: a tiny random model in training mode without dropout.
 
-    All parameters are random, biases and norms too, so that one that is left out shows. ``kind`` makes a subclass,
-    ``dropout`` sets every probability of dropout that the configuration has.
+    All parameters are random, including biases and norms, so that leaving one out is noticed. ``kind`` is a subclass,
+    and ``dropout`` sets every dropout probability in the configuration.
     """
 
     def make(name: str, dtype=torch.float64, *, kind=None, std: float = 0.3, dropout: float = 0.0, **changes):
@@ -148,7 +148,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def random_comparisons():
-    """``random_comparisons((prompt, (response, ...)), ...)``: comparisons of these lengths."""
+    """``random_comparisons((prompt, (response, ...)), ...)``: random comparisons with these lengths."""
 
     def make(*shapes: tuple[int, tuple[int, ...]], seed: int = 0) -> list[TokenizedComparison]:
         generator = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def random_comparisons():
 
 @pytest.fixture(scope="session")
 def comparisons(random_comparisons) -> list[TokenizedComparison]:
-    """K = 2 and K = 3, a prompt of one token, responses of one token, and parts longer than a window."""
+    """Comparisons with 2 and 3 responses, one-token prompts and responses, and parts longer than a window."""
     return random_comparisons((11, (7, 19)), (1, (1, 4, 2)), (23, (9, 1)), (2, (1, 1)))
 
 
@@ -171,7 +171,7 @@ def comparisons(random_comparisons) -> list[TokenizedComparison]:
 def naive_logprobs():
     """``naive_logprobs(model, comparisons)``: the scored tokens' log-probabilities, ``[S]``, by the definition.
 
-    The model's own forward, one sequence at a time, with all logits.
+    Uses the model's own forward, one sequence at a time, with all logits.
     """
 
     def naive(model, comparisons: list[TokenizedComparison]) -> Tensor:
@@ -189,13 +189,13 @@ def naive_logprobs():
 
 @pytest.fixture
 def float64_everywhere(monkeypatch):
-    """Make the fp32 islands of transformers' models float64.
+    """Make transformers upcast to float64 wherever it hard-codes fp32.
 
-    Norms, softmaxes and routers upcast to a hard-coded fp32, also in a float64 model, so that two exact computations of
-    the same thing differ by 1e-7. What upcasts to fp32 upcasts to float64 here, on both sides of a comparison.
+    Norms, softmaxes and routers upcast to fp32 even in a float64 model, so two exact computations of the same value
+    may differ by 1e-7. With this fixture, both sides of a comparison upcast to float64 instead.
     """
     for config_class, _ in _CONFIGS.values():
-        hf.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # import what names these types in defaults before they change
+        hf.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # import modules with these dtypes as defaults before they change
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
@@ -205,7 +205,7 @@ def float64_everywhere(monkeypatch):
 def chat_world(tmp_path_factory):
     """A folder with a tiny chat ``model`` that has dropout, and data for it.
 
-    ``train.jsonl`` has 24 pairs, ``test.jsonl`` 8, and ``sft.jsonl`` the preferred answers of the 24.
+    ``train.jsonl`` has 24 pairs, ``test.jsonl`` has 8, and ``sft.jsonl`` has the preferred answers of the 24.
     """
     folder = tmp_path_factory.mktemp("chat")
     rows = [
@@ -229,7 +229,7 @@ def chat_world(tmp_path_factory):
 
 @pytest.fixture
 def make_disk(tmp_path):
-    """``make_disk("256k")``: a folder on a disk of its own with so much room."""
+    """``make_disk("256k")``: a folder on a separate disk of that size."""
     folders = []
 
     def make(size: str) -> Path:

@@ -1,4 +1,4 @@
-"""Processes that are forks of the tests' own, which has imported everything: no import is repeated."""
+"""Child processes forked from the tests' own process, so that no import is repeated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORK = multiprocessing.get_context("fork")
 
 
 class Ended(NamedTuple):
-    """The exit codes of all ranks, and their output, one rank's after the other's."""
+    """The exit codes of all ranks, and their output, rank by rank."""
 
     codes: list[int]
     stdout: str
@@ -38,11 +38,11 @@ def run_ranks(
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> Ended:
-    """Call ``function(*arguments)`` on every rank, with the environment that ``torchrun`` gives several ranks.
+    """Call ``function(*arguments)`` on every rank, with the environment variables that ``torchrun`` sets.
 
-    What it returns is the rank's exit code. When one rank fails, the others are soon terminated, as by ``torchrun``;
-    ranks that wait for each other forever are a ``TimeoutError``.
-    ``folder`` gets the ranks' output and their cache of data sets.
+    The function's return value is the rank's exit code. If one rank fails, the others are soon terminated, as with
+    ``torchrun``; ranks that wait for each other forever raise ``TimeoutError``.
+    ``folder`` receives the ranks' output and their dataset cache.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
@@ -63,9 +63,9 @@ def run_ranks(
 
 
 def use_own_locks() -> None:
-    """Give this fork its own locks of progress bars, of every kind.
+    """Give this fork its own progress bar locks, of every kind.
 
-    tqdm's are shared by all forks, and one that was killed may hold them forever.
+    tqdm's locks are shared by all forks, and a killed fork may hold them forever.
     """
     kinds: list[type[tqdm]] = [tqdm]
     for kind in kinds:
@@ -74,7 +74,7 @@ def use_own_locks() -> None:
 
 
 def _run(variables: dict[str, str], cache: Path, files: list[Path], function: Callable, arguments: tuple) -> None:
-    """One rank; it skips the end of the interpreter, where some versions of torch abort."""
+    """Run one rank, skipping interpreter shutdown, in which some versions of torch abort."""
     use_own_locks()
     os.environ |= variables
     datasets.config.HF_DATASETS_CACHE = cache
@@ -94,7 +94,7 @@ def _run(variables: dict[str, str], cache: Path, files: list[Path], function: Ca
 
 
 def _wait(ranks: list[BaseProcess], timeout: float) -> bool:
-    """Wait until all have ended, or for a while after one has failed; False when some are still there at the end."""
+    """Wait until all have ended, or for a while after one has failed; return False if some are still running."""
     deadline, failed = time.monotonic() + timeout, False
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
         if not failed and any(process.exitcode for process in ranks):

@@ -1,4 +1,4 @@
-"""Parameters of slow tests: ``make test`` takes a sample of them, and ``make soak`` the others."""
+"""Parameters of slow tests: ``make test`` runs a sample, and ``make soak`` the rest."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 
 def sampled(values: Iterable[Any], *, kept: Collection[Any]) -> list[Any]:
-    """All ``values`` for ``pytest.mark.parametrize``, of which ``make test`` takes those in ``kept``.
+    """Return all ``values`` for ``pytest.mark.parametrize``; ``make test`` only runs those in ``kept``.
 
-    A tuple has the values of several parameters.
+    A tuple contains the values for several parameters.
     """
     values = list(values)
     assert kept and all(value in values for value in kept)

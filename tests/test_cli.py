@@ -1,4 +1,4 @@
-"""The command line finds commands by their files and ends mistakes in one line."""
+"""The command line finds commands by their files and turns mistakes into one-line errors."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from simpo.runs.log import LogFile
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
-def test_overview_has_a_line_for_every_command(argv, capsys):
+def test_the_overview_has_a_line_for_every_command(argv, capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"train", "sft", "sample", "chat", "inspect", "demo"} <= set(COMMANDS)
@@ -28,26 +28,26 @@ def test_overview_has_a_line_for_every_command(argv, capsys):
         assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in lines)
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"simpo {simpo.__version__}\n"
 
 
-def test_unknown_command(capsys):
+def test_an_unknown_command_gives_a_one_line_error(capsys):
     assert main(["tain"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "train" in error
 
 
-def test_public_names_are_there():
+def test_public_names_exist():
     for name in simpo.__all__:
         assert getattr(simpo, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = simpo.Nothing
 
 
-def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):
+def test_an_error_cannot_control_the_terminal(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a\x1b]0;owned\x07\nsecond line": 1}) + "\n")
     argv = ["--model_name_or_path", str(tmp_path), "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
@@ -61,19 +61,19 @@ def test_an_error_cannot_steer_the_terminal(tmp_path, capsys):
     ("argv", "library"),
     [(["--help"], "torch"), (["recipe", "--objective=dpo", "--setting=llama3-base"], "accelerate")],
 )
-def test_what_needs_no_slow_library_imports_none(argv, library):
+def test_fast_commands_import_no_slow_library(argv, library):
     code = f"import sys; from simpo.cli import main; assert main({argv}) == 0; assert {library!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_python_minus_m(tmp_path):
+def test_python_minus_m_runs_the_command(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "simpo", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert found.stdout == f"simpo {simpo.__version__}\n"
 
 
-# A notice of a library before the output, and more output than a pipe holds.
+# A library's notice before the output, and more output than fits into a pipe.
 _WRITER = """
 import logging, sys
 import rich.console
@@ -97,7 +97,7 @@ sys.exit(cli.main(["recipe"]))
         "rich.console.Console().print(number)",
     ],
 )
-def test_output_that_nobody_reads_ends_the_command_quietly(write, tmp_path):
+def test_a_closed_output_pipe_ends_the_command_quietly(write, tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(_WRITER.format(write=write))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -108,7 +108,7 @@ def test_output_that_nobody_reads_ends_the_command_quietly(write, tmp_path):
     process.stderr.close()
 
 
-def test_another_broken_pipe_is_no_closed_output(monkeypatch):
+def test_a_different_broken_pipe_is_not_treated_as_closed_output(monkeypatch):
     def recipe(argv):
         raise BrokenPipeError("a worker is gone")
 
@@ -120,8 +120,8 @@ def test_another_broken_pipe_is_no_closed_output(monkeypatch):
             main(["recipe"])
 
 
-def test_what_libraries_report_below_a_warning_is_kept_and_not_shown(tmp_path, capsys):
-    """As with ``log_level: info``."""
+def test_library_messages_below_warnings_are_logged_but_not_shown(tmp_path, capsys):
+    """With ``log_level: info``, for example."""
     library = logging.getLogger("some.library")
     library.propagate = False
     library.setLevel(logging.INFO)
@@ -147,7 +147,7 @@ def test_two_models_keep_their_order():
 @pytest.mark.parametrize(
     "argv", [["MODEL"], ["--model", "MODEL"], ["--model_name_or_path", "MODEL"], ["recipe.yaml", "MODEL"]]
 )
-def test_a_model_of_a_training_command(command, argv, tmp_path, monkeypatch):
+def test_training_commands_accept_a_model_by_position(command, argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-6\n")
     argv = [word.replace("MODEL", "./nowhere") for word in argv]
@@ -164,7 +164,7 @@ def test_a_model_of_a_training_command(command, argv, tmp_path, monkeypatch):
         (["--log_level", "false"], "--log_level: 'false' is not one of detail, debug, info"),
     ],
 )
-def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
+def test_mistakes_give_a_one_line_error(options, message, tmp_path, capsys):
     given = {"--model_name_or_path": "nowhere", "--dataset_name": "rows.jsonl", "--output_dir": str(tmp_path / "out")}
     given |= dict([options])
     assert main(["train", *(text for pair in given.items() for text in pair)]) == 2
@@ -184,7 +184,7 @@ def test_mistakes_end_in_one_line(options, message, tmp_path, capsys):
         (["trian"], "did you mean train?"),
     ],
 )
-def test_data_in_the_place_of_a_model_or_a_recipe_is_named(argv, message, capsys, tmp_path, monkeypatch):
+def test_data_in_place_of_a_model_or_recipe_is_reported(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     assert main(argv) == 2
@@ -200,14 +200,14 @@ def test_data_in_the_place_of_a_model_or_a_recipe_is_named(argv, message, capsys
         (MemoryError("unable to allocate 9 GiB"), "unable to allocate 9 GiB"),
     ],
 )
-def test_what_the_machine_refuses_is_one_line(error, shown, monkeypatch, capsys):
+def test_system_errors_give_one_line(error, shown, monkeypatch, capsys):
     monkeypatch.setattr(commands, "_run", lambda arguments: (_ for _ in ()).throw(error))
     assert main(["train"]) == 2
     printed = capsys.readouterr().err
     assert shown in printed and printed.count("\n") == 1 and len(printed) < 200
 
 
-def test_a_bug_keeps_its_traceback_and_no_secret(monkeypatch, capsys):
+def test_a_bug_keeps_its_traceback_but_no_secret(monkeypatch, capsys):
     monkeypatch.setenv("SOME_API_KEY", "not-for-anybody")
     monkeypatch.setattr(commands, "_run", lambda arguments: {}["\x1b[31mnot-for-anybody"])
     assert main(["train"]) == 1

@@ -1,4 +1,4 @@
-"""The packages that are published: complete, and the wheel runs without the rest of the repository."""
+"""The published packages are complete, and the wheel works without the rest of the repository."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wheel(built) -> zipfile.ZipFile:
 
 
 def _files(folder: Path) -> set[str]:
-    """Paths relative to the root of all files that belong to the repository."""
+    """Return the paths, relative to the root, of all files that belong to the repository."""
     return {
         path.relative_to(_ROOT).as_posix()
         for path in folder.rglob("*")
@@ -44,7 +44,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel):
     assert {f"src/{name}" for name in inside} == _files(_ROOT / "src/simpo")
 
 
-def test_the_wheel_names_its_command_and_what_it_needs(wheel):
+def test_the_wheel_declares_its_command_and_requirements(wheel):
     (entry_points,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
     assert "simpo = simpo.cli:main" in wheel.read(entry_points).decode().splitlines()
     (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
@@ -53,7 +53,7 @@ def test_the_wheel_names_its_command_and_what_it_needs(wheel):
     assert any(need.startswith("torch") for need in fields.get_all("Requires-Dist"))
 
 
-def test_the_sdist_has_what_the_wheel_is_built_from(built):
+def test_the_sdist_has_everything_the_wheel_is_built_from(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as sdist:
         inside = {name.partition("/")[2] for name in sdist.getnames()}
@@ -61,7 +61,7 @@ def test_the_sdist_has_what_the_wheel_is_built_from(built):
     assert not {name for name in inside if name.startswith((".venv", "runs/", "outputs/"))}
 
 
-def test_the_wheel_runs_by_itself(wheel, tmp_path):
+def test_the_wheel_works_on_its_own(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     code = "import simpo, sys; print(simpo.__file__); from simpo.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -1,10 +1,10 @@
-"""Real runs, really killed (SIGKILL) and started again: the same bytes as of a run that is left alone.
+"""Real runs, killed with SIGKILL and restarted, end with the same bytes as undisturbed runs.
 
-A run is killed before a change of its folder (a file opened for writing, renamed, cut or removed, a folder made or
-removed) that is drawn from all that it makes, so that every window between two of them is hit: start, first
-checkpoint, rotation, end within an epoch, final scoring, saving, results. ``SIMPO_SOAK_KILLS`` says how often each kind
-of run is killed, every second time at a random moment instead; ``make soak`` asks for twenty. A run that ends before
-it is killed is compared, and the next one begins in a new folder.
+A run is killed just before a random change to its folder (opening a file for writing, renaming, truncating or removing
+a file, creating or removing a folder), so that every window between two changes can be hit: start, first checkpoint,
+rotation, end within an epoch, final scoring, saving, results. ``SIMPO_SOAK_KILLS`` is the number of kills per kind of
+run, every second one at a random time instead; ``make soak`` uses twenty. A run that ends before it is killed is
+compared, and the next one starts in a new folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS += ["sft", "dpo", "reward", "loop", "accumulation", "lora", "sweep", "onli
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, tmp_path, monkeypatch):
+def test_a_killed_and_restarted_run_ends_with_the_same_bytes(kind, chat_world, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     seed = int(os.environ.get("SIMPO_SOAK_SEED", random.randrange(1 << 30)))
     moments = random.Random(seed)
@@ -40,11 +40,11 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(kind, chat_world, 
     takes, expected = time.monotonic() - begun, result_of(alone)
     argv = command_of(chat_world, kind, output)
     killed: list[dict[str, float]] = []
-    since: list[dict[str, float]] = []  # kills of the run that is not finished yet
+    since: list[dict[str, float]] = []  # kills of the run in progress
     while len(killed) < KILLS or since:
         moment = {}
         if len(killed) < KILLS:
-            # A run that continues has fewer changes left.
+            # A continued run makes fewer changes.
             left = changes if not since else max(1, changes // 2)
             moment = (
                 {"kill_after": moments.uniform(0, takes)} if len(killed) % 2 else {"kill_at": moments.randint(1, left)}

@@ -21,22 +21,22 @@ from simpo.statistics import (
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (7, 20), (20, 20), (263, 500)])
-def test_proportion_agrees_with_scipy(successes, n):
+def test_proportion_interval_agrees_with_scipy(successes, n):
     expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     interval = proportion_interval(successes, n)
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert 0 <= interval.low <= interval.value <= interval.high <= 1
 
 
-def test_proportion_published_value():
+def test_proportion_interval_equals_a_published_value():
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 81 of 263.
     interval = proportion_interval(81, 263)
     assert (round(interval.low, 4), round(interval.high, 4)) == (0.2553, 0.3662)
     assert (interval.n, interval.method) == (263, "Wilson 95%")
 
 
-def test_proportion_solves_the_score_equation():
-    # The definition: at a bound p0, the estimate lies 1.96 of p0's own standard errors away.
+def test_proportion_interval_solves_the_score_equation():
+    # By definition, the estimate is 1.96 standard errors away from a bound p0, with p0's own standard error.
     interval = proportion_interval(13, 40)
     for bound in (interval.low, interval.high):
         z = abs(interval.value - bound) / np.sqrt(bound * (1 - bound) / 40)
@@ -44,8 +44,8 @@ def test_proportion_solves_the_score_equation():
 
 
 @pytest.mark.parametrize(("successes", "n"), [(1, 20), (7, 20), (19, 20), (263, 500)])
-def test_shares_of_zero_and_one_have_wilsons_interval(successes, n):
-    """With Student's quantile and variance, which are those of n - 1 trials."""
+def test_shares_of_zeros_and_ones_have_wilson_intervals(successes, n):
+    """With Student's t quantile, and a variance for n - 1 trials."""
     found = share_interval([1.0] * successes + [0.0] * (n - successes))
     share, z = successes / n, stats.t.ppf(0.975, n - 1)
     for bound in (found.low, found.high):  # the score equation
@@ -66,7 +66,7 @@ def test_shares_stay_between_0_and_1_where_the_symmetric_interval_does_not():
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.5, 0.95])
-def test_shares_coverage(chance):
+def test_coverage_for_shares(chance):
     n = 40
     intervals = [share_interval([1.0] * k + [0.0] * (n - k)) for k in range(1, n)]
     weights = stats.binom.pmf(np.arange(1, n), n, chance)
@@ -75,7 +75,7 @@ def test_shares_coverage(chance):
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.5, 0.8])
-def test_proportion_coverage(chance):
+def test_coverage_for_proportions(chance):
     n = 60
     intervals = [proportion_interval(k, n) for k in range(n + 1)]
     weights = stats.binom.pmf(np.arange(n + 1), n, chance)
@@ -84,12 +84,12 @@ def test_proportion_coverage(chance):
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
-def test_proportion_refuses_impossible_counts(successes, n):
+def test_impossible_counts_are_rejected(successes, n):
     with pytest.raises(ValueError, match="not a proportion"):
         proportion_interval(successes, n)
 
 
-def test_mean_agrees_with_scipy():
+def test_mean_interval_agrees_with_scipy():
     values = np.random.default_rng(0).normal(3.0, 2.0, size=17)
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     interval = mean_interval(values)
@@ -97,20 +97,20 @@ def test_mean_agrees_with_scipy():
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
 
-def test_mean_closed_form():
-    # Student's t at 2 degrees of freedom has the quantile (2p - 1) sqrt(2 / (4 p (1 - p))): 4.3027.
+def test_mean_interval_equals_its_closed_form():
+    # Student's t with 2 degrees of freedom has the quantile (2p - 1) sqrt(2 / (4 p (1 - p))): 4.3027.
     quantile = 0.95 * np.sqrt(2 / (4 * 0.975 * 0.025))
     interval = mean_interval([1.0, 2.0, 3.0])
     assert interval.high - interval.value == pytest.approx(quantile / np.sqrt(3), rel=1e-9)
 
 
-def test_mean_coverage():
+def test_coverage_for_means():
     samples = np.random.default_rng(1).normal(size=(4000, 5))
     covered = np.mean([i.low <= 0 <= i.high for i in map(mean_interval, samples)])
     assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 4000)
 
 
-def test_mean_of_one_value_has_no_bounds():
+def test_the_mean_of_one_value_has_no_bounds():
     interval = mean_interval([2.5])
     assert (interval.value, interval.low, interval.high, interval.n) == (2.5, None, None, 1)
     undefined = mean_interval([np.nan])
@@ -118,7 +118,7 @@ def test_mean_of_one_value_has_no_bounds():
 
 
 @pytest.mark.parametrize("values", [[], [[1.0, 2.0]]])
-def test_mean_refuses_other_shapes(values):
+def test_mean_rejects_other_shapes(values):
     with pytest.raises(ValueError, match="at least one value"):
         mean_interval(values)
 
@@ -130,23 +130,23 @@ def _outcomes(gained, lost, kept=3, failed=2):
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 1), (1, 0), (3, 3), (7, 2), (2, 7), (10, 0)])
-def test_mcnemar_is_the_count_of_equally_likely_outcomes(gained, lost):
+def test_mcnemar_counts_equally_likely_outcomes(gained, lost):
     tosses = list(itertools.product((0, 1), repeat=gained + lost))
     expected = sum(sum(toss) >= gained for toss in tosses) / len(tosses)
     assert mcnemar(*_outcomes(gained, lost)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_mcnemar_agrees_with_scipy_on_many_items():
+def test_mcnemar_agrees_with_scipy_for_many_items():
     expected = stats.binomtest(130, 230, alternative="greater").pvalue
     assert mcnemar(*_outcomes(130, 100, kept=500, failed=500)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_without_a_change_says_nothing():
+def test_mcnemar_without_changes_has_a_p_value_of_1():
     assert mcnemar(*_outcomes(0, 0)) == 1.0
     assert mcnemar(np.array([], dtype=bool), np.array([], dtype=bool)) == 1.0
 
 
-def test_mcnemar_does_not_cry_wolf():
+def test_mcnemar_controls_false_positives():
     generator = np.random.default_rng(2)
     p = [mcnemar(*(generator.random((2, 200)) < 0.6)) for _ in range(2000)]
     assert np.mean(np.array(p) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
@@ -156,20 +156,20 @@ def test_mcnemar_does_not_cry_wolf():
     ("before", "after"),
     [([True, False], [True]), ([[True]], [[True]]), ([0.2, 0.7], [True, False]), ([True], [1])],
 )
-def test_mcnemar_refuses_other_arrays(before, after):
+def test_mcnemar_rejects_other_arrays(before, after):
     with pytest.raises(ValueError, match="boolean"):
         mcnemar(before, after)
 
 
-def test_weighted_mean_of_equal_weights_is_the_mean():
+def test_weighted_mean_with_equal_weights_is_the_mean():
     values = np.random.default_rng(0).normal(size=40)
     found, plain = mean_interval(values, np.full(40, 3.0)), mean_interval(values)
     assert found.value == pytest.approx(plain.value)
     assert (found.low, found.high) == (pytest.approx(plain.low), pytest.approx(plain.high))
 
 
-def test_weighted_mean_covers_the_truth():
-    """A share over words of sentences whose words agree with one another: 95% of the intervals hold the true share."""
+def test_weighted_mean_has_its_coverage():
+    """For a share of words whose values are correlated within sentences, 95% of the intervals contain the truth."""
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(400):
@@ -181,7 +181,7 @@ def test_weighted_mean_covers_the_truth():
 
 
 @pytest.mark.parametrize(("values", "weights"), [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])])
-def test_weighted_mean_needs_a_weight_for_each_value(values, weights):
+def test_weighted_mean_needs_one_weight_per_value(values, weights):
     with pytest.raises(ValueError, match="one weight for each value"):
         mean_interval(values, weights)
 
@@ -201,8 +201,8 @@ def test_bootstrap_of_a_mean_agrees_with_scipy():
     assert bootstrap_interval(sums, ratio, seed=1, resamples=20_000) != found
 
 
-def test_bootstrap_draws_items_whole():
-    """The bootstrap of a ratio by its definition: each draw takes whole items."""
+def test_bootstrap_resamples_whole_items():
+    """The bootstrap of a ratio by its definition: every resample draws whole items."""
     sums = np.random.default_rng(0).random((20, 2))
     rng = np.random.default_rng(7)
     figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(300)]
@@ -211,8 +211,8 @@ def test_bootstrap_draws_items_whole():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025, 0.975])), rel=1e-12)
 
 
-def test_bootstrap_of_a_family_holds_together():
-    """Bonferroni by its definition; with 95%, all of six means of normal values are in their intervals."""
+def test_bootstrap_of_a_family_holds_jointly():
+    """Bonferroni by its definition; in 95% of cases all six means of normal values are inside their intervals."""
     sums = np.random.default_rng(0).random((20, 2))
     rng = np.random.default_rng(7)
     figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(6 * 300)]
@@ -225,14 +225,14 @@ def test_bootstrap_of_a_family_holds_together():
     assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.1)
 
 
-def test_bootstrap_in_parts_is_the_same(monkeypatch):
+def test_bootstrap_in_parts_gives_the_same_interval(monkeypatch):
     sums = np.random.default_rng(0).random((20, 2))
     whole = bootstrap_interval(sums, ratio, seed=7, resamples=300)
     monkeypatch.setattr(statistics, "_MAX_DRAWS", 170)  # eight resamples
     assert bootstrap_interval(sums, ratio, seed=7, resamples=300) == whole
 
 
-def test_bootstrap_says_nothing_of_items_that_are_alike():
+def test_bootstrap_of_identical_items_has_no_interval():
     found = bootstrap_interval(np.ones((9, 2)), ratio, seed=0)
     assert (found.value, found.low, found.high, found.n) == (1.0, None, None, 9)
     with pytest.raises(ValueError, match="at least one item"):
@@ -240,11 +240,11 @@ def test_bootstrap_says_nothing_of_items_that_are_alike():
 
 
 def test_kappa_of_a_worked_example():
-    # Two readers of 50 proposals: both yes 20, both no 15; 0.7 agreed, 0.5 by chance.
+    # Two readers of 50 proposals: both yes 20, both no 15; observed agreement 0.7, chance agreement 0.5.
     assert cohen_kappa(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4, rel=1e-12)
 
 
-def test_kappa_by_its_definition():
+def test_kappa_matches_its_definition():
     rng = np.random.default_rng(0)
     first = rng.integers(0, 3, 200)
     second = np.where(rng.random(200) < 0.6, first, rng.integers(0, 3, 200))
@@ -256,7 +256,7 @@ def test_kappa_by_its_definition():
     assert cohen_kappa(np.stack([table, 7 * table, table.T])) == pytest.approx([kappa] * 3, rel=1e-12)
 
 
-def test_kappa_at_its_ends():
+def test_extreme_values_of_kappa():
     assert cohen_kappa(np.diag([3, 4, 5])) == 1
     assert cohen_kappa(np.outer([0.2, 0.8], [0.6, 0.4])) == pytest.approx(0, abs=1e-15)
     assert cohen_kappa(np.array([[0, 5], [5, 0]])) == -1
@@ -264,7 +264,7 @@ def test_kappa_at_its_ends():
 
 
 def _counts(*raters: str) -> np.ndarray:
-    """How often each category occurs for each unit; a dot is a missing rating."""
+    """Return how often each category occurs per unit; a dot is a missing rating."""
     categories = sorted({rating for row in raters for rating in row} - {"."})
     return np.array([[unit.count(category) for category in categories] for unit in zip(*raters, strict=True)])
 
@@ -278,11 +278,11 @@ def _counts(*raters: str) -> np.ndarray:
         (("123321412...", "1233224125.3", ".3332342251.", "12332441251."), 0.743),
     ],
 )
-def test_alpha_of_published_examples(raters, published):
+def test_alpha_equals_published_examples(raters, published):
     assert krippendorff_alpha(krippendorff_terms(_counts(*raters)).sum(0)) == pytest.approx(published, abs=5e-4)
 
 
-def test_alpha_by_its_definition():
+def test_alpha_matches_its_definition():
     rng = np.random.default_rng(0)
     ratings = np.where(rng.random((5, 30)) < 0.4, -1, rng.integers(0, 3, (5, 30)))  # -1 is missing
     ratings[:, 0], ratings[1:, 1] = -1, -1
@@ -301,13 +301,13 @@ def test_alpha_by_its_definition():
     assert krippendorff_alpha(np.stack([sums, sums])).shape == (2,)
 
 
-def test_alpha_at_its_ends():
+def test_extreme_values_of_alpha():
     assert krippendorff_alpha(krippendorff_terms(np.diag([2, 3, 4])).sum(0)) == 1
     assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[2, 0], [3, 0]])).sum(0)))
     assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[1, 0], [0, 1]])).sum(0)))
 
 
-def test_spearman_is_scipys_and_its_interval_covers():
+def test_spearman_agrees_with_scipy_and_its_interval_has_its_coverage():
     rng = np.random.default_rng(0)
     x = rng.integers(0, 5, 200)
     y = x + rng.normal(0, 3, 200)

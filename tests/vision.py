@@ -1,4 +1,4 @@
-"""Tiny vision-language models of random weights with their own processors, which need no file and no download."""
+"""Tiny vision-language models with random weights and their own processors, without files or downloads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TURNS = (
 
 
 class ImageOnlyQwenProcessor(hf.Qwen2_5_VLProcessor):
-    """Qwen's processor without the part for videos, which needs torchvision."""
+    """Qwen's processor without its video part, which needs torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -44,7 +44,7 @@ class ImageOnlyQwenProcessor(hf.Qwen2_5_VLProcessor):
 
 
 def _tokenizer(rendered: str, **named: str) -> hf.PreTrainedTokenizerFast:
-    """A tokenizer whose template writes ``rendered`` for an image, with special tokens that have names."""
+    """Build a tokenizer whose template writes ``rendered`` for an image, with named special tokens."""
     plain = make_tokenizer(_WORDS * 4)
     backend = plain.backend_tokenizer
     backend.add_special_tokens(list(named.values()))
@@ -121,7 +121,7 @@ _QWEN_TOKENS |= {"vision_start_token_id": "vision_start", "vision_end_token_id":
 
 
 class Family(NamedTuple):
-    """A kind of model."""
+    """A kind of vision-language model."""
 
     processor: Callable[[], ProcessorMixin]
     model: type[hf.PreTrainedModel]
@@ -138,7 +138,7 @@ FAMILIES = {
 def make_vision_model(
     name: str, tokenizer: hf.PreTrainedTokenizerFast, dtype=torch.float32, *, kind: type | None = None
 ) -> hf.PreTrainedModel:
-    """A model of random weights, norms and biases included; of class ``kind``, with one label, if it is given."""
+    """Build a model with random weights, norms and biases; ``kind`` selects a model class, with one label."""
     torch.manual_seed(0)
     config = _config(name, tokenizer)
     if kind is not None:
@@ -152,12 +152,12 @@ def make_vision_model(
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture of random pixels."""
+    """Return an image of random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def following(model, inputs, ids: list[int]) -> torch.Tensor:
-    """``[V]`` log-probabilities of the token after ``ids``, which start with those of a processor's ``inputs``."""
+    """Return log-probabilities ``[V]`` of the token after ``ids``, which begin with a processor's ``inputs``."""
     given = {name: tensor for name, tensor in inputs.items() if name not in ("input_ids", "attention_mask")}
     for name in {"token_type_ids", "mm_token_type_ids"} & given.keys():
         given[name] = F.pad(given[name], (0, len(ids) - given[name].shape[1]))

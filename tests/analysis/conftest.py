@@ -15,14 +15,14 @@ from simpo.runs.results import Metric, write_results
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """A browser that the tests of pages share; skips where there is none."""
+    """A browser shared by all page tests, which are skipped without one."""
     chromium()
     with Browser(tmp_path_factory.mktemp("browser")) as started:
         yield started
 
 
 def scores(chosen, rejected, tokens):
-    """Rows of held-out scores of pairs, for SimPO with beta 2."""
+    """Return rows of held-out scores for pairs, for SimPO with beta 2."""
     return [
         {
             "where": f"pairs.jsonl:{row + 1}", "tokens": [int(a), int(b)], "weight": 1.0,
@@ -35,7 +35,7 @@ def scores(chosen, rejected, tokens):
 
 @pytest.fixture(scope="session")
 def make_run():
-    """``make_run(path, texts=..., pairs=..., steps=..., finished=...)``: the folder of a training on random numbers."""
+    """``make_run(path, texts=..., pairs=..., steps=..., finished=...)``: a training run folder with random numbers."""
 
     def make(path, *, texts=("A good answer.", "A bad one."), pairs=60, steps=20, finished=True, **settings):
         rng = np.random.default_rng(0)
@@ -90,5 +90,5 @@ def make_run():
 
 @pytest.fixture
 def rows_of():
-    """The rows of a file of JSON lines."""
+    """Return a function that reads the rows of a JSON lines file."""
     return lambda path: [json.loads(line) for line in path.read_text().splitlines()]

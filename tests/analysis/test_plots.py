@@ -1,4 +1,4 @@
-"""Plots are real PNG files with ink where the data is."""
+"""Plots are valid PNG files with ink where the data is."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from simpo.statistics import Interval
 
 
 def ink(path) -> float:
-    """Share of pixels that are not white."""
+    """Return the share of pixels that are not white."""
     pixels = matplotlib.image.imread(path)[..., :3]
     return float((pixels < 0.99).any(axis=-1).mean())
 
 
-def test_training_curves(tmp_path):
+def test_training_curves_are_drawn(tmp_path):
     logs = [{"step": step, "loss": 1 / step, "rewards/margins": step} for step in range(1, 30)]
     plot_training(tmp_path / "empty.png", [], {"loss": "loss", "rewards/margins": "margin"}, "A run")
     logs += [{"step": 29, "eval_loss": 0.1, "eval_rewards/margins": 20}]
@@ -26,14 +26,14 @@ def test_training_curves(tmp_path):
 
 
 @pytest.mark.parametrize("bounds", [(0.4, 0.6), (None, None)])
-def test_rates(bounds, tmp_path):
+def test_rates_are_drawn(bounds, tmp_path):
     share = Interval(0.5, *bounds, 10, "Student t 95%")
     plot_rates(tmp_path / "rates.png", {"win rate": {"SFT": share, "SimPO": share}}, "Models", even="win rate")
     pixels = (matplotlib.image.imread(tmp_path / "rates.png")[..., :3] * 255).round().astype(int)
     colors = {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)}
-    assert {(230, 159, 0), (0, 114, 178)} <= colors  # both models' bars
+    assert {(230, 159, 0), (0, 114, 178)} <= colors  # the bars of both models
 
 
-def test_lengths(tmp_path):
+def test_lengths_are_drawn(tmp_path):
     plot_lengths(tmp_path / "lengths.png", {"SFT": [5, 9, 30], "SimPO": [4, 4, 6]}, "Lengths")
     assert ink(tmp_path / "lengths.png") > 0.05

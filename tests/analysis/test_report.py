@@ -1,4 +1,4 @@
-"""Numbers and texts of a report, against naive computations; and folders that are damaged, unfinished or no runs."""
+"""Numbers and texts in reports against naive computations; and damaged, unfinished and invalid run folders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def data_of(path) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def test_the_headline_is_the_change_of_the_same_rows(make_run, tmp_path, rows_of):
+def test_the_headline_is_the_change_on_the_same_rows(make_run, tmp_path, rows_of):
     run = Run.read(make_run(tmp_path / "run"))
     before, after = (
         np.array([row["rewards/accuracies"] for row in rows_of(tmp_path / f"run/held_out_{stage}.jsonl")])
@@ -55,8 +55,8 @@ def test_the_headline_is_the_change_of_the_same_rows(make_run, tmp_path, rows_of
     assert "12,345" in page and "3 of 70 rows of the train data" in page and run.record.fingerprint in page
 
 
-def test_a_loss_starts_and_changes_as_a_mean_over_tokens(tmp_path):
-    """As the losses next to it; also where the scores after training are missing."""
+def test_losses_are_means_over_tokens(tmp_path):
+    """Consistent with the losses next to them, even if the scores after training are missing."""
     losses, tokens = np.array([[1.0, 3.0, 2.0], [0.5, 1.0, 2.0]]), np.array([1.0, 8.0, 2.0])
     means = (losses @ tokens / tokens.sum()).tolist()
     with RunFolder(tmp_path / "run", command="sft") as run:
@@ -84,8 +84,8 @@ def test_without_a_clear_change_the_verdict_is_open(make_run, tmp_path, rows_of)
     assert "</span>No clear change</p>" in write_report([path]).read_text(encoding="utf-8")
 
 
-def test_rows_stay_together_when_the_two_files_lose_different_ones(make_run, tmp_path, rows_of):
-    """Row 1 is damaged before and row 4 after: neither counts, and examples keep their own margins."""
+def test_rows_stay_matched_if_the_two_files_lose_different_ones(make_run, tmp_path, rows_of):
+    """Row 1 is damaged before training and row 4 after: neither counts, and examples keep their own margins."""
     path, rows = make_run(tmp_path / "run"), {}
     for stage, number in (("before", 1), ("after", 4)):
         file = path / f"held_out_{stage}.jsonl"
@@ -106,7 +106,7 @@ def test_rows_stay_together_when_the_two_files_lose_different_ones(make_run, tmp
     assert all(f"held_out_{stage}.jsonl: 1 of 60 lines" in page for stage in rows)
 
 
-def test_figures_count_what_a_loop_counts(make_run, tmp_path, rows_of):
+def test_counts_match_a_loop(make_run, tmp_path, rows_of):
     run = Run.read(make_run(tmp_path / "run"))
     charts = {chart["title"]: chart for chart in paper_figures(run)}
     rows = rows_of(tmp_path / "run/held_out_after.jsonl")
@@ -132,7 +132,7 @@ def test_figures_count_what_a_loop_counts(make_run, tmp_path, rows_of):
 
 
 def test_rewards_that_are_all_0_rank_nothing(make_run, tmp_path, rows_of):
-    """As a reference model's own: of these figures, only the distribution of margins has them."""
+    """Like a reference model's own rewards; they only appear in the distribution of margins."""
     path = make_run(tmp_path / "run")
     zero = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.0}
     write_lines(path / "held_out_before.jsonl", [row | zero for row in rows_of(path / "held_out_before.jsonl")])
@@ -141,7 +141,7 @@ def test_rewards_that_are_all_0_rank_nothing(make_run, tmp_path, rows_of):
     assert names["Calibration"] == names["Accuracy by length difference"] == ["after"]
 
 
-def test_a_thinned_curve_keeps_every_spike():
+def test_a_downsampled_curve_keeps_every_spike():
     values = np.random.default_rng(0).normal(size=54_321)
     values[17_000], values[40_001] = 99.0, -77.0
     thinned = downsample(list(enumerate(values.tolist())))
@@ -161,15 +161,15 @@ def test_tokens_without_a_finite_log_probability_are_left_out(make_run, tmp_path
     write_report([path])
 
 
-def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
+def test_rounds_are_in_numerical_order(tmp_path):
     names = [f"round-{number}/model/run.json" for number in (10, 9, 2, 1)]
     assert [path.parts[0] for path in sorted(map(Path, names), key=natural_key)] == [
         "round-1", "round-2", "round-9", "round-10",
     ]  # fmt: skip
 
 
-def test_scores_by_the_distance_from_the_start(tmp_path):
-    """Over the root of the logged divergence; a negative estimate is a distance of 0, and none is no point."""
+def test_scores_against_the_distance_from_the_start(tmp_path):
+    """Plotted over the square root of the logged KL: a negative estimate counts as 0, a missing one has no point."""
     logs = [
         {"step": 0, "eval_generations/win_rate": 0.5},
         {"step": 1, "rollout/kl": -0.25, "rollout/reward": 1.0, "rollout/gold": 5.0},
@@ -193,8 +193,8 @@ def test_scores_by_the_distance_from_the_start(tmp_path):
     assert names == [["one", "other"]] * 3
 
 
-def test_rounds_by_the_distance_from_the_start(tmp_path):
-    """Both judges of a loop, with intervals, where the divergence of the round is known."""
+def test_rounds_against_the_distance_from_the_start(tmp_path):
+    """Both judges of a loop with intervals, for rounds with a known KL."""
     with RunFolder(tmp_path / "loop", command="loop") as run:
         run.begin({"seed": 0})
         metrics = [Metric(f"round-{n}/kl", kl) for n, kl in ((1, 2.25), (2, 9.0))]
@@ -226,7 +226,7 @@ def test_a_large_run_makes_a_small_page(make_run, tmp_path):
 
 
 def test_a_run_in_progress_with_damaged_logs(make_run, tmp_path):
-    """A number that is not finite, a line that was cut off, one that is no JSON, and another program's constant."""
+    """A non-finite number, a truncated line, a line that is not JSON, and a constant from another program."""
     path = make_run(tmp_path / "run", finished=False)
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "loss": NaN}\n{"step": 22, "loss": null}\nnonsense\n{"step": 23, "lo')
@@ -235,7 +235,7 @@ def test_a_run_in_progress_with_damaged_logs(make_run, tmp_path):
     assert "2 of 24 lines are damaged" in page and "(NaN or infinite): loss" in page
 
 
-def test_a_report_of_a_run_in_progress_does_not_damage_it(tmp_path):
+def test_a_report_on_a_run_in_progress_does_not_damage_it(tmp_path):
     path = tmp_path / "run"
     with RunFolder(path, command="train") as run:
         run.begin({"seed": 0})
@@ -247,7 +247,7 @@ def test_a_report_of_a_run_in_progress_does_not_damage_it(tmp_path):
     assert find_damage(path) is None
 
 
-def test_several_runs_name_what_differs(make_run, tmp_path):
+def test_a_report_on_several_runs_names_the_differences(make_run, tmp_path):
     one, other = make_run(tmp_path / "a/run"), make_run(tmp_path / "b/run", learning_rate=1e-5)
     page = write_report([one, other], tmp_path / "both.html")
     text = page.read_text(encoding="utf-8")
@@ -260,7 +260,7 @@ def test_several_runs_name_what_differs(make_run, tmp_path):
     assert "different held-out rows" in write_report([one, other], tmp_path / "both.html").read_text()
 
 
-def test_a_sweep_is_told_by_its_best_trial(make_run, tmp_path):
+def test_a_sweep_is_described_by_its_best_trial(make_run, tmp_path):
     path, accuracy = tmp_path / "sweep", "eval_rewards/accuracies"
     with RunFolder(path, command="sweep") as run:
         run.begin({"seed": 0})
@@ -283,7 +283,7 @@ def test_a_sweep_is_told_by_its_best_trial(make_run, tmp_path):
     assert len({(one["run"], one["name"]) for one in loss["series"]}) == 4
 
 
-def test_no_run_and_the_same_run_twice(make_run, tmp_path, capsys):
+def test_folders_without_a_run_and_duplicate_runs_are_rejected(make_run, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     path = make_run(tmp_path / "run")
     for arguments, words in (

@@ -1,4 +1,4 @@
-"""The page of a report in a browser: every chart drawn, no errors, no requests, hostile text as text, accessible."""
+"""A report's page in a browser: every chart drawn, no errors or requests, hostile text shown as text, accessible."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def report(make_run, tmp_path_factory) -> Path:
-    """Of two runs with hostile texts and names."""
+    """A report on two runs with hostile texts and names."""
     folder = tmp_path_factory.mktemp("report")
     runs = [make_run(folder / name, texts=HOSTILE, pairs=40) for name in ("<b>one", "{{7*7}}")]
     return write_report(runs, folder / "report.html")
 
 
 def opened(browser: Browser, report: Path, **size) -> Page:
-    """The page when all of its charts are drawn."""
+    """Open the page and wait until all charts are drawn."""
     page = browser.open(report.as_uri(), **size)
     page.wait("+document.documentElement.dataset.drawn === document.querySelectorAll('[data-chart]').length")
     return page
 
 
 @pytest.mark.parametrize("width, dark", [(1400, False), (1400, True), (380, False), (380, True)])
-def test_it_is_drawn_without_errors_and_without_a_network(browser, report, width, dark):
+def test_the_page_is_drawn_without_errors_or_network(browser, report, width, dark):
     page = opened(browser, report, width=width, dark=dark)
     assert page.evaluate("document.querySelectorAll('.plot svg, .plot canvas').length") > 10
     assert page.complaints == [] and page.requests == [report.as_uri()]
@@ -53,7 +53,7 @@ def test_hostile_text_is_shown_as_text(browser, report):
     assert page.evaluate("[...document.querySelectorAll('.cut')].some(one => one.textContent.startsWith('19'))")
 
 
-def test_examples_are_filtered_and_searched(browser, report):
+def test_examples_can_be_filtered_and_searched(browser, report):
     page = opened(browser, report)
     listed = "document.querySelectorAll('#list article').length"
     assert page.evaluate(listed) == 10
@@ -78,7 +78,7 @@ def test_a_chart_shows_values_and_hides_a_series(browser, report):
     assert "optimizer step: " in page.evaluate("document.querySelector('.plot').innerText")
 
 
-def test_runs_differ_in_color_and_sources_in_width(browser, report):
+def test_runs_differ_in_color_and_sources_in_line_width(browser, report):
     page = opened(browser, report)
     series = page.evaluate(
         "echarts.getInstanceByDom(document.querySelector('.plot')).getOption().series"
@@ -92,7 +92,7 @@ def test_runs_differ_in_color_and_sources_in_width(browser, report):
 
 @pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="axe-core is not installed (see the Makefile)")
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_has_no_serious_accessibility_violations(browser, report, dark):
+def test_the_page_has_no_serious_accessibility_violations(browser, report, dark):
     page = opened(browser, report, dark=dark)
     script = Path(find_spec("axe_playwright_python").submodule_search_locations[0]) / "axe.min.js"
     page.send("Runtime.evaluate", expression=script.read_text(encoding="utf-8"))
@@ -102,8 +102,8 @@ def test_it_has_no_serious_accessibility_violations(browser, report, dark):
     assert [one for one in found if one[0] in ("serious", "critical")] == []
 
 
-def test_on_paper_nothing_is_cut_hidden_or_dark(browser, report):
-    """Printed from dark colors, on a page as wide as A4 without its margins."""
+def test_in_print_nothing_is_cut_hidden_or_dark(browser, report):
+    """Printed from the dark color scheme, on a page as wide as A4 without margins."""
     page = opened(browser, report, width=1400, dark=True)
     page.send("Emulation.setDeviceMetricsOverride", width=717, height=1000, deviceScaleFactor=1, mobile=False)
     page.send("Emulation.setEmulatedMedia", media="print", features=[])

@@ -1,4 +1,4 @@
-"""The benchmarks are no part of the package: they are imported from the repository's root."""
+"""Make the benchmarks importable: they are not part of the package."""
 
 from __future__ import annotations
 

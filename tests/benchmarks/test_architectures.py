@@ -1,4 +1,4 @@
-"""The generated page of architectures, and a sample of its rows computed again."""
+"""The generated page of architectures, and a sample of its rows recomputed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ of_the_tested_version = pytest.mark.skipif(
 
 @of_the_tested_version
 @pytest.mark.parametrize(("name", "path"), SAMPLE.items())
-def test_a_row_is_what_the_page_says(name, path):
+def test_the_page_agrees_with_a_recomputed_row(name, path):
     found = architectures.examine(name)
-    row = architectures.rows_of_page()[name]
+    row = architectures.published_rows()[name]
     assert found.path == path
     assert row.startswith(f"| `{name}` | {path} |")
     if path in ("packed", "cached", "padded"):
@@ -39,8 +39,8 @@ def test_a_row_is_what_the_page_says(name, path):
 
 
 @of_the_tested_version
-def test_the_page_has_every_architecture_and_none_is_wrong():
-    rows = architectures.rows_of_page()
+def test_the_page_lists_every_architecture_within_tolerance():
+    rows = architectures.published_rows()
     assert set(rows) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     for row in rows.values():
         _, path, logprobs, gradients, note = (cell.strip() for cell in row[2:-2].split(" | "))
@@ -51,18 +51,18 @@ def test_the_page_has_every_architecture_and_none_is_wrong():
 
 
 @of_the_tested_version
-def test_named_rows_are_put_into_the_page(tmp_path, monkeypatch, capsys):
+def test_named_rows_are_written_into_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(architectures, "PAGE", tmp_path / "models.md")
     architectures.main(["qwen3", "--write"])
     architectures.main(["fuyu", "--write"])
-    assert list(architectures.rows_of_page()) == ["fuyu", "qwen3"]
+    assert list(architectures.published_rows()) == ["fuyu", "qwen3"]
     assert "1 packed, 0 cached, 0 padded, 0 rejected, 1 not built." in architectures.PAGE.read_text()
     assert capsys.readouterr().out.splitlines() == [
         line for line in reversed(architectures.PAGE.read_text().splitlines()) if line.startswith("| `")
     ]
 
 
-def test_an_unknown_architecture_is_named(capsys):
+def test_an_unknown_architecture_is_reported(capsys):
     with pytest.raises(SystemExit):
         architectures.main(["lama"])
     assert "lama" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The estimate over subsets against all subsets, one by one."""
+"""The best-of-N estimate against an explicit loop over all subsets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.best_of_n import best_of_n, best_of_n_kl
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
-def test_every_subset(n):
+def test_the_estimate_equals_the_mean_over_all_subsets(n):
     rng = np.random.default_rng(n)
     chosen_by, measured_by = rng.normal(size=(4, 7)), rng.normal(size=(4, 7))
     for first, second, found in zip(chosen_by, measured_by, best_of_n(chosen_by, measured_by, n), strict=True):
@@ -18,8 +18,8 @@ def test_every_subset(n):
         assert found == pytest.approx(np.mean(best), rel=1e-12)
 
 
-def test_large_numbers_and_ties():
-    """64 answers have more subsets than a 64-bit integer can count; ties may be broken in any way."""
+def test_large_n_and_ties():
+    """64 answers have more subsets than fit into a 64-bit integer; ties can be broken either way."""
     scores = np.random.default_rng(0).integers(0, 4, size=(3, 64)).astype(float)
     for n in (1, 8, 32, 64):
         expected = [
@@ -30,13 +30,13 @@ def test_large_numbers_and_ties():
 
 
 def _none_above(row, level, n):
-    """Chance that a subset has nothing of at least ``level``."""
+    """Return the probability that no answer in a subset reaches ``level``."""
     below, chance = int((row < level).sum()), 1.0
     for drawn in range(n):
         chance *= max(0, below - drawn) / (len(row) - drawn)
     return chance
 
 
-def test_its_kl():
+def test_the_kl_bound():
     assert best_of_n_kl(1) == 0
     assert best_of_n_kl(64) == pytest.approx(np.log(64) - 63 / 64)

@@ -1,4 +1,4 @@
-"""The fixed points of online training: the expected gradient is 0 there."""
+"""The fixed points of online training are zeros of the expected gradient."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def test_an_answer_space_lists_every_answer_once():
     assert len(set(space.answers)) == 1 + 10 + 100 * 11 and space.shape == (1 + 10 + 100, 11)
     probabilities = space.probabilities(torch.randn(space.shape, dtype=torch.float64))
     assert probabilities.sum() == pytest.approx(1)
-    # the share of answers that begin with a token, by counting
-    means = space.means(torch.zeros(space.shape, dtype=torch.float64), torch.ones(1111, dtype=torch.float64))
-    assert torch.allclose(means, torch.ones_like(means))
+    # given each context and next token, the expectation of 1 is 1
+    logits, ones = torch.zeros(space.shape, dtype=torch.float64), torch.ones(1111, dtype=torch.float64)
+    assert torch.allclose(space.conditional_means(logits, ones), torch.ones_like(logits))
 
 
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_the_expected_gradient_is_0_at_the_fixed_point(estimator, by_length):
-    """Differentiates the expectation over all answers; the advantages are those of GRPO for a large K."""
+    """Differentiates the expectation over all answers, with GRPO's advantages for large K."""
     space = AnswerSpace(5, 3)
     start = torch.randn(space.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     rewards = torch.rand(len(space.answers), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -47,10 +47,10 @@ def test_the_expected_gradient_is_0_at_the_fixed_point(estimator, by_length):
     assert gradient(start) > 1e-2
 
 
-def test_expected_group_advantages_are_those_of_sampled_groups():
+def test_expected_group_advantages_match_enumerated_groups():
     rewards, k = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 4
     probabilities = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    groups = torch.cartesian_prod(*[torch.arange(3)] * (k - 1))  # the others, every possibility
+    groups = torch.cartesian_prod(*[torch.arange(3)] * (k - 1))  # all possible values of the other answers
     weights = probabilities[groups].prod(1)
     expected = []
     for own in rewards:
@@ -60,6 +60,6 @@ def test_expected_group_advantages_are_those_of_sampled_groups():
     assert torch.allclose(found, torch.stack(expected), atol=0.02)
 
 
-def test_on_exact_expectations_a_network_ends_at_the_fixed_point():
-    found = measure("reinforce, k2 in the loss", 2.0, Task(tokens=11, longest=3), answers=0, steps=60, exact=True)
+def test_trained_on_exact_expectations_a_network_reaches_the_fixed_point():
+    found = measure("reinforce, k2 in the loss", 2.0, Task(tokens=11, max_length=3), answers=0, steps=60, exact=True)
     assert found["start"] > 0.1 and found["trained"] < 0.05

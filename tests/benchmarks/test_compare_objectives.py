@@ -1,4 +1,4 @@
-"""The table of all objectives: what is measured agrees with the models, rows are tuned, and measurements are kept."""
+"""The comparison of objectives: correct metrics, tuning, and stored measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from benchmarks.compare_objectives import MODIFIED, Tuned, clustered_mean, fitting, report, rows_of_the_table, tuned
+from benchmarks.compare_objectives import MODIFIED, Tuned, clustered_mean, pairs_that_fit, report, table_rows, tune
 from benchmarks.objective_runs import Bench, HeldOut, Measured, train
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,14 +27,14 @@ FOUND = Measured([1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0], [0.1] * 4, [-0.1] *
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny model, twelve pairs to train on, six held out."""
+    """A tiny model with twelve training and six held-out pairs."""
     write_model(tmp_path / "model", seed=0)
     write_pairs(tmp_path / "train.jsonl", 12, seed=0)
     write_pairs(tmp_path / "test.jsonl", 6, seed=0, held_out=True)
     return tmp_path
 
 
-def test_what_is_measured_agrees_with_the_models(folder):
+def test_metrics_agree_with_the_models(folder):
     name = str(folder / "model")
     start, given = (AutoModelForCausalLM.from_pretrained(name) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -77,7 +77,7 @@ def test_what_is_measured_agrees_with_the_models(folder):
 
 @pytest.fixture
 def run_main(folder, monkeypatch):
-    """Call the command on the fixture's files with other options; returns the exit code."""
+    """Call the command on the fixture's files with changed options; return the exit code."""
 
     def call(**options) -> int:
         given = {"model": folder / "model", "train": folder / "train.jsonl", "test": folder / "test.jsonl"}
@@ -90,15 +90,15 @@ def run_main(folder, monkeypatch):
     return call
 
 
-def test_measurements_are_kept_and_failures_reported(run_main, folder, capsys, monkeypatch):
+def test_measurements_are_stored_and_failures_reported(run_main, folder, capsys, monkeypatch):
     rest = {"objectives": "dpo", "learning_rates": "1e-3 1e-2", "seeds": "1 2"}
     monkeypatch.setattr(compare_objectives, "MODIFIED", ({"objective": "dpo", "ld_alpha": 0.5, "sft_weight": 1.0},))
     assert run_main(**rest) == 0
     output = capsys.readouterr().out
     assert output.startswith("| objective")
     assert "ld_alpha 0.5, sft_weight 1.0 at 1e-3 failed: ld_alpha: the SFT term" in output
-    assert len(list((folder / "out").glob("dpo-*.json"))) == 3  # two rates, and the better one from the other seed
-    monkeypatch.setattr("benchmarks.objective_runs.train", None)  # what has been measured is not run again
+    assert len(list((folder / "out").glob("dpo-*.json"))) == 3  # two rates, and the better one with the other seed
+    monkeypatch.setattr("benchmarks.objective_runs.train", None)  # stored measurements are not repeated
     monkeypatch.setattr(compare_objectives, "MODIFIED", ())
     assert run_main(**rest) == 0
     assert set(capsys.readouterr().out.splitlines()) < set(output.splitlines())
@@ -106,7 +106,7 @@ def test_measurements_are_kept_and_failures_reported(run_main, folder, capsys, m
     assert "max_length" in capsys.readouterr().err
 
 
-def test_pairs_that_are_trained_on_choose_no_learning_rate(run_main, folder, capsys):
+def test_tuning_pairs_must_not_be_training_pairs(run_main, folder, capsys):
     assert run_main(rows=8, tuning=6) == 2
     assert "--tuning" in capsys.readouterr().err
     assert not (folder / "out").exists()
@@ -123,28 +123,28 @@ def test_the_first_or_last_pairs_that_fit_are_taken(folder):
     rows = [row for row in make_pairs(12, 0) if fits(row)]
     assert 2 < len(rows) < 12
     source, model = str(folder / "train.jsonl"), str(folder / "model")
-    assert list(map(json.loads, fitting(source, len(rows) - 1, model, 40))) == rows[:-1]
-    assert list(map(json.loads, fitting(source, len(rows) - 1, model, 40, last=True))) == rows[1:]
-    with pytest.raises(SimpoError, match=f"{len(rows)} pairs .* max_length 40, not 12"):
-        fitting(source, 12, model, 40)
+    assert list(map(json.loads, pairs_that_fit(source, len(rows) - 1, model, 40))) == rows[:-1]
+    assert list(map(json.loads, pairs_that_fit(source, len(rows) - 1, model, 40, last=True))) == rows[1:]
+    with pytest.raises(SimpoError, match=f"{len(rows)} pairs .* max_length 40; 12 are"):
+        pairs_that_fit(source, 12, model, 40)
 
 
 def test_all_objectives_and_valid_modifiers_are_rows():
-    rows = rows_of_the_table(list(OBJECTIVES))
+    rows = table_rows(list(OBJECTIVES))
     assert [keys["objective"] for keys in rows.values()][: len(OBJECTIVES)] == list(OBJECTIVES)
     assert len(rows) == len(OBJECTIVES) + len(MODIFIED)
     for keys in rows.values():
-        PreferenceConfig("unused", **keys)  # rejects what an objective does not have
-    assert list(rows_of_the_table(["ipo", "bco"])) == ["ipo", "bco", "ipo, length_normalized true"]
-    with pytest.raises(SimpoError, match="no nothing"):
-        rows_of_the_table(["ipo", "nothing"])
+        PreferenceConfig("unused", **keys)  # rejects keys that an objective does not have
+    assert list(table_rows(["ipo", "bco"])) == ["ipo", "bco", "ipo, length_normalized true"]
+    with pytest.raises(SimpoError, match="nothing"):
+        table_rows(["ipo", "nothing"])
 
 
-def test_the_first_seed_chooses_the_rate_and_the_others_follow():
+def test_the_first_seed_chooses_the_rate_for_the_others():
     tuning_of = {
-        "1e-5": FOUND,  # right in one of the two tuning pairs
+        "1e-5": FOUND,  # right on one of the two tuning pairs
         "1e-4": replace(FOUND, correct=[1.0, 1.0, 0.0, 0.0], kl=[0.5] * 4),
-        "1e-3": replace(FOUND, correct=[1.0, 1.0, 0.0, 1.0]),  # as good there, and moved less
+        "1e-3": replace(FOUND, correct=[1.0, 1.0, 0.0, 1.0]),  # as accurate there, and moved less
         "1e-2": "step 2: the loss is not finite",
     }
     asked = []
@@ -157,14 +157,14 @@ def test_the_first_seed_chooses_the_rate_and_the_others_follow():
             asked.append((rate, seed))
             return tuning_of[rate]
 
-    row = tuned("dpo", {"objective": "dpo"}, list(tuning_of), [7, 8, 9], Fake())
+    row = tune("dpo", {"objective": "dpo"}, list(tuning_of), [7, 8, 9], Fake())
     assert row.rate == "1e-3"
     assert row.runs == [tuning_of["1e-3"]] * 3
     assert asked == [*((rate, 7) for rate in tuning_of), ("1e-3", 8), ("1e-3", 9)]
     assert row.failures == ["dpo at 1e-2 failed: step 2: the loss is not finite"]
 
 
-def test_the_table_has_means_over_seeds_and_differences_to_dpo():
+def test_the_table_has_means_over_seeds_and_differences_from_dpo():
     other = replace(FOUND, correct=[0.0, 0.0, 0.0, 1.0], apart=[0.0, 0.0, 1.0, 1.0], step_seconds=0.6)
     table = {"ipo": Tuned("1e-4", [other, other], []), "dpo": Tuned("1e-5", [FOUND, other], ["dpo at 1 failed: why"])}
     lines = list(report(table, np.array([0, 1])))
@@ -176,13 +176,13 @@ def test_the_table_has_means_over_seeds_and_differences_to_dpo():
     assert [row[4][:5] for row in cells] == ["1.000", "0.750"]
     assert cells[0][5].startswith("+0.250")
     assert cells[1][5] == ""
-    assert [row[9] for row in cells] == ["1.33", "1.00"]  # 0.6 to the median of 0.3 and 0.6
+    assert [row[9] for row in cells] == ["1.33", "1.00"]  # 0.6 relative to the median of 0.3 and 0.6
     assert "dpo at 1 failed: why" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_pairs_of_one_prompt_are_drawn_together():
-    """Copies of every pair add no information: the interval is that of one each."""
+def test_pairs_with_the_same_prompt_are_resampled_together():
+    """Duplicating every pair adds no information, so the interval stays the same."""
     values = np.random.default_rng(0).integers(0, 2, 40).astype(float)
     once = clustered_mean(values, np.arange(40))
     copied = clustered_mean(np.repeat(values, 5), np.repeat(np.arange(40), 5))

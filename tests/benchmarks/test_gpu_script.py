@@ -20,10 +20,10 @@ def run(device: str, output: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_a_dry_run_passes_and_claims_nothing_of_cuda(tmp_path) -> None:
+def test_a_dry_run_passes_and_claims_nothing_about_cuda(tmp_path) -> None:
     done = run("cpu", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "nothing of CUDA was verified" in done.stdout
+    assert "nothing was verified on CUDA" in done.stdout
     assert "0 FAILED" in done.stdout
     variants = json.loads((tmp_path / "8b.json").read_text())["variants"]
     assert [(variant["name"], variant.get("failed")) for variant in variants] == [
@@ -38,7 +38,7 @@ def test_a_dry_run_passes_and_claims_nothing_of_cuda(tmp_path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path) -> None:
+def test_without_a_gpu_it_exits_with_code_2(tmp_path) -> None:
     done = run("cuda", tmp_path)
     assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr

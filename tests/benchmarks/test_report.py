@@ -1,4 +1,4 @@
-"""The table's figures in closed form, and who takes part."""
+"""The report's numbers in closed form, and which entrants can take part."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
-from benchmarks.compare import disagreeing
-from benchmarks.entrants import Entrant, entrants, missing, variant
-from benchmarks.gpu_page import PAGE, page
+from benchmarks.compare import entrants_with_different_losses
+from benchmarks.entrants import Entrant, entrants, parse_variant, unavailable_reason
+from benchmarks.gpu_page import PAGE, update_tables
 from benchmarks.measurement import Measurement
 from benchmarks.report import print_report, summarize
 from benchmarks.setting import Setting
@@ -19,7 +19,7 @@ OURS, PEER = Entrant("simpo", "simpo", path="auto"), Entrant("TRL CPO 2x2", "trl
 
 
 def measurement(name: str, seconds: float, flops: int, peak_mib: float, loss: float = 1.5) -> Measurement:
-    """Measurements of 4 pairs with 600 unique tokens."""
+    """Return a measurement of 4 pairs with 600 unique tokens."""
     return Measurement(
         name=name,
         seconds=seconds,
@@ -45,7 +45,7 @@ RUNS = {
 COUNTS = {"prompt_tokens": 400, "response_tokens": 200, "responses": 8, "longest": 90}
 
 
-def test_ratios_are_medians_of_rounds_next_to_counted_arithmetic(capsys) -> None:
+def test_ratios_are_medians_over_rounds_next_to_flop_ratios(capsys) -> None:
     report = summarize([OURS, PEER], RUNS, SETTING, counts=COUNTS, absent={"liger": "not installed"})
     ours, peer = report["entrants"]
     assert report["base"] == "simpo"
@@ -53,7 +53,7 @@ def test_ratios_are_medians_of_rounds_next_to_counted_arithmetic(capsys) -> None
     assert ours["tokens_per_second"] == pytest.approx(600 / 1.2)
     assert ours["utilisation"] == pytest.approx(8 / 1.2 / 10)
     assert ours["products_ratio"] == pytest.approx(1.2 / 0.5)
-    assert peer["speed_ratio"] == pytest.approx(3.5)  # of 4, 3 and 3.5
+    assert peer["speed_ratio"] == pytest.approx(3.5)  # the median of 4, 3 and 3.5
     assert (peer["bound"], peer["share"], peer["memory_ratio"]) == (3.0, pytest.approx(3.5 / 3), 3.0)
     json.dumps(report)
     print_report(report)
@@ -62,25 +62,25 @@ def test_ratios_are_medians_of_rounds_next_to_counted_arithmetic(capsys) -> None
     assert "3.50" in printed and "117%" in printed
 
 
-def test_nothing_measured_is_a_report_too() -> None:
+def test_a_report_without_measurements() -> None:
     report = summarize([OURS], {}, SETTING, counts=COUNTS, absent={"simpo": "no time was left"})
     assert report["entrants"] == [] and report["base"] is None
 
 
 @pytest.mark.parametrize("loss", [1.52, float("nan")])
-def test_another_first_loss_is_found(loss) -> None:
+def test_a_different_first_loss_is_detected(loss) -> None:
     runs = RUNS | {"TRL CPO 2x2": [measurement("TRL CPO 2x2", 4.0, 1, 1, loss=loss)]}
-    assert disagreeing([OURS, PEER], RUNS, tolerance=1e-4) == []
-    assert disagreeing([OURS, PEER], runs, tolerance=1e-2) == ["simpo", "TRL CPO 2x2"]
+    assert entrants_with_different_losses([OURS, PEER], RUNS, tolerance=1e-4) == []
+    assert entrants_with_different_losses([OURS, PEER], runs, tolerance=1e-2) == ["simpo", "TRL CPO 2x2"]
 
 
-def test_other_objectives_have_other_losses() -> None:
+def test_different_objectives_may_have_different_losses() -> None:
     runs = RUNS | {"TRL CPO 2x2": [measurement("TRL CPO 2x2", 4.0, 1, 1, loss=0.7)]}
     dpo = Entrant("TRL CPO 2x2", "trl dpo", 2, objective="dpo")
-    assert disagreeing([OURS, dpo], runs, tolerance=1e-2) == []
+    assert entrants_with_different_losses([OURS, dpo], runs, tolerance=1e-2) == []
 
 
-def test_peers_are_tuned_over_every_batch_that_divides_the_step() -> None:
+def test_peers_are_tuned_over_every_batch_size_that_divides_the_step() -> None:
     setting = Setting("", pairs=6, pairs_per_step=6)
     assert [e.per_device for e in entrants("trl-cpo", setting, [], [])] == [6, 3, 2, 1]
     assert [e.name for e in entrants("trl-cpo", setting, [], [4, 2])] == ["TRL CPO 2x3"]
@@ -91,30 +91,31 @@ def test_peers_are_tuned_over_every_batch_that_divides_the_step() -> None:
     ]
 
 
-def test_settings_of_simpo_are_read_from_words() -> None:
-    ours = variant("512,checkpointed=0.5,compiled")
+def test_variants_are_parsed_from_text() -> None:
+    ours = parse_variant("512,checkpointed=0.5,compiled")
     assert (ours.max_batch_tokens, ours.checkpointed, ours.compiled, ours.liger) == (512, 0.5, True, False)
-    assert list(entrants("simpo", SETTING, [variant("default"), ours], [])) == [OURS, ours]
-    assert variant("liger,checkpointed").checkpointed == 1
+    assert list(entrants("simpo", SETTING, [parse_variant("default"), ours], [])) == [OURS, ours]
+    assert parse_variant("liger,checkpointed").checkpointed == 1
     for wrong in ("quick", "compiled=2", "4096=1"):
         with pytest.raises(ValueError, match=wrong):
-            variant(wrong)
+            parse_variant(wrong)
 
 
-def test_who_cannot_take_part() -> None:
-    assert missing("sharing", SETTING, 8) is None
-    assert missing("simpo", SETTING, 8) == "it takes pairs, not 8 responses"
-    assert "CUDA" in missing("trl-dpo-liger", SETTING, 2) or "not installed" in missing("trl-dpo-liger", SETTING, 2)
+def test_unavailable_entrants_have_a_reason() -> None:
+    assert unavailable_reason("sharing", SETTING, 8) is None
+    assert unavailable_reason("simpo", SETTING, 8) == "it needs pairs, not 8 responses"
+    reason = unavailable_reason("trl-dpo-liger", SETTING, 2)
+    assert "CUDA" in reason or "not installed" in reason
 
 
 def test_a_step_that_compiles_does_not_count() -> None:
     assert seconds_at_median_pace([9.0, 2.0, 1.0, 1.5], [10, 20, 10, 10]) == pytest.approx(50 * 0.125)
 
 
-def test_the_page_has_the_tables_of_the_measured_results() -> None:
+def test_the_page_shows_the_measured_results() -> None:
     text = PAGE.read_text()
-    assert page(text) == text
+    assert update_tables(text) == text
     blocks = re.findall(r"<!-- gpu: .*? -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert len(blocks) > 3
     for block in blocks:
-        assert page(text.replace(block, re.sub(r"\d", "0", block))) == text
+        assert update_tables(text.replace(block, re.sub(r"\d", "0", block))) == text

@@ -1,4 +1,4 @@
-"""What all sides of the comparison are given."""
+"""The data shared by all sides of a comparison."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 from statistics import median
 
 import pytest
-from benchmarks.profiles import PROFILES, Profile, made_up_rows
+from benchmarks.profiles import PROFILES, Profile, synthetic_rows
 from benchmarks.rows import byte_pair_tokenizer, read_pairs, tokenize, word_tokenizer
 from benchmarks.setting import Setting, load_comparisons, load_text, prepare
 
 TOY = Profile(prompt=12, response=5, spread=0.5)
 
 
-def test_a_pair_is_cut_at_its_last_shared_cue(tmp_path) -> None:
+def test_a_pair_is_split_at_its_last_shared_cue(tmp_path) -> None:
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = {"chosen": start + " yes, b", "rejected": start + " yes\n\nAssistant: d"}
     path = tmp_path / "rows.jsonl.gz"
@@ -25,8 +25,8 @@ def test_a_pair_is_cut_at_its_last_shared_cue(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("responses", [2, 4])
-def test_every_made_up_word_is_one_token(responses) -> None:
-    rows = made_up_rows(TOY, 20, responses, words=99)
+def test_every_synthetic_word_is_one_token(responses) -> None:
+    rows = synthetic_rows(TOY, 20, responses, words=99)
     tokenizer = word_tokenizer(99)
     for row in rows:
         comparison = tokenize(row, tokenizer)
@@ -39,9 +39,9 @@ def test_every_made_up_word_is_one_token(responses) -> None:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_lengths_are_the_profiles(name) -> None:
+def test_lengths_follow_the_profile(name) -> None:
     profile = PROFILES[name].scaled(0.1)
-    rows = made_up_rows(profile, 400, 2, words=9)
+    rows = synthetic_rows(profile, 400, 2, words=9)
     assert median(len(row.prompt.split()) for row in rows) == pytest.approx(profile.prompt, rel=0.2, abs=1)
     lengths = [len(text.split()) for row in rows for text in row.responses]
     assert median(lengths) == pytest.approx(profile.response, rel=0.2, abs=1)
@@ -49,9 +49,9 @@ def test_lengths_are_the_profiles(name) -> None:
 
 
 @pytest.mark.parametrize("bytewise", [True, False])
-def test_ids_are_the_texts_and_end_in_the_end_of_text_token(tmp_path, bytewise) -> None:
+def test_ids_match_the_texts_and_end_with_the_end_of_text_token(tmp_path, bytewise) -> None:
     setting = Setting(str(tmp_path), pairs=4, pairs_per_step=2)
-    rows = made_up_rows(TOY, 30, 2, words=40)
+    rows = synthetic_rows(TOY, 30, 2, words=40)
     tokenizer = byte_pair_tokenizer(rows, 400) if bytewise else word_tokenizer(40)
     counts = prepare(setting, rows, tokenizer)
     comparisons, text = load_comparisons(setting), load_text(setting)
@@ -68,4 +68,4 @@ def test_ids_are_the_texts_and_end_in_the_end_of_text_token(tmp_path, bytewise) 
 def test_nothing_is_truncated(tmp_path) -> None:
     setting = Setting(str(tmp_path), pairs=2, pairs_per_step=2, max_length=10)
     with pytest.raises(ValueError, match="more than max_length 10"):
-        prepare(setting, made_up_rows(TOY, 4, 2, words=9), word_tokenizer(9))
+        prepare(setting, synthetic_rows(TOY, 4, 2, words=9), word_tokenizer(9))

@@ -1,4 +1,4 @@
-"""A tiny chat model whose answers vary."""
+"""A tiny chat model with varied answers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from simpo.world.pairs import make_model, make_tokenizer
 
 @pytest.fixture(scope="session")
 def write_chat_model():
-    """``write_chat_model(folder, texts, positions, seed=0)``: a random model that says something else at every step.
+    """``write_chat_model(folder, texts, positions, seed=0)``: a random model with a different token at each step.
 
-    Without tied embeddings and with large weights; else a random model repeats its last token.
+    Its weights are large and its embeddings untied; otherwise a random model repeats its last token.
     """
 
     def write(folder, texts, positions: int, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""``simpo annotate``: every annotator on real answers, killed runs, and every mistake in one line."""
+"""``simpo annotate``: every annotator on real answers, killed runs, and one-line errors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def figures(folder):
     return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
 
 
-def test_the_exact_judge(sampled, capsys):
+def test_the_exact_judge_scores_answers(sampled, capsys):
     assert main(command(sampled, "exact")) == 0
     found = read_lines(sampled / "out/annotated.jsonl")
     for row, given in zip(found, rows(), strict=True):
@@ -82,24 +82,24 @@ def test_the_exact_judge(sampled, capsys):
     assert "12 of 12 prompts scored" in printed and "annotate/longer_wins" in printed
 
 
-def test_a_run_that_was_killed_goes_on(sampled, monkeypatch):
-    """Parts that are there are not scored again, and the files are the same."""
+def test_a_killed_run_continues(sampled, monkeypatch):
+    """Finished parts are not scored again, and the files are identical."""
     monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 5)
     assert main(command(sampled, "exact")) == 0
     with monkeypatch.context() as patch:
         scored = iter([*[[[float(judge(row["prompt"], text)) for text in row["responses"]] for row in rows()[:5]]]])
         patch.setattr("simpo.judging.scorers.ExactScorer.score", lambda self, part: next(scored))
-        assert main(command(sampled, "exact", output="killed")) == 1  # what no command foresees
+        assert main(command(sampled, "exact", output="killed")) == 1  # the exit code for unexpected errors
     assert not (sampled / "killed/annotated.jsonl").exists()
     with (sampled / "killed/.scores.jsonl").open("a") as file:
-        file.write('{"scores": [[1.')  # as a kill leaves it
+        file.write('{"scores": [[1.')  # as left by a kill
     assert main(command(sampled, "exact", output="killed")) == 0
     for name in ("annotated.jsonl", "best.jsonl", "results.json"):
         assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
     assert not list((sampled / "killed").glob(".scores*"))
 
 
-def test_another_annotator_needs_another_folder(sampled, capsys):
+def test_a_different_annotator_needs_a_different_folder(sampled, capsys):
     assert main(command(sampled, "exact")) == 0
     before = (sampled / "out/annotated.jsonl").stat().st_mtime_ns
     assert main(command(sampled, "exact")) == 0
@@ -109,7 +109,7 @@ def test_another_annotator_needs_another_folder(sampled, capsys):
     assert "responses: contents changed" in capsys.readouterr().err
 
 
-def test_a_policys_log_probabilities(sampled, chat_world):
+def test_a_policy_scores_by_log_probability(sampled, chat_world):
     write(sampled / "sampled/responses.jsonl", [rows(2)[0] | {"prompt": "What is 1 and 2?", "responses": ["3.", "4."]}])
     name = f"logp:{chat_world / 'model'}"
     assert main(command(sampled, name)) == 0
@@ -128,8 +128,8 @@ def test_a_model_that_cannot_be_loaded_leaves_no_folder(sampled, chat_world, cap
     assert not (sampled / "out").exists()
 
 
-def test_a_judge_of_pairs(sampled):
-    """The score is the mean probability of winning against the others; no verdict is no meeting, not a loss."""
+def test_a_pairwise_judge_scores_answers(sampled):
+    """The score is the mean win probability against the others. A missing verdict does not count as a loss."""
     texts = ["gold", "silver", "bronze", "unspeakable", "silver"]
     ranks = {"gold": 3, "silver": 2, "bronze": 1}
     write(sampled / "sampled/responses.jsonl", [{"id": "a", "prompt": "q", "responses": texts}])
@@ -142,7 +142,7 @@ def test_a_judge_of_pairs(sampled):
 
     with ChatServer(answer, faults=[Raw(500), Raw(429, headers={"Retry-After": "0"})]) as server:
         options = [f"--judge_url={server.url}", "--judge_model=tiny", f"--cache={sampled / 'cache'}"]
-        assert main(command(sampled, "api", *options)) == 2  # nobody is there to agree to the cost
+        assert main(command(sampled, "api", *options)) == 2  # nobody is there to confirm the cost
         assert not server.bodies and not (sampled / "out").exists()
         assert main(command(sampled, "api", *options, "--yes")) == 0
         asked = len(server.bodies)
@@ -159,8 +159,8 @@ def test_a_judge_of_pairs(sampled):
     ]
 
 
-def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
-    """Also where only refused ones are left after a kill, in a part of its own."""
+def test_a_refused_request_counts_as_no_comparison(sampled, capsys, monkeypatch):
+    """Even if, after a kill, only refused requests are left, in a separate part."""
     monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 2)
     records = [{"id": name, "prompt": name, "responses": ["gold.", "tin."]} for name in ("one", "two", "long")]
     write(sampled / "sampled/responses.jsonl", records)
@@ -189,8 +189,8 @@ def test_a_refused_request_is_no_meeting(sampled, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["none", "rank"])
-def test_several_annotators_killed_and_not(sampled, monkeypatch, how):
-    """The weighted sum of normalized scores, with every annotator's own; a killed run ends with the same bytes."""
+def test_several_annotators_with_and_without_a_kill(sampled, monkeypatch, how):
+    """The weighted sum of normalized scores, with each annotator's own; a killed run ends with identical bytes."""
     monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 5)
     (sampled / "vowels_of_test.py").write_text("def count(prompt, text): return sum(map(text.count, 'aeiou'))\n")
     monkeypatch.syspath_prepend(sampled)
@@ -217,7 +217,7 @@ def test_several_annotators_killed_and_not(sampled, monkeypatch, how):
 
 
 def test_an_answer_without_a_verdict_has_no_combined_score(sampled):
-    """It is counted for the annotator that has none; another normalization needs another folder."""
+    """It is counted for the annotator that has none; a different normalization needs a different folder."""
     prompt = PROMPTS[0]
     write(
         sampled / "sampled/responses.jsonl",
@@ -244,7 +244,7 @@ def test_an_answer_without_a_verdict_has_no_combined_score(sampled):
     assert [found[f"annotate/unscored{name}"].value for name in ("", "/exact", "/api")] == [1, 0, 1]
 
 
-def test_nobody_may_share_an_annotation(sampled, capsys, monkeypatch):
+def test_annotation_runs_in_one_process(sampled, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command(sampled, "exact")) == 2
     error = capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_a_server_that_refuses_loses_nothing(sampled, capsys):
         assert main(command(sampled, "api", *options)) == 0
 
 
-def test_a_key_that_is_missing_is_named(sampled, capsys, monkeypatch):
+def test_a_missing_api_key_is_named(sampled, capsys, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     options = ["--judge_url=https://judge.invalid/v1", "--judge_model=m", "--judge_key_env=MY_KEY", "--yes"]
     assert main(command(sampled, "api", *options)) == 2
@@ -293,7 +293,7 @@ def length(prompt, response): return len(response)
         ("human:x.jsonl", [], "not known"),
     ],
 )
-def test_annotators_that_cannot_serve(annotator, options, said, sampled, capsys, monkeypatch):
+def test_unusable_annotators_give_a_one_line_error(annotator, options, said, sampled, capsys, monkeypatch):
     (sampled / "scorers_of_test.py").write_text(SCORERS)
     monkeypatch.chdir(sampled)
     assert main(command(sampled, annotator, *options)) == 2
@@ -321,7 +321,7 @@ def test_annotators_that_cannot_serve(annotator, options, said, sampled, capsys,
         ('{"id": "1", "prompt": "Who?", "responses": ["a"]}\n', "exact: prompt 1:"),
     ],
 )
-def test_responses_that_cannot_be_annotated(content, said, tmp_path, capsys):
+def test_unusable_responses_give_a_one_line_error(content, said, tmp_path, capsys):
     (tmp_path / "sampled").mkdir()
     if content is not None:
         (tmp_path / "sampled/responses.jsonl").write_text(content)

@@ -1,4 +1,4 @@
-"""``simpo chat`` with piped input, against the answers of transformers' own ``generate``."""
+"""``simpo chat`` with piped input, against transformers' own ``generate``."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def folder(tmp_path_factory, write_chat_model):
 
 @pytest.fixture
 def talk(folder, monkeypatch, capsys):
-    """``talk(*lines, **options)``: exit code, and what was printed on both streams."""
+    """``talk(*lines, **options)``: the exit code and what was printed on both streams."""
 
     def run(*lines, model=folder, **options):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
@@ -41,7 +41,7 @@ def talk(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def expected(folder):
-    """``expected(*turns, system=None)``: the greedy answers, each turn with all before it."""
+    """``expected(*turns, system=None)``: greedy answers, each given all earlier turns."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -65,7 +65,7 @@ def shown(text):
     return chat.printable(text.replace("\t", "    "))
 
 
-def test_every_answer_sees_the_turns_before_it(talk, expected):
+def test_every_answer_sees_the_earlier_turns(talk, expected):
     turns = ("Which color is grass?", "What does a dog do?")
     code, out, _ = talk(*turns)
     first, second = expected(*turns)
@@ -90,7 +90,7 @@ def test_two_models_answer_every_message_with_the_same_seed(talk, folder, tmp_pa
         assert (answers[0] == answers[1] and answers[2] == answers[3]) is equal
 
 
-def test_reset_forgets_them(talk, expected):
+def test_reset_forgets_the_conversation(talk, expected):
     _, out, _ = talk("Which color is grass?", "/reset", "What does a dog do?")
     assert shown(expected("What does a dog do?")[0]) in out.partition("[new conversation]")[2]
 
@@ -100,13 +100,13 @@ def test_exit_and_empty_lines(talk):
     assert code == 0 and out.count("\n") == 1
 
 
-def test_the_system_message_is_first_and_stays(talk, expected):
+def test_the_system_message_comes_first_and_stays(talk, expected):
     _, out, _ = talk("What does a dog do?", "/reset", "What does a dog do?", system="Bark.")
     answer = shown(expected("What does a dog do?", system="Bark.")[0])
     assert out.count(answer) == 2 and answer != shown(expected("What does a dog do?")[0])
 
 
-def test_a_full_context_is_said(talk):
+def test_a_full_context_is_reported(talk):
     code, out, _ = talk(*["Which color is grass?"] * 8, "/reset", "What does a dog do?")
     assert code == 0
     full = out.index("[the model's context of 128 tokens is full; /reset starts a new conversation]")
@@ -114,14 +114,14 @@ def test_a_full_context_is_said(talk):
     assert "[stopped at max_new_tokens 12]" in out.partition("[new conversation]")[2]
 
 
-def test_a_model_cannot_steer_the_terminal(talk, monkeypatch):
+def test_a_model_cannot_control_the_terminal(talk, monkeypatch):
     decode = "simpo.generation.responses.ResponseText.decode"
     monkeypatch.setattr(decode, lambda self, prompt, ids: "\x1b[2Jred\tone\r"[: len(ids)])
     _, out, _ = talk("Which color is grass?")
     assert "\\x1b[2Jred    one\\r\n" in out and "\x1b" not in out and "\r" not in out
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk, monkeypatch):
+def test_ctrl_c_stops_the_answer_but_not_the_chat(talk, monkeypatch):
     pieces = []
 
     def show(piece):
@@ -137,7 +137,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_reasoning_that_was_cut_off_stays_in_the_conversation(talk, folder, monkeypatch):
+def test_truncated_reasoning_stays_in_the_conversation(talk, folder, monkeypatch):
     decode = "simpo.generation.responses.ResponseText.decode"
     monkeypatch.setattr(decode, lambda self, prompt, ids: "<think>\nGrass"[: len(ids)])
     template = AutoTokenizer.from_pretrained(folder).chat_template + "{# <think> </think> #}"
@@ -145,7 +145,7 @@ def test_reasoning_that_was_cut_off_stays_in_the_conversation(talk, folder, monk
     assert code == 0 and out.count("[stopped at max_new_tokens 12]") == 2
 
 
-def test_mistakes_end_in_one_line(talk, folder, tmp_path):
+def test_mistakes_give_a_one_line_error(talk, folder, tmp_path):
     for options, said in (
         ({"chat_template": "none"}, "no chat template; give one with chat_template"),
         ({"temperature": -1}, "temperature: must be"),

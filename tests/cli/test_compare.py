@@ -1,4 +1,4 @@
-"""``simpo compare``: models and answer files, every kind of judge, a server that is killed under, and mistakes."""
+"""``simpo compare``: models and answer files, every kind of judge, kills while a server answers, and mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = [row["prompt"] for row in make_prompts(30, 0)]
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """No cache, key or terminal of the user's, and short waits."""
+    """Isolate the test from the user's cache, keys and terminal, and shorten waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -39,7 +39,7 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def answers(tmp_path):
-    """``a.json`` and ``b.json``: answers to the world's questions, those of ``a`` often better."""
+    """``a.json`` and ``b.json``: answers to the world's questions; those in ``a`` are often better."""
     for name, share in (("a", 0.5), ("b", 0.0)):
         rng = Random(name)
         questions = [read_question(prompt) for prompt in PROMPTS]
@@ -86,7 +86,7 @@ def test_the_exact_judges_win_rate(answers, capsys):
     assert (answers / "out/results.json").read_bytes() == (answers / "again/results.json").read_bytes()
 
 
-def test_a_finished_run_is_left_as_it_is_and_another_refused(answers, capsys):
+def test_a_finished_run_is_left_alone_and_a_different_one_rejected(answers, capsys):
     assert main(command(answers, "--judge=exact")) == 0
     before = (answers / "out/results.json").stat().st_mtime_ns
     assert main(command(answers, "--judge=exact")) == 0
@@ -118,7 +118,7 @@ def models(tmp_path_factory, write_chat_model):
 
 
 def test_models_are_sampled_and_scored(models, tmp_path, capsys):
-    """A model against itself, greedy: all ties; then against the folder of its samples at another temperature."""
+    """A greedy model against itself ties everywhere; then against its own samples at another temperature."""
     model, prompts = str(models / "model"), f"--prompts={models / 'prompts.jsonl'}"
     options = ["--judge=exact", f"--judge=logp:{model}", "--max_new_tokens=8"]
     assert main(["compare", model, model, prompts, *options, f"--output_dir={tmp_path / 'out'}"]) == 0
@@ -127,7 +127,7 @@ def test_models_are_sampled_and_scored(models, tmp_path, capsys):
     assert found["response_tokens", "after"].value == found["response_tokens", "before"].value > 0
     sampled = ["sample", model, str(models / "prompts.jsonl"), f"--output_dir={tmp_path / 'drawn'}", "--n=2"]
     assert main([*sampled, "--max_new_tokens=8", "--temperature=1"]) == 0
-    # Its prompts are those of the samples; its likeliest answers are likelier than drawn ones.
+    # The prompts are those of the samples; greedy answers are likelier than sampled ones.
     assert main(["compare", model, str(tmp_path / "drawn"), *options, f"--output_dir={tmp_path / 'second'}"]) == 0
     found = figures(tmp_path / "second")
     assert found["win_rate/logp", None].value > 0.7 and found["win_rate/logp", None].n == 5
@@ -136,7 +136,7 @@ def test_models_are_sampled_and_scored(models, tmp_path, capsys):
 
 
 def prefer_shorter(body):
-    """A judge that says what it thinks about most pairs."""
+    """A judge that prefers the shorter answer, but cannot decide some pairs."""
     first, second = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_", body["messages"][0]["content"], re.DOTALL)
     if len(first) + len(second) == 33:
         return completion("I cannot decide.")
@@ -158,9 +158,9 @@ def test_a_warm_cache_sends_nothing_and_gives_the_same_file(answers, capsys):
     found = figures(answers / "out")
     missing = [len(x) + len(y) == 33 for x, y in pairs_of(answers) if x != y]
     assert found["without_verdict/api", None].value == sum(missing)
-    even = sum(len(x) == len(y) and x != y for x, y in pairs_of(answers))  # it says B, whatever stands there
+    even = sum(len(x) == len(y) and x != y for x, y in pairs_of(answers))  # it says B whichever answer that is
     assert found["conflicting_orders/api", None].value == even
-    first = found["first_shown_win_rate/api", None]  # of pairs of the same length the second wins twice
+    first = found["first_shown_win_rate/api", None]  # for pairs of equal length the second answer wins both times
     judged = sum(x != y for x, y in pairs_of(answers)) - sum(missing)
     assert first.n == judged and first.value == pytest.approx((0.5 * (judged - even)) / judged)
     printed = capsys.readouterr().out
@@ -174,7 +174,7 @@ def pairs_of(answers):
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on(answers, kill):
+def test_a_killed_run_continues(answers, kill):
     def slow(body):
         time.sleep(0.02)
         return prefer_shorter(body)
@@ -207,7 +207,7 @@ def test_a_server_that_fails_loses_nothing(answers, capsys):
     assert error.count("\n") == 1 and "status 401" in error and "what was received is kept" in error
 
 
-def test_the_user_is_asked(answers, capsys, monkeypatch):
+def test_the_user_confirms_the_cost(answers, capsys, monkeypatch):
     with ChatServer(prefer_shorter) as server:
         line = [option for option in command(answers, *at(server)) if option != "--yes"]
         assert main(line) == 2
@@ -223,8 +223,8 @@ def test_the_user_is_asked(answers, capsys, monkeypatch):
         assert main([*line[:3], f"--output_dir={answers / 'other'}", *line[4:], "--judge_max_tokens=7"]) == 2
 
 
-def test_a_real_model_judges(models, answers, capsys):
-    """Noise has no verdict: counted, named, in no win rate."""
+def test_a_real_model_as_judge(models, answers, capsys):
+    """Random text has no verdict; it is counted, reported, and not part of any win rate."""
     prompt = answers / "short.md"
     prompt.write_text("{question} {answer_a} {answer_b}")
     with ChatServer(ModelAnswers(models / "model")) as server:
@@ -237,17 +237,20 @@ def test_a_real_model_judges(models, answers, capsys):
 
 
 def stored_replies(folder):
-    """How many replies the databases in a folder have."""
+    """Return the number of replies in a folder's databases."""
     count = 0
     for path in folder.rglob("*.sqlite3"):
-        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(path)) as database:  # it has no table yet
+        with (
+            suppress(sqlite3.OperationalError),
+            closing(sqlite3.connect(path)) as database,
+        ):  # the table may not exist yet
             count += database.execute("SELECT count(*) FROM replies").fetchone()[0]
     return count
 
 
 @pytest.mark.slow
-def test_the_server_of_transformers(models, answers):
-    """The whole way: sample from a model, judge with it over HTTP, killed in between, and a second time for nothing."""
+def test_comparing_with_transformers_serve(models, answers):
+    """End to end: sample, judge over HTTP, get killed in between, and repeat without sending anything."""
     model = str(models / "model")
     with transformers_serve(models / "model") as url:
         server = ["--judge=api", f"--judge_url={url}", f"--judge_model={model}", "--judge_max_tokens=16", "--yes"]
@@ -262,7 +265,7 @@ def test_the_server_of_transformers(models, answers):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert main(line) == 0
-    # The server is gone: a warm cache is enough.
+    # The server is gone, but the cache is enough.
     assert main([*line[:-1], f"--output_dir={answers / 'again'}"]) == 0
     assert (answers / "out/results.json").read_bytes() == (answers / "again/results.json").read_bytes()
     found = figures(answers / "out")
@@ -290,7 +293,7 @@ OTHER = [{"instruction": "What is 99 plus 99?", "output": "198."}]
         (["--judge=reward:./nowhere"], ["./nowhere"]),
     ],
 )
-def test_mistakes_end_in_one_line(answers, capsys, options, said):
+def test_mistakes_give_a_one_line_error(answers, capsys, options, said):
     assert main(command(answers, *options)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(part in error for part in said), error
@@ -308,7 +311,7 @@ def test_mistakes_end_in_one_line(answers, capsys, options, said):
         (lambda rows: [], "no rows"),
     ],
 )
-def test_answers_that_cannot_be_compared(answers, capsys, change, said):
+def test_answers_that_cannot_be_compared_give_a_one_line_error(answers, capsys, change, said):
     path = answers / "b.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert main(command(answers, "--judge=exact")) == 2
@@ -317,15 +320,15 @@ def test_answers_that_cannot_be_compared(answers, capsys, change, said):
 
 
 @pytest.mark.parametrize(("a", "said"), [("nowhere", "nowhere"), ("nowhere.json", "file not found")])
-def test_what_is_not_there(answers, capsys, a, said):
+def test_missing_models_and_files_give_a_one_line_error(answers, capsys, a, said):
     assert main(command(answers, "--judge=exact", a=a)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
     assert not (answers / "out").exists()
 
 
-def test_the_cost_is_agreed_to_before_models_are_sampled(models, tmp_path, capsys):
-    """Two requests for every pair of answers as long as they may be; answers that are there count as they are."""
+def test_the_cost_is_confirmed_before_models_are_sampled(models, tmp_path, capsys):
+    """Two requests per pair of answers of maximum length; existing answers count with their real length."""
     model, prompts = str(models / "model"), f"--prompts={models / 'prompts.jsonl'}"
     sampled = ["--n=2", "--temperature=1", "--max_new_tokens=8"]
     assert main(["sample", model, str(models / "prompts.jsonl"), *sampled, f"--output_dir={tmp_path / 'there'}"]) == 0
@@ -350,9 +353,7 @@ def test_the_cost_is_agreed_to_before_models_are_sampled(models, tmp_path, capsy
         assert server.bodies
 
 
-def test_prompts_that_one_model_has_no_room_for_show_before_anything_is_sampled(
-    models, tmp_path, capsys, write_chat_model
-):
+def test_prompts_too_long_for_one_model_are_reported_before_sampling(models, tmp_path, capsys, write_chat_model):
     long = {"prompt": "Sort " + " ".join(map(str, range(60))) + "."}
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text((models / "prompts.jsonl").read_text() + json.dumps(long) + "\n")
@@ -364,8 +365,8 @@ def test_prompts_that_one_model_has_no_room_for_show_before_anything_is_sampled(
     assert not list((tmp_path / "out").glob("[ab]"))
 
 
-def test_other_prompts_are_another_run(models, tmp_path, capsys):
-    """Also where it is finished and nothing would be sampled."""
+def test_different_prompts_are_a_different_run(models, tmp_path, capsys):
+    """Even if the run has finished and nothing would be sampled."""
     model, prompts = str(models / "model"), tmp_path / "prompts.jsonl"
     lines = (models / "prompts.jsonl").read_text().splitlines(keepends=True)
     prompts.write_text("".join(lines))
@@ -378,8 +379,8 @@ def test_other_prompts_are_another_run(models, tmp_path, capsys):
     assert "a/prompts: contents changed" in capsys.readouterr().err
 
 
-def test_a_refused_request_is_no_verdict(answers, capsys):
-    """One order of a pair is enough; all others are judged as ever."""
+def test_a_refused_request_is_not_a_verdict(answers, capsys):
+    """The other order of the pair is enough, and all other pairs are judged as usual."""
     x, y = next(pair for pair in pairs_of(answers) if pair[0] != pair[1])
     fault = Raw(400, b'{"error": {"message": "filtered"}}')
 
@@ -398,7 +399,7 @@ def test_a_refused_request_is_no_verdict(answers, capsys):
         assert (verdict is None) == undecided
 
 
-def test_nobody_may_share_a_comparison(answers, capsys, monkeypatch):
+def test_a_comparison_runs_in_one_process(answers, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command(answers, "--judge=exact")) == 2
     error = capsys.readouterr().err
@@ -406,7 +407,7 @@ def test_nobody_may_share_a_comparison(answers, capsys, monkeypatch):
     assert not (answers / "out").exists()
 
 
-def test_models_need_prompts(models, tmp_path, capsys):
+def test_comparing_models_requires_prompts(models, tmp_path, capsys):
     model = str(models / "model")
     assert main(["compare", model, model, "--judge=exact", f"--output_dir={tmp_path / 'out'}"]) == 2
     assert "--prompts" in capsys.readouterr().err

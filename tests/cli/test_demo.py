@@ -1,4 +1,4 @@
-"""``simpo demo`` at a small scale: every stage, the table, the plots, the examples; the same seed, the same metrics."""
+"""``simpo demo`` at a small scale: all stages, the table, plots and examples; the same seed gives the same metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simpo.world.questions import judge
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Far fewer rows: the model learns little, and everything runs."""
+    """Use far fewer rows, so the model learns little but everything runs."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"_SFT_ROWS": 768, "_PROMPTS": 24, "_HELD_OUT": 24}.items():
             patch.setattr(demo, name, value)
@@ -29,9 +29,9 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The folder of a demo that nothing stopped, and what it printed."""
-    folder, printed = tmp_path_factory.mktemp("straight") / "demo", io.StringIO()
+def uninterrupted(tmp_path_factory):
+    """The folder of an uninterrupted demo, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("uninterrupted") / "demo", io.StringIO()
     with redirect_stdout(printed):
         assert main(["demo", "--output_dir", str(folder), "--seed", "3"]) == 0
     return folder, printed.getvalue()
@@ -42,8 +42,8 @@ def metrics(folder):
 
 
 @pytest.mark.slow
-def test_the_whole_of_alignment(straight):
-    folder, printed = straight
+def test_the_demo_covers_all_of_alignment(uninterrupted):
+    folder, printed = uninterrupted
     for command in ("simpo sft: ", "simpo sample: ", "simpo train: ", "simpo chat "):
         assert command in printed
     found = {(name, stage) for name, stage, _ in metrics(folder)}
@@ -71,8 +71,8 @@ def test_the_whole_of_alignment(straight):
 
 
 @pytest.mark.slow
-def test_a_demo_that_was_stopped_twice_goes_on_to_the_same_metrics(straight, tmp_path, monkeypatch, capsys):
-    """While its world was made and before it made pairs; it continues without being told where."""
+def test_a_demo_interrupted_twice_continues_to_the_same_metrics(uninterrupted, tmp_path, monkeypatch, capsys):
+    """While writing its world and before making pairs; it continues without being told where."""
     monkeypatch.chdir(tmp_path)
     stopped = tmp_path / "runs/demo-1"
     for stage, made in (("write_sft", "start/model.safetensors"), ("pair_responses", "sft/model.safetensors")):
@@ -84,8 +84,8 @@ def test_a_demo_that_was_stopped_twice_goes_on_to_the_same_metrics(straight, tmp
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo-1"]
     assert "finished" in (stopped / "sft/run.json").read_text()
     starts = json.loads((stopped / "sft/run.json").read_text())["starts"]
-    assert len(starts) == 1  # the stages before are not done again
-    assert metrics(stopped) == metrics(straight[0])
+    assert len(starts) == 1  # earlier stages are not repeated
+    assert metrics(stopped) == metrics(uninterrupted[0])
     capsys.readouterr()
     assert main(["demo", "--output_dir", str(stopped), "--seed", "3"]) == 0
     assert "simpo sft" not in capsys.readouterr().out
@@ -96,13 +96,13 @@ def _stop(*arguments):
     raise InterruptedRun("stopped here")
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):
+def test_a_non_empty_folder_is_rejected(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("do not lose")
     assert main(["demo", "--output_dir", str(tmp_path)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_wrong_option_is_one_line(capsys):
+def test_a_wrong_option_gives_a_one_line_error(capsys):
     assert main(["demo", "--sed", "1"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""``simpo evaluate`` from the command line, over a real server around a real tiny model."""
+"""``simpo evaluate`` on the command line, with a real server around a real tiny model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, write_chat_model):
-    """A tiny chat model, the files of every benchmark in small, and another model's answers."""
+    """A tiny chat model, small files for every benchmark, and another model's answers."""
     folder = tmp_path_factory.mktemp("world")
     write_chat_model(folder / "model", [*QUESTIONS, "mM It is 1 or 2."], 2048)
     reference = [{"instruction": q, "output": f"It is {n}.", "generator": "base"} for n, q in enumerate(QUESTIONS)]
@@ -60,7 +60,7 @@ def world(tmp_path_factory, write_chat_model):
 
 @pytest.fixture(scope="module")
 def judge(world):
-    """The model's own odds of m and M as its first token, together 0.9, and a text that goes by them."""
+    """The model's own odds of m against M as the first token, scaled to sum to 0.9, and a text that follows them."""
     model = ModelAnswers(world / "model")
     names = {name: model.tokenizer(name, add_special_tokens=False).input_ids for name in "mM"}
     assert all(len(ids) == 1 for ids in names.values())
@@ -94,11 +94,11 @@ def figures(folder):
     return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
 
 
-def test_preferences_are_those_of_the_judges_probabilities(world, judge, tmp_path, capsys):
-    """One request a pair of different answers, in the drawn order, weighed and turned back."""
+def test_preferences_come_from_the_judges_probabilities(world, judge, tmp_path, capsys):
+    """One request per pair of different answers, in the drawn order, weighted and swapped back."""
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "out")) == 0
-        assert len(server.bodies) == len(QUESTIONS) - 1  # the first answers are identical
+        assert len(server.bodies) == len(QUESTIONS) - 1  # the first two answers are identical
     rows = json.loads((tmp_path / "out/annotations.json").read_text())
     assert [row["instruction"] for row in rows] == QUESTIONS and rows[0]["preference"] == 1.5
     sent = {body["messages"][1]["content"]: judge(body) for body in server.bodies}
@@ -133,14 +133,14 @@ def test_a_warm_cache_sends_nothing_and_gives_the_same_file(world, judge, tmp_pa
     assert (tmp_path / "a/results.json").read_bytes() == (tmp_path / "b/results.json").read_bytes()
 
 
-def test_annotations_give_the_same_figures_without_a_judge(world, judge, tmp_path, capsys):
+def test_annotations_give_the_same_metrics_without_a_judge(world, judge, tmp_path, capsys):
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "a")) == 0
     command = ["evaluate", "alpaca_eval", f"--annotations={tmp_path / 'a/annotations.json'}"]
     assert main([*command, f"--output_dir={tmp_path / 'b'}", f"--gamed={world / 'gamed.csv'}"]) == 0
     assert figures(tmp_path / "a") == figures(tmp_path / "b")
     assert json.loads((tmp_path / "b/run.json").read_text())["identity"]["judge"] == "weighted_tiny"
-    assert main([*command, f"--output_dir={tmp_path / 'c'}"]) == 0  # the hub cannot be reached from tests
+    assert main([*command, f"--output_dir={tmp_path / 'c'}"]) == 0  # the hub is not reachable in tests
     assert "no length-controlled win rate" in capsys.readouterr().out
     assert "alpaca_eval/length_controlled_winrate" not in figures(tmp_path / "c")
 
@@ -160,7 +160,7 @@ def test_a_model_is_sampled_and_its_outputs_written(world, judge, tmp_path):
     assert (identity["dtype"], identity["max_new_tokens"]) == ("float32", 8)
 
 
-def test_a_reply_without_verdict_is_counted_and_not_scored(world, judge, tmp_path, capsys):
+def test_a_reply_without_a_verdict_is_counted_and_not_scored(world, judge, tmp_path, capsys):
     def forgetful(body):
         return completion("?", {"?": -0.1}) if QUESTIONS[5] in body["messages"][1]["content"] else judge(body)
 
@@ -188,7 +188,7 @@ def test_a_refused_request_is_counted_and_not_scored(world, judge, tmp_path, cap
     assert said in capsys.readouterr().out and said in (tmp_path / "out/log.txt").read_text()
 
 
-def test_a_judge_that_refuses_everything_is_one_error(world, tmp_path, capsys):
+def test_a_judge_that_refuses_everything_is_an_error(world, tmp_path, capsys):
     with ChatServer(lambda body: Raw(400, b'{"error": {"message": "no such model"}}')) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1")) == 2
         assert len(server.bodies) == 8
@@ -197,7 +197,7 @@ def test_a_judge_that_refuses_everything_is_one_error(world, tmp_path, capsys):
 
 
 COSTS = {
-    # requests; questions and baseline or references as they are, and so many answers of 16 tokens
+    # requests; questions, baselines and references at their real length, and this many answers of 16 tokens
     "alpaca_eval": ([], 12, 12),
     "arena_hard": (["--questions={}/arena.jsonl", "--baseline={}/base.jsonl", "--version=v2"], 24, 24),
     "mt_bench": (["--questions={}/mt.jsonl"], 8, 4 + 2 * 4),
@@ -205,8 +205,8 @@ COSTS = {
 
 
 @pytest.mark.parametrize("benchmark", COSTS)
-def test_the_cost_is_agreed_to_before_answers_are_sampled(world, judge, tmp_path, capsys, monkeypatch, benchmark):
-    """Answers count as long as they may be; afterwards nobody is asked again."""
+def test_the_cost_is_confirmed_before_answers_are_sampled(world, judge, tmp_path, capsys, monkeypatch, benchmark):
+    """Answers count with their maximum length; after confirming once, nobody is asked again."""
     options, requests, answers = COSTS[benchmark]
     with ChatServer(lambda body: judge(body) if benchmark == "alpaca_eval" else completion("[[A>B]] [[7]]")) as server:
         line = [part for part in alpaca(world, server.url, tmp_path / "out", model="model") if part != "--yes"]
@@ -231,12 +231,12 @@ def test_the_cost_is_agreed_to_before_answers_are_sampled(world, judge, tmp_path
         terminal.isatty = lambda: True
         monkeypatch.setattr("sys.stdin", terminal)
         assert main([*line, "--max_new_tokens=16", f"--output_dir={tmp_path / '16'}"]) == 0
-        assert len(server.bodies) in (requests, requests - 1)  # an answer may be that of the baseline
+        assert len(server.bodies) in (requests, requests - 1)  # an answer may equal the baseline's
     assert terminal.read() == ""
 
 
-def test_a_run_whose_answers_are_there_asks_for_what_is_left(world, judge, tmp_path, capsys, monkeypatch):
-    """Not for answers as long as they might have been."""
+def test_a_run_with_existing_answers_only_asks_for_the_rest(world, judge, tmp_path, capsys, monkeypatch):
+    """The estimate uses the answers' real lengths."""
     with ChatServer(judge, [Raw(401, b"no")]) as server:
         line = alpaca(world, server.url, tmp_path / "out", "--max_new_tokens=8", model="model")
         assert main(line) == 2
@@ -251,7 +251,7 @@ def test_a_run_whose_answers_are_there_asks_for_what_is_left(world, judge, tmp_p
         assert "as they may be" not in printed.out and "requests to send" in printed.out
 
 
-def test_questions_that_do_not_fit_show_before_anything_is_sampled(world, judge, tmp_path, capsys):
+def test_questions_that_do_not_fit_are_reported_before_sampling(world, judge, tmp_path, capsys):
     rows = [{"instruction": text, "output": "1"} for text in [*QUESTIONS[1:], " plus ".join("1" * 60)]]
     options = [f"--reference_outputs={write(tmp_path / 'reference.jsonl', rows)}", "--max_new_tokens=2000"]
     with ChatServer(judge) as server:
@@ -261,7 +261,7 @@ def test_questions_that_do_not_fit_show_before_anything_is_sampled(world, judge,
     assert not (tmp_path / "out/answers").exists()
 
 
-def test_nobody_may_share_an_evaluation(world, tmp_path, capsys, monkeypatch):
+def test_an_evaluation_runs_in_one_process(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     command = ["evaluate", "gsm8k", str(world / "model"), f"--data={world / 'gsm8k.jsonl'}"]
     assert main([*command, f"--output_dir={tmp_path / 'out'}"]) == 2
@@ -269,8 +269,8 @@ def test_nobody_may_share_an_evaluation(world, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_asks_for_what_is_missing(world, judge, tmp_path):
-    """A process of its own, killed while its fourth request waits for an answer."""
+def test_a_killed_run_only_requests_what_is_missing(world, judge, tmp_path):
+    """A separate process is killed while its fourth request is waiting for an answer."""
     killed = threading.Event()
 
     def held_up(body):
@@ -291,7 +291,7 @@ def test_a_killed_run_asks_for_what_is_missing(world, judge, tmp_path):
         assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed/results.json").exists()
         assert main(command) == 0
-        assert len(server.bodies) == len(QUESTIONS)  # one of which was sent twice, and one pair was identical
+        assert len(server.bodies) == len(QUESTIONS)  # one was sent twice, and one pair was identical
         assert main(alpaca(world, server.url, tmp_path / "whole", cache="other")) == 0
     assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
@@ -307,7 +307,7 @@ def common(server, output):
 
 
 def test_arena_hard_plays_both_games(world, tmp_path):
-    """The judge likes the longer name, so that the model wins every game; its eighth game has no verdict."""
+    """The judge prefers the longer name, so the model wins every game; its eighth game has no verdict."""
     games = []
 
     def judged(body):
@@ -363,7 +363,7 @@ def test_gsm8k_before_and_after(world, tmp_path):
     accuracies = [metric for metric in metrics if metric.name == "gsm8k/accuracy"]
     assert [metric.stage for metric in accuracies] == ["before", "after"] and accuracies[0].n == 5
     difference = next(metric for metric in metrics if metric.name == "gsm8k/difference")
-    assert (difference.value, difference.low, difference.high) == (0, None, None)  # all alike
+    assert (difference.value, difference.low, difference.high) == (0, None, None)  # no change at all
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_gsm8k_before_and_after(world, tmp_path):
         ),
     ],
 )
-def test_mistakes_end_in_one_line(world, tmp_path, capsys, arguments, said):
+def test_mistakes_give_a_one_line_error(world, tmp_path, capsys, arguments, said):
     given = [argument.replace("{}", str(world)) for argument in arguments]
     reference = [f"--reference_outputs={world / 'reference.jsonl'}"] if "alpaca_eval" in given else []
     options = [*reference, f"--output_dir={tmp_path / 'out'}"] if given != ["chess"] else []
@@ -398,15 +398,15 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, arguments, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_judge_without_log_probabilities_is_found_out(world, tmp_path, capsys):
+def test_a_judge_without_log_probabilities_is_detected(world, tmp_path, capsys):
     with ChatServer(lambda body: completion("m")) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=3")) == 2
-        assert len(server.bodies) == 8 < len(QUESTIONS) - 1  # and no more is paid for
+        assert len(server.bodies) == 8 < len(QUESTIONS) - 1  # no further requests are paid for
     error = capsys.readouterr().err
     assert "gives no log-probabilities" in error and "--plain" in error
 
 
-def test_a_baseline_file_that_cannot_be_used_shows_before_anything_is_sent(world, judge, tmp_path, capsys):
+def test_an_unusable_baseline_file_is_reported_before_anything_is_sent(world, judge, tmp_path, capsys):
     (tmp_path / "short.csv").write_text("index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n")
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", f"--gamed={tmp_path / 'short.csv'}")) == 2
@@ -415,7 +415,7 @@ def test_a_baseline_file_that_cannot_be_used_shows_before_anything_is_sent(world
     assert "12 instructions, but difficulties of 1" in error and error.count("\n") == 1
 
 
-def test_a_stopped_run_ends_in_one_line(world, judge, tmp_path, capfd):
+def test_a_stopped_run_ends_with_one_line(world, judge, tmp_path, capfd):
     def terminate(body):
         os.kill(os.getpid(), signal.SIGTERM)
         return judge(body)
@@ -425,7 +425,7 @@ def test_a_stopped_run_ends_in_one_line(world, judge, tmp_path, capfd):
     assert capfd.readouterr().err == "simpo: interrupted; run the same command again to continue\n"
 
 
-def test_the_key_is_sent_and_in_no_file(world, judge, tmp_path, capfd, monkeypatch):
+def test_the_key_is_sent_but_not_in_any_file(world, judge, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-key-for-the-judge-alone")
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "out")) == 0
@@ -440,7 +440,7 @@ def test_help_lists_the_benchmarks(capsys):
     assert "alpaca_eval" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "mt_bench", "--help"])
-    said = " ".join(capsys.readouterr().out.split())  # lines are as wide as the terminal
+    said = " ".join(capsys.readouterr().out.split())  # output wraps at the terminal width
     assert ended.value.code == 0 and "--references" in said and "by category" in said and "default 60" in said
     with pytest.raises(SystemExit):
         main(["evaluate", "arena_hard", "--help"])

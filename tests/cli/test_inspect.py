@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"question {number}", "chosen": "a longer answer", "rejected"
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A folder with a tokenizer of single bytes."""
+    """A folder with a byte-level tokenizer."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
@@ -42,7 +42,7 @@ def data(tmp_path):
     return write(tmp_path / "train.jsonl", ROWS)
 
 
-def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
+def test_statistics_are_printed_and_written(model, data, tmp_path, capsys):
     test = write(tmp_path / "test.jsonl", [{**ROWS[0], "chosen": "other"}, {**ROWS[0], "prompt": "new"}])
     options = ["--model", model, "--eval_dataset_name", test, "--output_dir", str(tmp_path / "out")]
     inspect([data, *options])
@@ -57,13 +57,13 @@ def test_figures_are_printed_and_written(model, data, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
     assert results["command"] == "inspect"
-    # One token a byte: the bytes of the answers and the end of turn.
+    # One token per byte: the bytes of the answers and the end of turn.
     assert figures["data/train/tokens/chosen/max"] == len("a longer answer") + 1
     assert figures["data/train/tokens/prompt/p50"] == len("[user]question 0[assistant]") + 2
     assert figures["data/eval/prompts_in_train"] == 1 and figures["data/eval/ties"] == 0.5
 
 
-def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):
+def test_rows_that_would_be_dropped_or_truncated_are_reported(model, tmp_path, capsys):
     rows = [*ROWS, {**ROWS[0], "prompt": "q" * 200}, {**ROWS[0], "chosen": "c" * 200}]
     path = write(tmp_path / "a.jsonl", rows)
     inspect([path, "--model", model, "--max_length=100", "--max_prompt_length=40"])
@@ -72,14 +72,14 @@ def test_what_would_be_dropped_and_cut_is_said(model, tmp_path, capsys):
     assert "dropped 1: longer than max_length even after its prompt is cut (a.jsonl:6)" in printed
 
 
-def test_options_reach_the_tokenization(model, data, capsys):
+def test_options_reach_tokenization(model, data, capsys):
     inspect([data, "--model", model, "--paper_tokenization", "true"])
     assert "chosen: >>>[assistant]a longer answer<eos><<<" in capsys.readouterr().out
     inspect([data, "--model", model, "--chat_template", "none"])
     assert "question 0\nchosen: >>>a longer answer<eos><<<" in capsys.readouterr().out
 
 
-def test_data_cannot_steer_the_terminal(model, tmp_path, capsys):
+def test_data_cannot_control_the_terminal(model, tmp_path, capsys):
     path = write(
         tmp_path / "a.jsonl", [{"prompt": "[red]\x1b[2J\u202e", "chosen": "[/bold] a\r", "rejected": "b\n\x07c"}]
     )
@@ -88,7 +88,7 @@ def test_data_cannot_steer_the_terminal(model, tmp_path, capsys):
     assert r"[red]\x1b[2J\u202e" in printed and r">>>[/bold] a\r<eos><<<" in printed and "b\n\\x07c" in printed
 
 
-def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
+def test_long_examples_say_what_is_omitted(model, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{**ROWS[0], "chosen": "c" * 1000}])
     inspect([path, "--model", model])
     assert f">>>{'c' * 300} [... 405 characters ...] {'c' * 295}<eos><<<" in capsys.readouterr().out
@@ -104,19 +104,19 @@ def test_long_examples_say_what_is_left_out(model, tmp_path, capsys):
         (["--max_length", "8"], "fits max_length 8"),
     ],
 )
-def test_mistakes_end_in_one_line(model, data, capsys, options, message):
+def test_mistakes_give_a_one_line_error(model, data, capsys, options, message):
     assert cli.main(["inspect", data, "--model", model, *options]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("simpo: error: ") and message in last
 
 
-def test_missing_file(model, capsys):
+def test_a_missing_file_is_reported(model, capsys):
     assert cli.main(["inspect", "nowhere.jsonl", "--model", model]) == 2
     assert "nowhere.jsonl: file not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scores", [[1, "x"], [1, [2]], [1, float("nan")]])
-def test_scores_that_are_no_numbers(scores, model, tmp_path, capsys):
+def test_non_numeric_scores_are_reported(scores, model, tmp_path, capsys):
     rows = [{"prompt": "p", "responses": ["a", "b"], "scores": scores}]
     assert cli.main(["inspect", write(tmp_path / "k.jsonl", rows), "--model", model]) == 2
     printed = capsys.readouterr()
@@ -124,7 +124,7 @@ def test_scores_that_are_no_numbers(scores, model, tmp_path, capsys):
     assert "nan" not in printed.out
 
 
-def test_rankings(model, tmp_path, capsys):
+def test_rankings_are_inspected(model, tmp_path, capsys):
     rows = [
         {"prompt": [{"role": "user", "content": f"q {n}"}], "responses": answers, "scores": [3.0, 1.0, 2.0]}
         for n, answers in enumerate(
@@ -161,7 +161,7 @@ def test_feedback_with_renamed_columns(model, tmp_path, capsys):
     assert "column_mapping: " in capsys.readouterr().err
 
 
-def test_splits_of_one_file_for_inspection(model, tmp_path, capsys):
+def test_splits_of_one_file_can_be_inspected(model, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", ROWS)
     inspect([path, "--model", model, "--split", "train[:1]"])
     assert "train: 1 comparisons of 1 rows" in capsys.readouterr().out

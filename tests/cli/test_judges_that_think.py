@@ -1,4 +1,4 @@
-"""Judges that think, refuse parameters or give no verdict, with every command that asks one: used rightly or not."""
+"""Judges that reason, reject parameters or give no verdict, with every command that uses a judge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(path, rows):
 
 @pytest.fixture
 def commands(tmp_path):
-    """Every command that asks a judge, with answers of which every second begins with thinking."""
+    """Every command that uses a judge, with answers of which every second one begins with reasoning."""
     ours = [f"<think>Hm.</think>It is {n}." if n % 2 else f"It is {n}." for n in range(4)]
     write(
         tmp_path / "a.jsonl", [{"id": q, "prompt": q, "responses": [x]} for q, x in zip(QUESTIONS, ours, strict=True)]
@@ -57,7 +57,7 @@ def commands(tmp_path):
 
 
 def run(command, answer, tmp_path, *options):
-    """Exit code, figures and what the judge was shown."""
+    """Run a command; return the exit code, the metrics and what the judge was shown."""
     with ChatServer(answer) as server:
         judge = [f"--judge_url={server.url}", "--judge_model=j", f"--cache={tmp_path / 'cache'}", "--yes"]
         code = main([*command, f"--output_dir={tmp_path / 'run'}", *judge, *options])
@@ -66,9 +66,9 @@ def run(command, answer, tmp_path, *options):
     return code, {one.name: one for one in read_results(path).metrics} if path.exists() else {}, shown
 
 
-# What the judge says to each command, and the figure that it leads to (None: one that depends on the order shown).
+# What the judge says to each command, and the resulting metric (None if it depends on the order shown).
 SAID = {
-    "annotate": ("[[B]]", "annotate/score", 0.5),  # the second place wins in both orders
+    "annotate": ("[[B]]", "annotate/score", 0.5),  # the second position wins in both orders
     "compare": ("[[B]]", "win_rate/api", 0.5),
     "plain": ("M", "alpaca_eval/win_rate", None),
     "arena": ("[[A=B]]", "arena_hard/math/score", 50.0),
@@ -77,7 +77,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_thinking_is_not_read(name, commands, tmp_path):
+def test_reasoning_is_not_read_as_a_verdict(name, commands, tmp_path):
     said, figure, expected = SAID[name]
     code, found, _ = run(commands[name], lambda body: completion(THINKING + said), tmp_path)
     assert code == 0
@@ -132,17 +132,17 @@ def test_a_judge_at_its_servers_temperature_is_recorded(name, commands, tmp_path
     code, found, shown = run(commands[name], newer, tmp_path)
     assert code == 0 and "at the server's default temperature" in capsys.readouterr().out
     [count] = [one.value for key, one in found.items() if "judged_at_default_temperature" in key]
-    assert count == len(set(shown))  # requests that were refused first were sent again
+    assert count == len(set(shown))  # requests refused at first were sent again
 
 
-def test_a_judge_without_log_probabilities_is_refused(commands, tmp_path, capsys):
+def test_a_judge_without_log_probabilities_is_rejected(commands, tmp_path, capsys):
     code, found, _ = run(commands["weighted"], lambda body: completion("m"), tmp_path)
     error = capsys.readouterr().err
     assert (code, found) == (2, {}) and "gives no log-probabilities" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [*SAID, "weighted"])
-def test_thinking_in_answers_is_stripped_if_asked_and_recorded(name, commands, tmp_path, capsys):
+def test_reasoning_in_answers_is_stripped_on_request_and_recorded(name, commands, tmp_path, capsys):
     def answer(body):
         return completion(
             SAID.get(name, "m")[0], {"m": math.log(0.8), "M": math.log(0.1)} if "logprobs" in body else None
@@ -162,10 +162,10 @@ def test_thinking_in_answers_is_stripped_if_asked_and_recorded(name, commands, t
 
 
 @pytest.mark.parametrize("name", ["plain", "mt", "arena"])
-def test_a_judge_that_thinks_within_its_limit_gives_verdicts_with_a_higher_one(name, commands, tmp_path, capsys):
+def test_a_judge_cut_off_while_reasoning_gives_verdicts_with_a_higher_limit(name, commands, tmp_path, capsys):
     reply = THINKING + {"plain": "M", "mt": "Rating: [[8]]", "arena": "[[A=B]]"}[name]
 
-    def limited(body):  # as servers do: the thinking counts
+    def limited(body):  # as in real servers, reasoning counts towards the limit
         if body["max_tokens"] >= 20000:
             return completion(reply)
         found = completion(reply[:20])
@@ -184,7 +184,7 @@ def test_a_judge_that_thinks_within_its_limit_gives_verdicts_with_a_higher_one(n
 
 
 @pytest.mark.parametrize("logprob", ["-0.1", None, 5.0])
-def test_log_probabilities_that_are_none_are_never_weighed(logprob, commands, tmp_path, capsys, monkeypatch):
+def test_invalid_log_probabilities_are_never_weighted(logprob, commands, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     code, found, _ = run(commands["weighted"], lambda body: completion("m", {"m": logprob, "M": -3.0}), tmp_path)
     assert (code, found) == (2, {})

@@ -1,4 +1,4 @@
-"""``simpo merge``: the merged model alone says what the adapter on its base said, and every mistake is one line."""
+"""``simpo merge``: the merged model reproduces the adapter on its base, and every mistake is a one-line error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base(tmp_path_factory, write_chat_model):
 
 
 def write_adapter(base, folder, **settings):
-    """A random adapter on ``base``, with a tokenizer of its own."""
+    """Write a random adapter for ``base`` with its own tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base)
     given = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
@@ -45,8 +45,8 @@ def logps(model, ids):
     "settings",
     [{}, {"use_rslora": True, "lora_alpha": 3}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}],
 )
-def test_the_merged_model_is_the_adapters(settings, base, tmp_path, capsys):
-    """Against peft's own reading of the adapter; in plain transformers."""
+def test_the_merged_model_reproduces_the_adapter(settings, base, tmp_path, capsys):
+    """Compared with peft's own loading of the adapter, in plain transformers."""
     adapter, merged = write_adapter(base, tmp_path / "adapter", **settings), tmp_path / "merged"
     assert cli.main(["merge", str(adapter), f"--output_dir={merged}"]) == 0
     assert f"next:  simpo chat {merged}" in capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_the_merged_model_is_the_adapters(settings, base, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(merged).chat_template.endswith("{# the adapter's own #}")
 
 
-def test_the_type_of_the_weights_is_kept_and_rounded_to_once(base, tmp_path):
+def test_the_dtype_of_the_weights_is_kept_with_a_single_rounding(base, tmp_path):
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(base).save_pretrained(half)
@@ -78,7 +78,7 @@ def test_the_type_of_the_weights_is_kept_and_rounded_to_once(base, tmp_path):
         assert torch.equal(parameter, exact.to(torch.bfloat16)), name
 
 
-def test_the_type_of_the_saved_weights_can_be_chosen(base, tmp_path):
+def test_the_dtype_of_the_saved_weights_can_be_chosen(base, tmp_path):
     adapter, merged = write_adapter(base, tmp_path / "adapter"), tmp_path / "merged"
     assert cli.main(["merge", str(adapter), f"--output_dir={merged}", "--save_dtype=bfloat16"]) == 0
     found = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
@@ -88,7 +88,7 @@ def test_the_type_of_the_saved_weights_can_be_chosen(base, tmp_path):
         assert torch.equal(parameter, exact.to(torch.bfloat16)), name
 
 
-def test_the_card_says_what_became_of_the_adapter(base, tmp_path):
+def test_the_model_card_describes_the_merge(base, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter")
     (adapter / "README.md").write_text(
         "---\nlibrary_name: peft\ntags:\n- simpo\n---\n# adapter\n\nHeld-out pairs: 0.7\n"
@@ -100,7 +100,7 @@ def test_the_card_says_what_became_of_the_adapter(base, tmp_path):
     assert str(tmp_path) not in card
 
 
-def test_mistakes_end_in_one_line_and_leave_nothing(base, tmp_path, capsys):
+def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(base, tmp_path, capsys):
     adapter = write_adapter(base, tmp_path / "adapter")
     lost = write_adapter(base, tmp_path / "lost")
     config = json.loads((lost / "adapter_config.json").read_text())

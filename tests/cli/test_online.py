@@ -1,4 +1,4 @@
-"""``simpo online``: a whole run, killed runs that continue, and every mistake in one line."""
+"""``simpo online``: complete runs, killed runs that continue, and one-line errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def killed(prompt, response):  # at a moment that a file names, once
 
 @pytest.fixture
 def recipe(chat_world, tmp_path, monkeypatch):
-    """``recipe(**changes)``: the arguments of a small run in a folder with scorers."""
+    """``recipe(**changes)``: arguments for a small run in a folder with scorers."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text(SCORERS)
 
@@ -70,7 +70,7 @@ def recipe(chat_world, tmp_path, monkeypatch):
     return write
 
 
-def test_a_run_leaves_a_model_its_answers_and_results(recipe, chat_world, capsys):
+def test_a_run_leaves_a_model_answers_and_results(recipe, chat_world, capsys):
     evaluated = {"eval_dataset_name": chat_world / "test.jsonl", "eval_strategy": "steps", "eval_steps": 3}
     generations = {"eval_generations": 4, "eval_judge": "function:scorers:short"}
     assert main(recipe(**evaluated, **generations)) == 0
@@ -85,11 +85,11 @@ def test_a_run_leaves_a_model_its_answers_and_results(recipe, chat_world, capsys
     assert any("rollout/reward" in line for line in lines)
     assert Path("out/model.safetensors").exists() and "rloo" in Path("out/README.md").read_text()
     capsys.readouterr()
-    assert main(recipe(**evaluated, **generations)) == 0  # finished
+    assert main(recipe(**evaluated, **generations)) == 0  # already finished
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, chat_world, tmp_path):
+def test_a_killed_run_continues_to_identical_bytes(recipe, chat_world, tmp_path):
     ppo = {"annotator": "function:scorers:killed", "objective": "ppo", "kl_target": 0.01, "normalize_scores": True}
     ppo |= {"ptx_weight": 0.5, "ptx_dataset_name": chat_world / "sft.jsonl"}
     assert main(recipe(**ppo, output_dir="whole")) == 0
@@ -103,8 +103,8 @@ def test_a_run_that_was_killed_continues_to_the_same_bytes(recipe, chat_world, t
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
 
 
-def test_several_annotators_score_a_killed_run(recipe, tmp_path, capsys):
-    """The weighted sum of ranks; an answer without a score by one of them has none, which is logged."""
+def test_several_annotators_in_a_killed_run(recipe, tmp_path, capsys):
+    """The weighted sum of ranks; an answer that one of them does not score has no score, which is logged."""
     several = {"function:scorers:killed": 0.25, "function:scorers:unless_odd": 3.0}
     settings = {"annotator": several, "annotator_normalization": "rank", "max_missing_scores": 1.0}
     settings |= {"gold_annotator": "function:scorers:short"}
@@ -129,7 +129,7 @@ def test_several_annotators_score_a_killed_run(recipe, tmp_path, capsys):
 
 
 def test_a_judge_behind_a_server_scores_the_answers(recipe, tmp_path, monkeypatch):
-    """Every answer is compared with the others; the shorter one wins here."""
+    """Every answer is compared with the others; in this test the shorter one wins."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def answer(body):
@@ -146,8 +146,8 @@ def test_a_judge_behind_a_server_scores_the_answers(recipe, tmp_path, monkeypatc
         assert sizes[best] <= sizes[worst] and (len(set(sizes)) == 1 or row["scores"][best] > row["scores"][worst])
 
 
-def test_a_gold_annotator_is_not_trained_on(recipe):
-    """It scores the same answers, without effect on the weights; what it leaves without a score does not count."""
+def test_a_gold_annotator_does_not_affect_training(recipe):
+    """It scores the same answers without affecting the weights; answers it does not score are not counted."""
     assert main(recipe(output_dir="alone")) == 0
     assert main(recipe(gold_annotator="function:scorers:unless_odd", logging_steps=1)) == 0
     one, two = (load_file(Path(folder, "model.safetensors")) for folder in ("alone", "out"))
@@ -178,10 +178,10 @@ def test_a_gold_annotator_is_not_trained_on(recipe):
 
 
 @pytest.mark.parametrize("objective", ["ppo", "simpo"])
-def test_two_processes_train_as_one(recipe, objective, chat_world, tmp_path):
+def test_two_processes_train_like_one(recipe, objective, chat_world, tmp_path):
     shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
     shared |= {"save_strategy": "no"}
-    if objective == "ppo":  # with the gradients of three losses
+    if objective == "ppo":  # with gradients from three losses
         shared |= {"entropy_coef": 0.1, "ptx_weight": 0.5, "ptx_dataset_name": chat_world / "sft.jsonl"}
     assert main(recipe(**shared, output_dir="one")) == 0
     arguments = recipe(**shared, output_dir="two", per_device_train_batch_size=2)
@@ -195,7 +195,7 @@ def test_two_processes_train_as_one(recipe, objective, chat_world, tmp_path):
 
 
 def sharded(arguments):
-    """``main`` where FSDP2 shards: accelerate makes DDP of it on a CPU, but not on what it takes for devices."""
+    """Run ``main`` with FSDP2. On a CPU, accelerate turns it into DDP, unless the device looks like an accelerator."""
     begin = OnlineTrainer.__init__
 
     def begin_sharded(self, *args, **kwargs):
@@ -203,13 +203,13 @@ def sharded(arguments):
         begin(self, *args, **kwargs)
         assert all(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
-    OnlineTrainer.__init__ = begin_sharded  # of this process, which is a fork
+    OnlineTrainer.__init__ = begin_sharded  # only affects this forked process
     return main(arguments)
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dpo"])
-def test_sharded_weights_train_as_whole_ones(recipe, objective, chat_world, tmp_path):
-    """Also where a rank generates more often than the other (3 batches of 4 answers), or alone (a single batch)."""
+def test_sharded_weights_train_like_whole_ones(recipe, objective, chat_world, tmp_path):
+    """Even if one rank generates more often than the other (3 batches of 4 answers) or alone (a single batch)."""
     shared = {"objective": objective, "dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "sync_every": 1}
     shared |= {"save_strategy": "no", "num_generations": 3, "generation_batch_size": 4 if objective == "grpo" else 12}
     if objective == "grpo":
@@ -227,8 +227,8 @@ def test_sharded_weights_train_as_whole_ones(recipe, objective, chat_world, tmp_
 
 
 @pytest.mark.parametrize("network", [False, True])
-def test_a_value_function_next_to_sharded_weights(recipe, network, chat_world, tmp_path):
-    """The head or the network is whole on every rank; checkpoints continue on one process without sharding."""
+def test_a_value_function_alongside_sharded_weights(recipe, network, chat_world, tmp_path):
+    """The head or network is whole on every rank; checkpoints continue on a single process without sharding."""
     shared = {"objective": "ppo", "dtype": "float64", "optim": "adamw_torch", "sync_every": 1, "save_steps": 3}
     if network:
         torch.manual_seed(1)
@@ -260,7 +260,7 @@ def test_a_value_function_next_to_sharded_weights(recipe, network, chat_world, t
         ({"annotator": "human:x.jsonl"}, ["human:x.jsonl"]),
         ({"annotator": "api"}, ["judge_url", "judge_model"]),
         ({"annotator": {"exact": 1.0, "api": 1.0}}, ["judge_url", "judge_model"]),
-        (  # what needs no server is tried before anything is sent
+        (  # everything that needs no server is checked before anything is sent
             {"annotator": {"api": 1.0, "exact": 1.0}, "judge_url": "http://localhost:9", "judge_model": "m"},
             ["not a question of the tiny world"],
         ),
@@ -280,7 +280,7 @@ def test_a_value_function_next_to_sharded_weights(recipe, network, chat_world, t
         ({"ptx_weight": 1.0, "ptx_dataset_name": "absent.jsonl"}, ["absent.jsonl"]),
     ],
 )
-def test_mistakes_end_in_one_line(recipe, changes, words, capsys):
+def test_mistakes_give_a_one_line_error(recipe, changes, words, capsys):
     assert main(recipe(**changes)) == 2
     error = capsys.readouterr().err
     assert error.strip().count("\n") == 0 and all(word in error for word in words), error

@@ -1,4 +1,4 @@
-"""Judges in training whose weights are pickles: read where the recipe allows it, refused in one line where not."""
+"""Judges with pickled weights in training: loaded if the recipe allows it, otherwise rejected in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simpo.workflows.pair import PairSettings
 
 @pytest.fixture(scope="module")
 def judge(chat_world, tmp_path_factory):
-    """The folder of a model whose weights are a pickle."""
+    """The folder of a model with pickled weights."""
     folder = tmp_path_factory.mktemp("judge") / "model"
     shutil.copytree(chat_world / "model", folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_the_recipe_allows_applies_to_its_judges(command, judge, chat_world, tmp_path, capsys):
+def test_the_recipes_permission_applies_to_its_judges(command, judge, chat_world, tmp_path, capsys):
     given = [
         command, f"--model_name_or_path={chat_world / 'model'}", f"--dataset_name={chat_world / 'train.jsonl'}",
         f"--eval_dataset_name={chat_world / 'test.jsonl'}", "--max_length=40", "--max_steps=1", "--use_cpu=true",
@@ -47,7 +47,7 @@ def test_what_the_recipe_allows_applies_to_its_judges(command, judge, chat_world
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_and_to_the_judges_of_a_loop(allowed):
+def test_the_recipes_permission_applies_to_a_loops_judges(allowed):
     settings = LoopSettings(prompts="prompts.jsonl", eval_prompts="held-out.jsonl", annotator="logp:judge")
     model, config = ModelArguments("model", allow_pickle=allowed), SimpleNamespace(resume_from_checkpoint=None)
     recipe = LoopRecipe(settings, SamplingSettings(n=2), PairSettings(), model, config)

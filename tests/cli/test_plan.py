@@ -1,4 +1,4 @@
-"""`simpo plan`: from a folder with a configuration alone to memory, time and keys; and what it refuses."""
+"""``simpo plan``: from a folder with only a configuration to memory, time and keys; and what it rejects."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_a_configuration_is_enough(folder, capsys) -> None:
     assert found["fastest"]["keys"]["activation_checkpointing"] is False
 
 
-def test_the_fastest_takes_the_fewest_seconds_and_shares_as_requested(folder, capsys) -> None:
-    """Memory is so slow that the optimizer takes most of the time, which fsdp divides."""
+def test_the_fastest_plan_takes_the_least_time_and_shards_as_requested(folder, capsys) -> None:
+    """Memory is so slow that the optimizer step dominates, which fsdp divides among GPUs."""
     machine = ["--gpu_memory_gb", "80", "--gpu_tflops", "100", "--gpu_terabytes", "0.001", "--gpus", "2"]
     given = [folder, "--dataset_name", "none", *LENGTHS, *machine, "--max_length", "256", "--json", "true"]
     found = {}
@@ -75,21 +75,21 @@ def test_the_fastest_takes_the_fewest_seconds_and_shares_as_requested(folder, ca
         (["--gpu_memory_gb", "0"], ["gpu_memory_gb", "above 0"]),
     ],
 )
-def test_what_cannot_be_planned(arguments, parts, folder, capsys) -> None:
+def test_what_cannot_be_planned_is_reported(arguments, parts, folder, capsys) -> None:
     code, error = planned(capsys, folder, "--dataset_name", "none", *LENGTHS, *arguments)
     assert code == 2
     assert error.count("\n") == 1
     assert all(part in error for part in parts)
 
 
-def test_a_configuration_that_is_missing(tmp_path, capsys) -> None:
+def test_a_missing_configuration_is_reported(tmp_path, capsys) -> None:
     code, error = planned(capsys, str(tmp_path), "--dataset_name", "none", *LENGTHS, "--gpu", "h100")
     assert code == 2
     assert "model_name_or_path" in error
     assert error.count("\n") == 1
 
 
-def test_the_command_decides_which_keys_there_are(folder, tmp_path, capsys) -> None:
+def test_the_command_determines_the_available_keys(folder, tmp_path, capsys) -> None:
     code, error = planned(capsys, folder, "--dataset_name", "none", *LENGTHS, "--command=sft", "--beta", "2")
     assert code == 2
     assert "beta" in error
@@ -100,8 +100,8 @@ def test_the_command_decides_which_keys_there_are(folder, tmp_path, capsys) -> N
     assert "--command reward" in error
 
 
-def test_a_recipe_may_have_the_keys_of_its_command(folder, capsys) -> None:
-    """Those that only matter while training runs, too."""
+def test_a_recipe_may_have_all_keys_of_its_command(folder, capsys) -> None:
+    """Including keys that only matter during training."""
     given = [folder, "--dataset_name", "none", *LENGTHS, "--gpu", "h100", "--json", "true", "--eval_generations", "8"]
     code, text = planned(
         capsys, *given, "--command", "online", "--annotator", "exact", "--max_new_tokens", "20", "--engine", "vllm"
@@ -110,7 +110,7 @@ def test_a_recipe_may_have_the_keys_of_its_command(folder, capsys) -> None:
     assert json.loads(text)["recipe"]["fits"]
 
 
-def test_the_launcher_says_how_a_model_is_shared(monkeypatch) -> None:
+def test_the_launcher_determines_the_sharding(monkeypatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     plain = SimpleNamespace(deepspeed_plugin=None, fsdp=None)
     assert sharding_of(plain) == "ddp"
@@ -130,12 +130,12 @@ print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_sti
 
 
 def test_an_8b_recipe_is_planned_in_10_seconds_and_1_gb(tmp_path) -> None:
-    """On two cores: that many seconds of each."""
+    """On two cores; the limit applies to each of them."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     hf.LlamaConfig(vocab_size=128256, num_hidden_layers=32, **sizes).save_pretrained(tmp_path)
     machine = ["--gpu", "H100-80GB", "--gpus", "8", "--bf16", "true"]
     command = [sys.executable, "-m", "simpo", "plan", str(tmp_path), "--dataset_name", "none", *LENGTHS, *machine]
-    measured = [sys.executable, "-c", MEASURE, *command]  # a child's peak contains what its parent had when it forked
+    measured = [sys.executable, "-c", MEASURE, *command]  # a child's peak includes its parent's memory at the fork
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(measured, env=environment, capture_output=True, text=True, check=True)
     code, seconds, kilobytes = json.loads(done.stdout)
@@ -146,7 +146,7 @@ def test_an_8b_recipe_is_planned_in_10_seconds_and_1_gb(tmp_path) -> None:
 
 @pytest.fixture
 def run(tmp_path):
-    """The arguments of a training of a tiny model on the tiny world."""
+    """Arguments for training a tiny model on the tiny world."""
     write_model(tmp_path / "model", seed=0)
     write_pairs(tmp_path / "pairs.jsonl", 16, seed=0)
     given = {
@@ -162,15 +162,15 @@ def run(tmp_path):
     return [text for key, value in given.items() for text in (f"--{key}", str(value))]
 
 
-def test_a_training_that_fits_says_where_it_is_tightest_and_runs(run, tmp_path, capsys) -> None:
+def test_a_run_that_fits_states_its_peak_and_runs(run, tmp_path, capsys) -> None:
     assert main(["train", *run, "--plan"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("plan:"))
     assert " GiB, peak in " in line
     assert (tmp_path / "out/results.json").exists()
 
 
-def test_a_training_that_does_not_fit_names_the_keys_with_which_it_would(run, tmp_path, monkeypatch, capsys) -> None:
-    """On a machine with 16 MiB: enough for the model and a row at a time, and not for all of them."""
+def test_a_run_that_does_not_fit_names_keys_that_would_help(run, tmp_path, monkeypatch, capsys) -> None:
+    """On a machine with 16 MiB, enough for the model with one row at a time but not with all of them."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=16 * 2**20))
     rows = ["--max_batch_tokens", "10000", "--per_device_train_batch_size", "16"]
     assert main(["train", *run, *rows, "--plan"]) == 2

@@ -1,4 +1,4 @@
-"""Models that come with code of their own: every command runs it only if that is allowed, and says so."""
+"""Models with their own code: every command runs it only with permission, and says so."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class {0}ForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, write_chat_model):
-    """A tiny chat model whose configuration and class are in a file next to it."""
+    """A tiny chat model with its configuration and class in a file next to it."""
     folder = tmp_path_factory.mktemp("remote") / "model"
     write_chat_model(folder, ["Which color is grass?", "Grass is green.", "What does a dog do?"] * 4, 128)
     (folder / "code_of_toy.py").write_text(CODE.format("Toy"))
@@ -40,7 +40,7 @@ def model(tmp_path_factory, write_chat_model):
 
 @pytest.fixture(scope="module")
 def files(model, tmp_path_factory):
-    """A folder with pairs, answers, and an adapter on the model."""
+    """A folder with pairs, answers, and an adapter for the model."""
     folder = tmp_path_factory.mktemp("files")
     pair = {"prompt": "Which color is grass?", "chosen": "Grass is green.", "rejected": "What?"}
     (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
@@ -66,7 +66,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_code_of_a_model_runs_where_it_is_allowed(name, model, files, tmp_path, capsys, monkeypatch):
+def test_a_models_code_only_runs_with_permission(name, model, files, tmp_path, capsys, monkeypatch):
     messages = [{"role": "user", "content": "Which color is grass?"}, {"role": "assistant", "content": "Green."}]
     (files / "sft.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 4)
     monkeypatch.setattr("builtins.input", lambda prompt="": "/exit")

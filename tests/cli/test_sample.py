@@ -1,4 +1,4 @@
-"""``simpo sample``: whole runs of a tiny model, killed ones too, and every mistake in one line."""
+"""``simpo sample``: complete and killed runs of a tiny model, and one-line errors."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def rows_in(folder):
     return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
 
 
-def test_answers_stand_in_the_order_of_the_prompts_with_their_figures(world, tmp_path, capsys):
+def test_answers_are_in_prompt_order_with_their_statistics(world, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(command(world, output)) == 0
     rows = rows_in(output)
@@ -82,8 +82,8 @@ def test_answers_stand_in_the_order_of_the_prompts_with_their_figures(world, tmp
     assert [path.name for path in output.iterdir() if path.name.startswith(".chunks")] == []
 
 
-def test_greedy_answers_are_those_of_transformers(world, tmp_path):
-    """Prompt by prompt, unpadded, through the chat template by transformers' own means."""
+def test_greedy_answers_match_transformers(world, tmp_path):
+    """Prompt by prompt, unpadded, with transformers' own chat template rendering."""
     assert main(command(world, tmp_path / "out", n=1, temperature=0, max_new_tokens=16)) == 0
     model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
@@ -98,14 +98,14 @@ def test_greedy_answers_are_those_of_transformers(world, tmp_path):
     assert len({row["responses"][0] for row in rows}) > 10
 
 
-def test_same_seed_same_bytes(world, tmp_path):
+def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert main(command(world, tmp_path / name, seed=seed)) == 0
     first, again, other = ((tmp_path / name / "responses.jsonl").read_bytes() for name in "abc")
     assert first == again != other
 
 
-def test_the_output_is_data_again(world, tmp_path):
+def test_the_output_can_be_used_as_data(world, tmp_path):
     """The prompts of a finished run give the same answers."""
     assert main(command(world, tmp_path / "a")) == 0
     again = command(world, tmp_path / "b")
@@ -116,7 +116,7 @@ def test_the_output_is_data_again(world, tmp_path):
     assert [row["response_ids"] for row in first] == [row["response_ids"] for row in second]
 
 
-def test_a_finished_run_is_left_as_it_is(world, tmp_path, capsys):
+def test_a_finished_run_is_left_alone(world, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(command(world, output)) == 0
     before = (output / "responses.jsonl").stat().st_mtime_ns
@@ -132,7 +132,7 @@ SLOW = {"n": 4, "max_new_tokens": 48, "chunk_size": 8}
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """A run that nothing stopped."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert main(command(world, folder, **SLOW)) == 0
     return folder
@@ -140,12 +140,12 @@ def whole(world, tmp_path_factory):
 
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_killed_run_ends_with_the_same_bytes(world, whole, tmp_path, capfd, kill, code):
-    """A process of its own, stopped amid chunks twice, and started again until it is through."""
+    """A separate process is stopped twice in the middle of chunks and restarted until it finishes."""
     output, chunks = tmp_path / "killed", tmp_path / "killed" / ".chunks-0.jsonl"
     draws = random.Random(kill)
 
     def start():
-        # Forked, because importing torch again would take longer than all the rest.
+        # Forked, because importing torch again would take longer than everything else.
         process = get_context("fork").Process(target=lambda: sys.exit(main(command(world, output, **SLOW))))
         process.start()
         return process
@@ -171,7 +171,7 @@ def test_a_killed_run_ends_with_the_same_bytes(world, whole, tmp_path, capfd, ki
         assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_long_prompt_is_left_out_and_said(world, tmp_path, capsys):
+def test_a_long_prompt_is_dropped_and_reported(world, tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "x" * 600}) + "\n" + json.dumps(ROWS[0]) + "\n")
     line = command(world, tmp_path / "out", max_new_tokens=None)
@@ -199,7 +199,7 @@ TEMPLATED = [{"prompt": [{"role": "user", "content": "Hi"}]}]
         pytest.param(ROWS, {"top_q": 1}, ["--top_q"], id="unknown option"),
     ],
 )
-def test_mistakes_end_in_one_line(world, tmp_path, capsys, rows, changes, said):
+def test_mistakes_give_a_one_line_error(world, tmp_path, capsys, rows, changes, said):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = command(world, tmp_path / "out", **changes)
@@ -211,7 +211,7 @@ def test_mistakes_end_in_one_line(world, tmp_path, capsys, rows, changes, said):
 
 
 @pytest.mark.parametrize(("place", "name"), [(1, "./nowhere"), (2, "nowhere.jsonl")])
-def test_what_is_not_there(world, tmp_path, capsys, place, name):
+def test_missing_models_and_prompts_are_reported(world, tmp_path, capsys, place, name):
     line = command(world, tmp_path / "out")
     line[place] = name
     assert main(line) == 2
@@ -219,7 +219,7 @@ def test_what_is_not_there(world, tmp_path, capsys, place, name):
     assert error.count("\n") == 1 and name in error
 
 
-def test_a_model_whose_turns_nothing_ends(world, tmp_path, capsys):
+def test_a_model_without_an_end_of_turn_is_reported(world, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     tokenizer.eos_token = None
@@ -232,7 +232,7 @@ def test_a_model_whose_turns_nothing_ends(world, tmp_path, capsys):
 
 
 def test_an_adapters_folder_is_a_model(world, tmp_path, capsys):
-    """Its context and settings are the base model's, its answers its own."""
+    """Its context length and settings come from the base model; its answers are its own."""
     base = AutoModelForCausalLM.from_pretrained(world / "model")
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
@@ -246,7 +246,7 @@ def test_an_adapters_folder_is_a_model(world, tmp_path, capsys):
     assert first != second
 
 
-def test_too_little_memory(world, tmp_path, capsys, monkeypatch):
+def test_running_out_of_memory_is_reported(world, tmp_path, capsys, monkeypatch):
     def exhaust(self, prompts, settings, seed):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -255,7 +255,7 @@ def test_too_little_memory(world, tmp_path, capsys, monkeypatch):
     assert "chunk_size: 6 answers" in capsys.readouterr().err
 
 
-def test_a_folder_of_another_command(world, tmp_path, capsys):
+def test_another_commands_folder_is_rejected(world, tmp_path, capsys):
     with RunFolder(tmp_path / "out", command="train") as run:
         run.begin({})
     assert main(command(world, tmp_path / "out")) == 2

@@ -1,4 +1,4 @@
-"""Every command takes its settings from a recipe, the command line, or both, and explains them."""
+"""Every command takes its settings from a recipe, the command line, or both, and documents them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = [name for name in sorted(COMMANDS) if name != "evaluate"] + [f"evaluate 
 
 
 @pytest.mark.parametrize("command", NAMES)
-def test_help_has_two_examples_and_a_meaning_for_every_setting(command, capsys):
+def test_help_has_two_examples_and_describes_every_setting(command, capsys):
     name, *rest = command.split()
     with pytest.raises(SystemExit) as caught:
         command_named(name)([*rest, "--help"])
@@ -28,7 +28,7 @@ def test_help_has_two_examples_and_a_meaning_for_every_setting(command, capsys):
     assert entries and not without
 
 
-def test_help_of_training_lists_the_objectives_and_what_beta_does(capsys):
+def test_training_help_lists_the_objectives_and_explains_beta(capsys):
     with pytest.raises(SystemExit):
         command_named("train")(["--help"])
     text = " ".join(capsys.readouterr().out.partition("the command line takes precedence.")[2].split())

@@ -1,4 +1,4 @@
-"""Curves and outcomes of runs as experiment trackers have stored them, with the real packages and without network."""
+"""Curves and outcomes of runs as stored by experiment trackers, with the real packages and no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simpo.cli import main
 from simpo.runs.files import read_lines
 from simpo.runs.results import read_results
 
-# Names under which dashboards of transformers' users look for curves.
+# Names under which dashboards for transformers look for curves.
 CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", "train/rewards/margins", "train/rewards/accuracies")
 HELD_OUT = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/generations/length")
 
@@ -42,14 +42,14 @@ def sweep(world, output, tracker: str) -> int:
 
 
 def outcome(folder) -> dict[str, float]:
-    """The figures of ``results.json`` by the names that trackers have for them."""
+    """Return the metrics in ``results.json`` under the trackers' names."""
     found = read_results(folder / "results.json").metrics
     names = ["/".join(["results", *([metric.stage] if metric.stage else []), metric.name]) for metric in found]
     return {name: metric.value for name, metric in zip(names, found, strict=True) if metric.value is not None}
 
 
 def table(folder) -> list[list[str]]:
-    """Prompts with the start model's and the last answers."""
+    """Return the prompts with the start model's answers and the latest ones."""
     before, after = (read_lines(folder / "generations" / name) for name in ("start.jsonl", "step-4.jsonl"))
     return [[a["prompt"], a["responses"][0], b["responses"][0]] for a, b in zip(before, after, strict=True)]
 
@@ -59,7 +59,7 @@ def logged(folder, key: str) -> list[tuple[int, float]]:
 
 
 def shown(event) -> list[list[str]]:
-    """The cells of a Markdown table in TensorBoard, without line breaks."""
+    """Return the cells of a Markdown table in TensorBoard, without line breaks."""
     heading, _, *lines = event.tensor_proto.string_val[0].decode().split("\n")
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in (heading, *lines)]
     return [[cell[1:-1].replace("\\|", "|").replace("<br>", "") for cell in row] for row in rows]
@@ -67,7 +67,7 @@ def shown(event) -> list[list[str]]:
 
 @pytest.fixture
 def board(tmp_path, monkeypatch):
-    """``board(run)``: what TensorBoard has of a run, by its folder's name; without one, of the only run."""
+    """``board(run)``: what TensorBoard stored for a run, by its folder's name, or for the only run."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,7 +84,7 @@ def board(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
-    """The package, which writes into the test's folder and sends nothing."""
+    """The package, writing into the test's folder and sending nothing."""
     places = {"WANDB_DIR": tmp_path, "WANDB_DATA_DIR": tmp_path / "data", "WANDB_CACHE_DIR": tmp_path / "cache"}
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
         monkeypatch.setenv(name, str(value))
@@ -95,10 +95,10 @@ def one_line(text: str) -> str:
     return "".join(text.splitlines())
 
 
-def test_tensorboard(chat_world, tmp_path, board, capsys):
+def test_tensorboard_has_curves_and_outcomes(chat_world, tmp_path, board, capsys):
     out = tmp_path / "out"
     assert train(chat_world, out, "tensorboard") == 0
-    assert not any(path.is_dir() for path in (tmp_path / "board").iterdir())  # one run for the dashboard
+    assert not any(path.is_dir() for path in (tmp_path / "board").iterdir())  # a single run in the dashboard
     events = board()
     scalars = set(events.Tags()["scalars"])
     assert scalars >= {*CURVES, *HELD_OUT}
@@ -117,11 +117,11 @@ def test_tensorboard(chat_world, tmp_path, board, capsys):
     error = capsys.readouterr().err
     assert "did not accept" not in error
 
-    assert train(chat_world, out, "tensorboard") == 0  # a finished run is not sent again
+    assert train(chat_world, out, "tensorboard") == 0  # a finished run is not logged again
     assert len(board().Scalars("results/train/loss")) == 1
 
 
-def test_answers_of_the_last_rollout(chat_world, tmp_path, board, monkeypatch):
+def test_answers_from_the_last_rollout_are_logged(chat_world, tmp_path, board, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {
@@ -142,7 +142,7 @@ def test_answers_of_the_last_rollout(chat_world, tmp_path, board, monkeypatch):
     assert expected and shown(answers) == [["prompt", "answer", "score"], *expected]
 
 
-def test_every_trial_of_a_sweep_is_a_run(chat_world, tmp_path, board):
+def test_every_trial_in_a_sweep_is_a_tracker_run(chat_world, tmp_path, board):
     out = tmp_path / "rates"
     assert sweep(chat_world, out, "tensorboard") == 0
     assert {path.name for path in (tmp_path / "board").iterdir()} == {"rates-000", "rates-001"}
@@ -157,8 +157,8 @@ def test_every_trial_of_a_sweep_is_a_run(chat_world, tmp_path, board):
             assert event.value == pytest.approx(value, rel=1e-6)
 
 
-def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, board, monkeypatch):
-    """Its outcome is the comparison with the start."""
+def test_every_round_in_a_loop_is_a_tracker_run(chat_world, tmp_path, board, monkeypatch):
+    """Its outcome is the comparison with the start model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {
@@ -182,7 +182,7 @@ def test_every_round_of_a_loop_is_a_run(chat_world, tmp_path, board, monkeypatch
         assert f"mine-loop-round-{number}" in (folder / "model/recipe.resolved.yaml").read_text()
 
 
-def test_wandb_has_a_run_for_every_trial(chat_world, tmp_path, wandb, monkeypatch):
+def test_wandb_has_one_run_per_trial(chat_world, tmp_path, wandb, monkeypatch):
     ended, finish = [], wandb.finish
 
     def kept(*args, **kwargs):
@@ -198,10 +198,10 @@ def test_wandb_has_a_run_for_every_trial(chat_world, tmp_path, wandb, monkeypatc
         for key, value in outcome(trial).items():
             assert summary[key] == pytest.approx(value)
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
-    wandb.teardown()  # it keeps the folders of its first run for all others of the process
+    wandb.teardown()  # otherwise it reuses the folders of the process's first run
 
 
-def test_wandb(chat_world, tmp_path, wandb):
+def test_wandb_has_curves_and_outcomes(chat_world, tmp_path, wandb):
     out = tmp_path / "out"
     assert train(chat_world, out, "wandb") == 0
     summary = dict(wandb.run.summary)
@@ -217,7 +217,7 @@ def test_wandb(chat_world, tmp_path, wandb):
     assert artifacts >= {(out / name).read_bytes() for name in ("report.html", "results.json")}
 
 
-def test_mlflow(chat_world, tmp_path, monkeypatch):
+def test_mlflow_has_curves_and_outcomes(chat_world, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_experiment(
@@ -238,8 +238,8 @@ def test_mlflow(chat_world, tmp_path, monkeypatch):
     assert (found["columns"], found["data"]) == (["prompt", "before", "after"], table(out))
 
 
-def test_trackio(chat_world, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+def test_trackio_has_curves_and_outcomes(chat_world, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read on import
     trackio = pytest.importorskip("trackio")
     out = tmp_path / "out"
     assert train(chat_world, out, "trackio") == 0
@@ -253,7 +253,7 @@ def test_trackio(chat_world, tmp_path, monkeypatch):
     assert [list(row.values()) for row in answers["_value"]] == table(out)
 
 
-def test_a_tracker_that_fails_does_not_undo_the_run(chat_world, tmp_path, monkeypatch, caplog):
+def test_a_failing_tracker_does_not_affect_the_run(chat_world, tmp_path, monkeypatch, caplog):
     writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
     def fail(*args, **kwargs):

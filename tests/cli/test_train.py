@@ -1,4 +1,4 @@
-"""``simpo train``: the whole run on a tiny model, and every mistake in one line."""
+"""``simpo train``: the complete run of a tiny model, and one-line errors."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def options(world, output, **changes):
     return ["train", *(f"--{key}={value}" for key, value in given.items() if value is not None)]
 
 
-def test_results_are_printed_as_json_also_those_of_a_finished_run(world, tmp_path, capfd):
+def test_results_are_printed_as_json_even_for_a_finished_run(world, tmp_path, capfd):
     for _ in range(2):
         assert main([*options(world, tmp_path / "out", max_steps=1), "--json"]) == 0
         printed = capfd.readouterr()
@@ -52,7 +52,7 @@ def test_results_are_printed_as_json_also_those_of_a_finished_run(world, tmp_pat
         assert f"--json: simpo {argv[0]}" in capfd.readouterr().err
 
 
-def test_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path, capsys):
+def test_a_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(options(world, output, num_train_epochs=4)) == 0
     figures = {(m.name, m.stage): m for m in read_results(output / "results.json").metrics}
@@ -66,18 +66,18 @@ def test_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path
     assert "next:" in printed
     card = (output / "README.md").read_text()
     assert "gamma_beta_ratio" in card
-    assert str(tmp_path) not in card  # a card is published: no paths of the machine that made it
+    assert str(tmp_path) not in card  # model cards are published, so they contain no local paths
 
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
     start = AutoModelForCausalLM.from_pretrained(world / "model")
     assert (output / "model.safetensors").exists()
-    assert model.config.use_cache == start.config.use_cache  # generation is as quick as it was
+    assert model.config.use_cache == start.config.use_cache  # generation is as fast as before
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(world / "model").chat_template
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
 
 
-def test_the_recipe_and_the_command_line_make_one_configuration(world, tmp_path):
+def test_recipe_and_command_line_make_one_configuration(world, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model_name_or_path: {world / 'model'}\n"
@@ -94,7 +94,7 @@ def test_the_recipe_and_the_command_line_make_one_configuration(world, tmp_path)
     assert "| `beta` | 2.5 |" in card
 
 
-def test_same_seed_same_bits(world, tmp_path):
+def test_the_same_seed_gives_the_same_bits(world, tmp_path):
     weights = []
     for run in ("a", "b"):
         assert main(options(world, tmp_path / run, max_steps=3)) == 0
@@ -188,7 +188,7 @@ def lines(*rows):
         pytest.param(lines(GOOD), {"neftune_noise_alpha": 5}, ["neftune_noise_alpha", "noise"], id="NEFTune"),
     ],
 )
-def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, capsys, content, changes, said):
+def test_mistakes_give_a_one_line_error(world, tmp_path, monkeypatch, capsys, content, changes, said):
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data.jsonl"
     if content is not None:
@@ -212,7 +212,7 @@ def test_another_runs_folder_is_left_alone(world, tmp_path, capsys):
     assert [path.name for path in output.iterdir()] == ["model.safetensors"]
 
 
-def test_several_gpus_without_a_launcher(world, tmp_path, monkeypatch, capsys):
+def test_several_gpus_without_a_launcher_are_rejected(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: 2))
     assert main(options(world, tmp_path / "out")) == 2
     assert "torchrun" in capsys.readouterr().err
@@ -244,8 +244,8 @@ def _held_out(world, count):
 
 
 @pytest.mark.parametrize("command", ["train", "reward", "sft"])
-def test_training_rows_are_no_held_out_rows(command, world, tmp_path, capsys):
-    """Not through the same file, the same split or a slice of it; slices that differ are."""
+def test_training_rows_are_rejected_as_held_out_rows(command, world, tmp_path, capsys):
+    """Whether through the same file, the same split or the same slice; different slices are accepted."""
     data = world / "train.jsonl"
     if command == "sft":
         rows = [json.loads(line) for line in data.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""``simpo train`` on rankings, on single responses with labels, with a reference; and what is refused, in one line."""
+"""``simpo train`` on rankings, on labeled single responses and with a reference; and rejected input, in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(path, rows):
 
 @pytest.fixture
 def rankings(chat_world, tmp_path):
-    """The pairs with a third answer, as good as the rejected one."""
+    """The pairs with a third answer, tied with the rejected one."""
     rows = [json.loads(line) for line in (chat_world / "train.jsonl").open()]
     found = [
         {"prompt": r["prompt"], "responses": [r["rejected"], r["chosen"], "I do not know."], "scores": [0, 1, 0]}
@@ -61,12 +61,12 @@ def figures(output) -> dict:
 
 
 def but_the_last(path, **changes):
-    """A file of the same rows, the last one changed, because training rows alone are refused as held-out rows."""
+    """Write the same rows with the last one changed, because training rows are not accepted as held-out rows."""
     *rows, last = (json.loads(line) for line in path.open())
     return write(path.with_suffix(".held_out.jsonl"), [*rows, last | changes])
 
 
-def test_rankings(chat_world, rankings, tmp_path):
+def test_training_on_rankings(chat_world, rankings, tmp_path):
     out = tmp_path / "out"
     held_out = but_the_last(rankings, prompt="Is it?")
     assert main(options(chat_world, out, dataset_name=rankings, eval_dataset_name=held_out, objective="dpo")) == 0
@@ -77,13 +77,13 @@ def test_rankings(chat_world, rankings, tmp_path):
     assert ("eval_rewards/accuracies", "before") not in found  # all rewards are 0 up to rounding
 
 
-def test_single_responses(chat_world, judged, tmp_path, capsys):
+def test_training_on_single_responses(chat_world, judged, tmp_path, capsys):
     out = tmp_path / "out"
     held_out = but_the_last(judged, prompt="Is it?")
     given = {"dataset_name": judged, "eval_dataset_name": held_out, "objective": "kto", "beta": 0.5, "logging_steps": 1}
     assert main(options(chat_world, out, **given)) == 0
     found = figures(out)
-    assert found["eval_loss", "before"].value == pytest.approx(0.5, abs=1e-5)  # both terms, at reward and point 0
+    assert found["eval_loss", "before"].value == pytest.approx(0.5, abs=1e-5)  # both terms at reward and point 0
     scores = read_lines(out / "held_out_after.jsonl")
     chosen, rejected = (
         [s[name] for s in scores if s[name] is not None] for name in ("rewards/chosen", "rewards/rejected")
@@ -99,13 +99,13 @@ def test_single_responses(chat_world, judged, tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out.lower()
 
 
-def test_another_objective_finds_the_reference(chat_world, tmp_path):
-    """And no folder of the user's is needed for it."""
+def test_another_objective_finds_the_cached_reference(chat_world, tmp_path):
+    """The cache does not need to be named."""
     for objective in ("dpo", "kto"):
         assert main(options(chat_world, tmp_path / objective, objective=objective, kl_weight=0.1)) == 0
         assert figures(tmp_path / objective)["eval_kl", "before"].value == pytest.approx(0, abs=1e-6)
         assert figures(tmp_path / objective)["eval_kl", "after"].value > 1e-6
-    assert len([path for path in (tmp_path / "reference").iterdir() if path.is_dir()]) == 4  # of kto also the others
+    assert len([path for path in (tmp_path / "reference").iterdir() if path.is_dir()]) == 4  # KTO needs extra ones
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_another_objective_finds_the_reference(chat_world, tmp_path):
         ({"dataset_name": "tagged", "objective": "kto"}, "for objectives kto and bco also {prompt, completion, label}"),
     ],
 )
-def test_mistakes(changes, message, chat_world, judged, tmp_path, capsys):
+def test_mistakes_give_a_one_line_error(changes, message, chat_world, judged, tmp_path, capsys):
     rows = [json.loads(line) for line in judged.open()]
     made = {
         "alike": [row for row in rows if row["label"]],
@@ -150,7 +150,7 @@ def test_mistakes(changes, message, chat_world, judged, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cache_for_other_weights(chat_world, tmp_path, capsys):
+def test_a_cache_for_different_weights_is_rejected(chat_world, tmp_path, capsys):
     assert main(options(chat_world, tmp_path / "one", objective="dpo")) == 0
     trained = options(chat_world, tmp_path / "two", objective="ipo", model_name_or_path=tmp_path / "one")
     assert main(trained) == 2

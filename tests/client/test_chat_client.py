@@ -1,4 +1,4 @@
-"""The chat client with a server that fails in many ways, and its cache."""
+"""The chat client, with a server that fails in many ways, and its cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEY = "a-secret-that-nobody-may-see"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Short waits, and no key from the environment."""
+    """Shorten waits and remove keys from the environment."""
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -38,7 +38,7 @@ def echo(body):
 
 
 def slow_after(last, answer):
-    """Like ``answer``, but requests after number ``last`` are answered so late that its reply arrives before theirs."""
+    """Delay answers to requests after number ``last``, so that their replies arrive after those of ``answer``."""
 
     def answered(body):
         if int(body["messages"][0]["content"].removeprefix("say ")) > last:
@@ -63,7 +63,7 @@ def texts(replies):
 SAID = [f"SAY {i}" for i in range(40)]
 
 
-def test_replies_are_in_the_order_of_the_requests():
+def test_replies_are_in_request_order():
     delays = itertools.cycle([0.02, 0.0, 0.01])
 
     def answer(body):
@@ -77,8 +77,8 @@ def test_replies_are_in_the_order_of_the_requests():
     assert (ours.usage.sent, ours.usage.prompt_tokens, ours.usage.completion_tokens) == (40, 280, 120)
 
 
-def test_request_body():
-    """Keys and types of the interface, without optional ones that were not set."""
+def test_the_request_body():
+    """Keys and types match the interface; optional ones that are not set are absent."""
     with ChatServer(echo) as server:
         client(server).complete([ChatRequest([{"role": "user", "content": "é"}], 5, 0.5, 3, 7)])
         client(server).complete(requests(1))
@@ -93,7 +93,7 @@ def test_log_probabilities_of_the_first_token():
     with ChatServer(lambda body: completion("m", {"m": -0.1, "M": -2.5, "x": -7.0})) as server:
         [reply] = client(server).complete(requests(1, top_logprobs=5))
     assert reply == ChatReply("m", {"m": -0.1, "M": -2.5, "x": -7.0}, "stop", 7, 3)
-    with ChatServer(echo) as server:  # a server that does not give them
+    with ChatServer(echo) as server:  # a server that does not return them
         [reply] = client(server).complete(requests(1, top_logprobs=5))
     assert reply.first_token_logprobs is None
 
@@ -157,12 +157,12 @@ def test_retry_after_is_respected(name, tmp_path):
 
 
 def test_a_pause_holds_back_all_requests():
-    """Also those of the other workers, which the server did not ask."""
+    """Including requests from other workers, to which the server did not send it."""
     with ChatServer(lambda body: time.sleep(0.02) or echo(body), [Raw(429, b"{}", {"Retry-After": "1"})]) as server:
         assert texts(client(server, concurrency=4).complete(requests(20))) == SAID[:20]
     pauses = [later - earlier for earlier, later in itertools.pairwise(server.times)]
     before = pauses.index(max(pauses)) + 1
-    assert max(pauses) > 0.8 and before <= 8  # at most the requests that were already in progress
+    assert max(pauses) > 0.8 and before <= 8  # at most the requests already in progress
 
 
 def test_a_retry_after_of_a_day_is_an_error():
@@ -173,7 +173,7 @@ def test_a_retry_after_of_a_day_is_an_error():
         client(server).complete(requests(1))
 
 
-def test_attempts_are_bounded_and_waits_grow(tmp_path, monkeypatch):
+def test_attempts_are_limited_and_waits_grow(tmp_path, monkeypatch):
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.08)
     with ChatServer(lambda body: Raw(500, b'{"error": {"message": "broken"}}')) as server:
         ours = client(server, tmp_path, attempts=3)
@@ -194,7 +194,7 @@ def test_a_refusal_is_not_repeated(status):
         assert len(server.bodies) == 1
 
 
-def test_a_quota_that_is_used_up_is_not_repeated():
+def test_an_exhausted_quota_is_not_retried():
     body = json.dumps({"error": {"message": "You ran out", "code": "insufficient_quota"}}).encode()
     with ChatServer(lambda _: Raw(429, body)) as server:
         with pytest.raises(SimpoError, match="status 429: You ran out"):
@@ -202,7 +202,7 @@ def test_a_quota_that_is_used_up_is_not_repeated():
         assert len(server.bodies) == 1
 
 
-def test_no_server_at_the_address():
+def test_no_server_at_the_address_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", "tiny", attempts=2)
@@ -214,7 +214,7 @@ def test_replies_before_a_failure_are_kept(tmp_path):
     with ChatServer(slow_after(7, refuse(7))) as server:
         with pytest.raises(SimpoError, match="too long; what was received is kept"):
             client(server, tmp_path, concurrency=2).complete(requests(40))
-        assert 8 <= len(server.bodies) <= 9  # what is under way is finished, and no other request sent
+        assert 8 <= len(server.bodies) <= 9  # requests in progress are finished, but no others are sent
         received = len(server.bodies) - 1
     with ChatServer(echo) as server:
         ours = client(server, tmp_path)
@@ -223,7 +223,7 @@ def test_replies_before_a_failure_are_kept(tmp_path):
 
 
 def refuse(*numbers, status=400):
-    """A server that refuses some requests because of their content, and answers the others."""
+    """Refuse some requests because of their content and answer the others."""
     said = [f"say {number}" for number in numbers]
     fault = Raw(status, b'{"error": {"message": "too long"}}')
     return lambda body: fault if body["messages"][0]["content"] in said else echo(body)
@@ -240,7 +240,7 @@ def test_a_refused_request_is_counted_and_the_others_are_answered(status, tmp_pa
         assert (ours.usage.sent, ours.usage.refused, ours.usage.repeated) == (38, 2, 0)
         assert ours.usage.line().endswith(f"; 2 of 40 requests refused, the first with status {status}: too long")
         assert ours.complete(requests(40), despite_refusals=True) == replies
-        assert len(server.bodies) == 42  # what was refused is not kept
+        assert len(server.bodies) == 42  # refusals are not cached
     with ChatServer(echo) as server:
         ours = client(server, tmp_path)
         assert texts(ours.complete(requests(40), despite_refusals=True)) == SAID
@@ -259,7 +259,7 @@ SPENT = [
 
 @pytest.mark.parametrize(("status", "said"), SPENT)
 def test_errors_that_concern_all_requests_end_the_command(status, said):
-    """Also in the middle, after others were answered."""
+    """Even halfway through, after others were answered."""
 
     def answer(body):
         return Raw(status, said) if body["messages"][0]["content"] == "say 20" else echo(body)
@@ -278,7 +278,7 @@ def test_refusals_of_all_first_requests_end_the_command(count, tmp_path):
 
 
 def test_fast_refusals_do_not_hide_a_slow_answer():
-    """The first requests are the first that were sent, not the first that were answered."""
+    """The first requests are those sent first, not those answered first."""
 
     def slow_at_zero(body):
         time.sleep(0.1 if body["messages"][0]["content"] == "say 0" else 0)
@@ -289,13 +289,13 @@ def test_fast_refusals_do_not_hide_a_slow_answer():
         assert sum(reply.refused is None for reply in ours.complete(requests(14), despite_refusals=True)) == 3
 
 
-def test_a_run_continues_when_only_refused_requests_are_left(tmp_path):
-    """As after a kill: a server that has answered before does not refuse everything."""
+def test_a_run_continues_if_only_refused_requests_are_left(tmp_path):
+    """This happens after a kill: a server that has answered before does not refuse everything."""
     with ChatServer(refuse(*range(10))) as server:
         client(server, tmp_path).complete(requests(20)[10:])
         for known in (client(server, tmp_path), client(server, tmp_path)):
             assert known.estimate(requests(20)).cached == 10
-            replies = known.complete(requests(10), despite_refusals=True)  # a part of them, as annotators ask
+            replies = known.complete(requests(10), despite_refusals=True)  # some of them, as annotators do
             assert all(reply.refused for reply in replies)
 
 
@@ -312,7 +312,7 @@ def test_a_warm_cache_sends_nothing(tmp_path):
         assert ChatClient(Endpoint(server.url, "other"), tmp_path).estimate(requests(1, top_logprobs=5)).requests == 1
 
 
-def test_the_same_request_twice_is_sent_once():
+def test_identical_requests_are_sent_once():
     with ChatServer(echo) as server:
         ours = client(server)
         assert ours.estimate(requests(3) * 2).requests == 3
@@ -340,12 +340,12 @@ def test_a_damaged_reply_is_requested_again(tmp_path, caplog):
 
 @pytest.mark.parametrize("start", [0, 20_000])
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_damaged_database_is_one_line(start, opened, tmp_path):
-    """Nothing that is read from it is trusted, and nothing is sent before the user has moved it away."""
+def test_a_damaged_database_gives_a_one_line_error(start, opened, tmp_path):
+    """Nothing read from it is trusted, and nothing is sent until the user has moved it away."""
     long = "x" * 1000
     with ChatServer(lambda body: completion(body["messages"][0]["content"] + long)) as server:
         client(server, tmp_path, concurrency=1).complete(requests(40))
-        gc.collect()  # closes the connection, which moves all changes into the database's file
+        gc.collect()  # closes the connection, which writes all changes to the database file
         path = database(tmp_path)
         ours = client(server, tmp_path) if opened else None
         with path.open("r+b") as file:
@@ -358,7 +358,7 @@ def test_a_damaged_database_is_one_line(start, opened, tmp_path):
         assert texts(client(server, tmp_path).complete(requests(40))) == [f"say {i}{long}" for i in range(40)]
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_cache_that_cannot_be_written_gives_a_one_line_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SimpoError, match="file"):
         ChatClient(Endpoint("http://127.0.0.1:9/v1", "tiny"), tmp_path / "file")
@@ -378,7 +378,7 @@ def _complete(url, cache, count):
 def test_two_processes_share_a_cache(tmp_path):
     numbers = itertools.count()
 
-    def answer(body):  # every answer is another one, so that a second one for the same request would show
+    def answer(body):  # every answer is different, so that answering the same request twice would be noticed
         time.sleep(0.005)
         return completion(f"{body['messages'][0]['content']}: {next(numbers)}")
 
@@ -443,8 +443,8 @@ def test_openais_own_variables_are_not_sent_to_other_servers(monkeypatch):
     assert all(KEY not in value for headers in server.headers for value in headers.values())
 
 
-def test_openai_is_imported_when_something_is_sent():
-    """It takes most of a second."""
+def test_openai_is_only_imported_when_something_is_sent():
+    """The import takes most of a second."""
     code = "import sys, simpo.client; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -469,7 +469,7 @@ def test_openai_is_imported_when_something_is_sent():
         ({"timeout": 0}, "timeout"),
     ],
 )
-def test_invalid_endpoints(change, said):
+def test_invalid_endpoints_are_rejected(change, said):
     with pytest.raises(SimpoError, match=said) as raised:
         Endpoint(**{"base_url": "http://host/v1", "model": "m"} | change)
     assert all(secret not in str(raised.value) for secret in ("gsk_password", "sk-password", "user:password"))
@@ -479,24 +479,24 @@ HOSTS = {"127.0.0.1": True, "localhost": True, "[::1]": True, "127.9.9.9": True,
 
 
 @pytest.mark.parametrize(("host", "local"), HOSTS.items())
-def test_local_servers(host, local):
+def test_which_servers_are_local(host, local):
     assert Endpoint(f"http://{host}:8000/v1", "m").is_local == local
 
 
 @pytest.mark.parametrize(
     ("variable", "value"), [("ALL_PROXY", "gopher://127.0.0.1:9"), ("SSL_CERT_FILE", "/nowhere.pem")]
 )
-def test_an_unusable_proxy_or_certificate_is_one_line(monkeypatch, variable, value):
+def test_an_unusable_proxy_or_certificate_gives_a_one_line_error(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with pytest.raises(SimpoError, match="proxy or certificates") as raised:
         ChatClient(Endpoint("https://judge.invalid/v1", "m", api_key_env="JUDGE_KEY"), None).complete(requests(1))
     assert KEY not in str(raised.value)
-    with ChatServer(echo) as server:  # a server on this machine has nothing to do with them
+    with ChatServer(echo) as server:  # they do not affect a server on this machine
         assert texts(client(server).complete(requests(1))) == SAID[:1]
 
 
-def test_a_key_at_the_end_of_a_long_error_is_redacted_whole(monkeypatch):
+def test_a_key_at_the_end_of_a_long_error_is_fully_redacted(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     text = "x" * (sending._LONGEST_REASON - len("status 401: ") - 9) + KEY
     with (
@@ -508,7 +508,7 @@ def test_a_key_at_the_end_of_a_long_error_is_redacted_whole(monkeypatch):
 
 
 def unsupported(name, status=400, shape="openai"):
-    """The ways in which servers reject a parameter."""
+    """Return the different ways in which servers reject a parameter."""
     said = {
         "openai": {
             "error": {"message": f"Unsupported parameter: '{name}'", "param": name, "code": "unsupported_value"}
@@ -524,7 +524,7 @@ def unsupported(name, status=400, shape="openai"):
 
 @pytest.mark.parametrize(("shape", "status"), [("openai", 400), ("litellm", 400), ("pydantic", 422)])
 def test_a_model_that_accepts_neither_max_tokens_nor_a_temperature(shape, status, tmp_path):
-    """Each is refused once; later requests, also of another call, have the form that the server accepts."""
+    """Each is refused once; later requests, including those of other calls, have the form the server accepts."""
 
     def newer(body):
         refused = next((name for name in ("max_tokens", "temperature") if name in body), None)
@@ -545,7 +545,7 @@ def test_a_model_that_accepts_neither_max_tokens_nor_a_temperature(shape, status
         assert len(server.bodies) == 5 + 2
 
 
-def test_an_exact_temperature_is_not_left_out():
+def test_an_exact_temperature_is_not_dropped():
     def newer(body):
         return unsupported("temperature", shape="only") if body.get("temperature", 1) != 1 else echo(body)
 
@@ -577,7 +577,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("content", "text"), PARTS.values(), ids=PARTS)
-def test_content_in_parts(content, text):
+def test_content_in_parts_is_joined(content, text):
     fields = {"reasoning_content": "[[B]]", "reasoning": "[[B]]"}
 
     def answer(body):
@@ -592,7 +592,7 @@ def test_content_in_parts(content, text):
 @pytest.mark.parametrize(
     "content", [[{"type": "image_url", "image_url": "x"}], [{"type": "text"}], [7], 7, {"text": "x"}]
 )
-def test_content_other_than_text_is_one_line(content):
+def test_content_other_than_text_gives_a_one_line_error(content):
     def answer(body):
         found = completion("")
         found["choices"][0]["message"]["content"] = content
@@ -610,7 +610,7 @@ def test_a_reply_without_usage_has_an_unknown_cost():
     assert "at least $0.00" in line and "2 replies came without usage" in line
 
 
-def test_replies_that_were_cut_off_are_counted():
+def test_truncated_replies_are_counted():
     def answer(body):
         found = echo(body)
         found["choices"][0]["finish_reason"] = "length"
@@ -619,7 +619,7 @@ def test_replies_that_were_cut_off_are_counted():
     with ChatServer(answer) as server:
         ours = client(server)
         assert ours.complete(requests(2))[0].complete_text == ""
-        ours.complete([ChatRequest([{"role": "user", "content": "x"}], 1)])  # one token is all that was asked for
+        ours.complete([ChatRequest([{"role": "user", "content": "x"}], 1)])  # only one token was requested
     assert ours.usage.cut_off == 2 and "2 replies were cut off" in ours.usage.line()
 
 
@@ -642,7 +642,7 @@ def test_the_query_of_a_url_is_kept(given, sent):
     assert endpoint.authorization("k") == ({"api-key": "k"} if azure else {"Authorization": "Bearer k"})
 
 
-def test_a_server_with_a_version_in_its_url(monkeypatch):
+def test_a_server_with_an_api_version_in_its_url(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with ChatServer(echo) as server:
         endpoint = Endpoint(f"{server.url}?api-version=1", "m", api_key_env="JUDGE_KEY")
@@ -651,7 +651,7 @@ def test_a_server_with_a_version_in_its_url(monkeypatch):
         assert server.keys == [None] and server.headers[0]["api-key"] == KEY
 
 
-def test_in_a_running_event_loop(tmp_path):
+def test_the_client_works_in_a_running_event_loop(tmp_path):
     """As in a notebook."""
 
     async def cell():
@@ -661,7 +661,7 @@ def test_in_a_running_event_loop(tmp_path):
     assert texts(asyncio.run(cell())) == SAID[:3]
 
 
-def test_cost_before_and_after(monkeypatch):
+def test_cost_is_estimated_before_and_counted_after(monkeypatch):
     prices = Prices(prompt=2.0, completion=10.0)
     with ChatServer(echo) as server:
         ours = client(server)
@@ -692,27 +692,27 @@ def test_cost_before_and_after(monkeypatch):
         Raw(401, b'{"error": {"message": "\\ud800"}}'),
     ],
 )
-def test_unusual_errors_are_one_line(raw):
+def test_unusual_errors_give_one_line(raw):
     with ChatServer(lambda body: raw) as server, pytest.raises(SimpoError, match=str(raw.status)):
         client(server).complete(requests(1))
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
-def test_a_huge_reply_is_read_in_part_and_once(monkeypatch, status):
+def test_a_huge_reply_is_partly_read_and_not_retried(monkeypatch, status):
     monkeypatch.setattr(sending, "_LARGEST_REPLY", 1 << 20)
     with ChatServer(lambda body: Raw(status, b"x" * (3 << 20))) as server, pytest.raises(SimpoError, match="MiB"):
         client(server).complete(requests(1))
     assert len(server.bodies) == 1
 
 
-def test_log_probabilities_of_thousands_of_digits_are_refused(monkeypatch):
+def test_log_probabilities_with_thousands_of_digits_are_rejected(monkeypatch):
     text = json.dumps(completion("m", {"m": -1.0})).replace("-1.0", "-" + "1" * 400).encode()
     with ChatServer(lambda body: Raw(200, text)) as server, pytest.raises(SimpoError, match="log-probability"):
         client(server, attempts=1).complete(requests(1, top_logprobs=5))
 
 
 @pytest.mark.parametrize("key", [KEY, 'with "quotes" and \\', "it's a key"])
-def test_a_key_that_a_server_repeats_is_masked(monkeypatch, tmp_path, key):
+def test_a_key_repeated_by_a_server_is_masked(monkeypatch, tmp_path, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with ChatServer(lambda body: completion(f"you sent {key}")) as server:
         [reply] = client(server, tmp_path / "cache").complete(requests(1))

@@ -1,4 +1,4 @@
-"""A tokenizer, an OPT and conversational pairs, in memory and on disk; losses of pairs by their formula."""
+"""A tokenizer, an OPT and conversational pairs, in memory and on disk; and pair losses by their formula."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from simpo.world.pairs import make_tokenizer
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing is read from or left in the user's cache of data sets."""
+    """Keep tests from reading or writing the user's dataset cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def quiet() -> dict:
-    """Settings of a short run on the CPU, its rows in their order, whose every step is logged."""
+    """Settings for a short CPU run with rows in order and every step logged."""
     return {
         "use_cpu": True,
         "bf16": False,
@@ -41,7 +41,7 @@ def _turn(role: str, content: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
-    """Pairs whose chosen responses differ much in length, so that means over tokens and over pairs differ."""
+    """Pairs whose chosen responses differ in length, so that means over tokens and over pairs differ."""
     return [
         {
             "prompt": _turn("user", f"What is {a} plus {b}?"),
@@ -66,7 +66,7 @@ def tokenizer(rows):
 
 @pytest.fixture
 def opt(make_model, tokenizer):
-    """A tiny model of OPT-350M's architecture."""
+    """A tiny model with OPT-350M's architecture."""
     return make_model("opt", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=256)
 
 
@@ -87,9 +87,9 @@ def data_file(tmp_path, rows) -> str:
 
 @pytest.fixture(scope="session")
 def naive_step():
-    """``naive_step(model, pairs, beta, gamma, sft_weight)``: a batch's loss as TRL and the paper have it, ``[]``.
+    """``naive_step(model, pairs, beta, gamma, sft_weight)``: the loss of a batch as in TRL and the paper, ``[]``.
 
-    The model's own forward, one sequence at a time; the SFT term is the mean over all chosen tokens of the batch.
+    Uses the model's own forward, one sequence at a time; the SFT term averages over all chosen tokens in the batch.
     """
 
     def logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The same script in TRL and here: settings, ids, losses and figures of every step."""
+"""The same script with TRL and with our trainer: settings, ids, losses and metrics of every step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from simpo.training.preference import NAMES
 
 pytest.importorskip("trl")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL says that the module is experimental
+    warnings.simplefilter("ignore")  # TRL warns that the module is experimental
     trl = pytest.importorskip("trl.experimental.cpo")
 
-# What is made otherwise here: no cache while training, columns and losses that are seen, no exponent without AlphaPO.
+# Intended differences: no cache while training, columns and losses stay visible, no exponent without AlphaPO.
 OTHERWISE = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter", "alpha"}
 
 
 @pytest.fixture
 def train_both(tmp_path, quiet, opt, tokenizer):
-    """``train_both(dataset, **settings)``: TRL's trainer and ours after the same training of the same model."""
+    """``train_both(dataset, **settings)``: TRL's trainer and ours after training the same model in the same way."""
 
     def train(dataset, *, tokenizer=tokenizer, **settings):
         same = {"output_dir": str(tmp_path), "loss_type": "simpo", "beta": 2.0, "gradient_checkpointing": False}
@@ -50,13 +50,13 @@ def check_ids(theirs, ours) -> None:
 
 
 def compared(entry: dict) -> list[str]:
-    """Figures of a log entry. TRL's evaluation weights the smaller last batch rightly in the loss alone."""
+    """Return a log entry's comparable metrics: TRL's evaluation weights a smaller last batch only in the loss."""
     if "eval_loss" in entry:
         return ["eval_loss"]
     return ["train_loss"] if "train_loss" in entry else [*NAMES, "grad_norm", "learning_rate"]
 
 
-def test_every_key_is_there_with_the_same_default():
+def test_every_key_exists_with_the_same_default():
     theirs, ours = (config("unused", use_cpu=True, loss_type="simpo") for config in (trl.CPOConfig, CPOConfig))
     names = [field.name for field in dataclasses.fields(theirs)]
     assert {name for name in names if getattr(theirs, name) != getattr(ours, name)} == OTHERWISE
@@ -72,7 +72,7 @@ def test_every_key_is_there_with_the_same_default():
         {"cpo_alpha": 0.0, "alpha": 0.25},
     ],
 )
-def test_training(settings, train_both, rows):
+def test_training_matches_trl(settings, train_both, rows):
     theirs, ours = train_both(
         Dataset.from_list(rows),
         per_device_train_batch_size=4 // settings.get("gradient_accumulation_steps", 1),
@@ -87,8 +87,8 @@ def test_training(settings, train_both, rows):
             assert other[name] == pytest.approx(one[name], rel=1e-4 if entry else 1e-5, abs=1e-6), name
 
 
-def test_strings_with_a_tokenizer_like_opts(train_both, rows, text_rows):
-    """One token is BOS and EOS, the tokenizer puts it in front, and there is no template."""
+def test_strings_with_a_tokenizer_like_opts_match_trl(train_both, rows, text_rows):
+    """BOS and EOS are the same token, the tokenizer prepends it, and there is no template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,8 +104,8 @@ def test_strings_with_a_tokenizer_like_opts(train_both, rows, text_rows):
     assert ours.state.log_history[0]["loss"] == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-5)
 
 
-def test_what_a_template_writes_after_the_end_of_turn(train_both, rows, tokenizer):
-    """TRL scores it and adds an EOS; here a response ends with its end-of-turn token."""
+def test_text_a_template_writes_after_the_end_of_turn(train_both, rows, tokenizer):
+    """TRL scores it and adds an EOS; our responses end with the end-of-turn token."""
     chatml = copy.deepcopy(tokenizer)
     chatml.chat_template = chatml.chat_template.replace("{{ eos_token }}", "{{ eos_token + '\\n' }}")
     theirs, ours = train_both(Dataset.from_list(rows), tokenizer=chatml, max_steps=1)

@@ -1,4 +1,4 @@
-"""``CPOConfig`` and ``CPOTrainer``: TRL's tutorial script, its numbers by their formula, and what is refused."""
+"""``CPOConfig`` and ``CPOTrainer``: TRL's tutorial script, its numbers by the formula, and rejected settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 @pytest.fixture
 def make_trainer(tmp_path, quiet, opt, rows, tokenizer):
-    """``make_trainer(**settings)``: a quiet trainer of the tiny OPT; arguments of the trainer under ``arguments``."""
+    """``make_trainer(**settings)``: a quiet trainer for the tiny OPT; trainer arguments go into ``arguments``."""
 
     def make(*, arguments=None, **settings):
         pure = {"output_dir": str(tmp_path / "out"), "loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0}
@@ -66,12 +66,12 @@ def weights_of(model) -> dict[str, torch.Tensor]:
         "MODEL, training_args, None, train_dataset, None, tokenizer",
     ],
 )
-def test_the_tutorial_script(arguments, model_folder, data_file, tmp_path):
+def test_the_tutorial_script_runs(arguments, model_folder, data_file, tmp_path):
     out = tmp_path / "out"
     names = {"MODEL": model_folder, "DATA": data_file, "OUT": str(out)}
     exec(compile(SCRIPT.replace("ARGUMENTS", arguments), "script", "exec"), names)
     trainer = names["trainer"]
-    assert trainer.state.global_step == 2  # 8 pairs, 4 a step
+    assert trainer.state.global_step == 2  # 8 pairs, 4 per step
     assert names["answer"].shape[1] == names["inputs"].input_ids.shape[1] + 4
     saved = AutoModelForCausalLM.from_pretrained(out)
     start = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -92,8 +92,8 @@ def test_trl_parses_its_scripts_with_transformers(tmp_path):
 
 @pytest.mark.parametrize("budget", [None, 200])
 @pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
-def test_training_by_the_formula(cpo_alpha, budget, make_trainer, opt, naive_step):
-    """The losses of an epoch's steps, the last of them incomplete, and its weights, whatever the micro-batches."""
+def test_training_matches_the_formula(cpo_alpha, budget, make_trainer, opt, naive_step):
+    """Losses of an epoch's steps, including an incomplete last one, and the weights, whatever the micro-batches."""
     naive = copy.deepcopy(opt).train()
     optimizer = torch.optim.SGD(opt.parameters(), lr=0.01)
     trainer = make_trainer(
@@ -121,8 +121,8 @@ def test_training_by_the_formula(cpo_alpha, budget, make_trainer, opt, naive_ste
 
 
 @pytest.mark.parametrize("cpo_alpha", [0.0, 0.7])
-def test_evaluation_by_the_formula(cpo_alpha, make_trainer, opt, rows, naive_step):
-    """As in TRL, the SFT term is the mean over the tokens of each element; elements count by their rows."""
+def test_evaluation_matches_the_formula(cpo_alpha, make_trainer, opt, rows, naive_step):
+    """As in TRL, the SFT term averages over the tokens of each batch; batches are weighted by their rows."""
     trainer = make_trainer(
         arguments={"eval_dataset": Dataset.from_list(rows)}, cpo_alpha=cpo_alpha, per_device_eval_batch_size=3
     )
@@ -133,7 +133,7 @@ def test_evaluation_by_the_formula(cpo_alpha, make_trainer, opt, rows, naive_ste
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / len(pairs), rel=1e-5)
 
 
-def test_sigmoid_is_cpo(make_trainer, opt, naive_step):
+def test_sigmoid_loss_is_cpo(make_trainer, opt, naive_step):
     trainer = make_trainer(loss_type="sigmoid", cpo_alpha=0.5, beta=0.1, per_device_train_batch_size=8, max_steps=1)
     pairs = list(trainer.train_dataset)
     scores = trainer.score_rows(trainer.train_dataset)
@@ -148,8 +148,8 @@ def test_sigmoid_is_cpo(make_trainer, opt, naive_step):
 # ---- data ----
 
 
-def test_strings_are_read_as_they_are(make_trainer, text_rows, tokenizer):
-    """TRL applies the chat template to conversations only; scripts that render on their own give strings."""
+def test_strings_are_used_unchanged(make_trainer, text_rows, tokenizer):
+    """TRL applies the chat template only to conversations; scripts that render themselves pass strings."""
     trainer = make_trainer(arguments={"train_dataset": text_rows})
     for row, ids in zip(text_rows, trainer.train_dataset, strict=True):
         assert tokenizer.decode(ids["prompt_ids"]) == row["prompt"]
@@ -161,7 +161,7 @@ def test_strings_are_read_as_they_are(make_trainer, text_rows, tokenizer):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_peft_config_trains_an_adapter_alone(checkpointing, make_trainer, opt, tmp_path):
+def test_peft_config_trains_only_an_adapter(checkpointing, make_trainer, opt, tmp_path):
     before = weights_of(opt)
     trainer = make_trainer(
         arguments={"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")},
@@ -180,7 +180,7 @@ def test_peft_config_trains_an_adapter_alone(checkpointing, make_trainer, opt, t
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_an_adapter_starts_from_the_seed(make_trainer, opt):
+def test_an_adapter_is_initialized_from_the_seed(make_trainer, opt):
     def start(seed: int) -> dict[str, torch.Tensor]:
         lora = LoraConfig(r=2, target_modules=["q_proj"])
         trainer = make_trainer(arguments={"peft_config": lora, "model": copy.deepcopy(opt)}, seed=seed)
@@ -194,7 +194,7 @@ def test_an_adapter_starts_from_the_seed(make_trainer, opt):
 # ---- models by name ----
 
 
-def test_a_model_by_name(make_trainer, model_folder, tokenizer):
+def test_a_model_can_be_given_by_name(make_trainer, model_folder, tokenizer):
     fp32 = make_trainer(arguments={"model": model_folder, "processing_class": None})
     assert fp32.model.dtype == torch.float32
     assert fp32.processing_class.get_vocab() == tokenizer.get_vocab()
@@ -210,7 +210,7 @@ def config(**settings) -> CPOConfig:
     return CPOConfig(**pure | settings)
 
 
-def test_attributes_are_those_that_were_given():
+def test_attributes_keep_their_given_values():
     args = config(beta=2.5, simpo_gamma=1.0, cpo_alpha=0.25)
     assert (args.beta, args.simpo_gamma, args.cpo_alpha, args.loss_type) == (2.5, 1.0, 0.25, "simpo")
     assert args.hyperparameters["gamma_beta_ratio"] == pytest.approx(0.4)
@@ -247,7 +247,7 @@ def test_memory_defaults_are_trls(given):
         ({"max_length": None}, ["max_length is not set; using 512"]),
     ],
 )
-def test_warnings(settings, messages, caplog):
+def test_warnings_are_logged(settings, messages, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         config(**settings)
     assert len(caplog.messages) == len(messages)
@@ -267,7 +267,7 @@ def test_trls_own_defaults_are_used_and_logged(caplog):
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "alphapo"}, {"loss_type": "simpo", "cpo_alpha": 0.0}])
-def test_alpha_makes_it_alphapo(settings):
+def test_alpha_selects_alphapo(settings):
     args = config(alpha=0.25, beta=2.5, simpo_gamma=0.5, **settings)
     assert args.objective == "alphapo"
     expected = {"alpha": 0.25, "beta": 2.5, "gamma_beta_ratio": 0.2, "label_smoothing": 0.0}
@@ -294,7 +294,7 @@ def test_alpha_makes_it_alphapo(settings):
         ({"max_length": 100, "max_prompt_length": 100}, "max_prompt_length: 100 leaves no room"),
     ],
 )
-def test_keys_that_are_refused(settings, message):
+def test_unsupported_keys_are_rejected(settings, message):
     with pytest.raises(SimpoError, match=message) as caught:
         config(**settings)
     assert "\n" not in str(caught.value)
@@ -316,13 +316,13 @@ def test_keys_that_are_refused(settings, message):
         ({"model": "no/such/folder"}, {}, "no folder 'no/such/folder'"),
     ],
 )
-def test_arguments_that_are_refused(arguments, settings, message, make_trainer):
+def test_unsupported_arguments_are_rejected(arguments, settings, message, make_trainer):
     with pytest.raises(SimpoError, match=message) as caught:
         make_trainer(arguments=arguments, **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_are_refused(make_trainer, opt):
+def test_unsupported_models_are_rejected(make_trainer, opt):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     adapted = make_trainer(arguments={"peft_config": lora}).model
     with pytest.raises(SimpoError, match="peft_config: the model already has an adapter"):
@@ -332,7 +332,7 @@ def test_models_that_are_refused(make_trainer, opt):
         make_trainer(arguments={"peft_config": lora})
 
 
-def test_another_configuration_is_refused(opt, tmp_path):
+def test_another_configuration_class_is_rejected(opt, tmp_path):
     with pytest.raises(
         SimpoError, match=r"args: got a transformers.*TrainingArguments; import CPOConfig from simpo.compat"
     ):

@@ -15,7 +15,7 @@ from simpo.compat import SimPOConfig, SimPOTrainer
 
 @pytest.fixture
 def make_trainer(tmp_path, quiet, opt, text_rows, tokenizer):
-    """``make_trainer(**settings)``: a quiet trainer of the tiny OPT on strings, as the paper's script gives them."""
+    """``make_trainer(**settings)``: a quiet trainer for the tiny OPT on strings, as in the paper's script."""
 
     def make(*, arguments=None, **settings):
         sizes = {"output_dir": str(tmp_path / "out"), "max_length": 200, "max_prompt_length": 150}
@@ -26,7 +26,7 @@ def make_trainer(tmp_path, quiet, opt, text_rows, tokenizer):
     return make
 
 
-def test_defaults_are_the_papers_code(caplog):
+def test_defaults_match_the_papers_code(caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         args = SimPOConfig("unused", use_cpu=True)
     assert args.hyperparameters == {"beta": 2.0, "gamma_beta_ratio": 0.25, "link": "sigmoid", "label_smoothing": 0.0}
@@ -42,8 +42,8 @@ def test_defaults_are_the_papers_code(caplog):
     assert starts == ["max_length", "max_prompt_length", "learning_rate"]
 
 
-def test_every_argument_is_in_the_place_of_the_papers_code():
-    """Its ``tokenizer`` has since been called ``processing_class``, and is known by both names."""
+def test_every_argument_has_its_position_in_the_papers_code():
+    """Its ``tokenizer`` has since been renamed to ``processing_class``; both names work."""
     assert [*inspect.signature(SimPOTrainer).parameters] == [
         "model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init",
         "callbacks", "optimizers", "preprocess_logits_for_metrics", "peft_config", "compute_metrics", "tokenizer",
@@ -54,7 +54,7 @@ def test_every_argument_is_in_the_place_of_the_papers_code():
     ("settings", "beta", "gamma"), [({}, 2.0, 0.5), ({"beta": 10.0, "gamma_beta_ratio": 0.3}, 10.0, 3.0)]
 )
 @pytest.mark.parametrize("sft_weight", [0.0, 0.3])
-def test_the_loss_by_its_formula(sft_weight, settings, beta, gamma, make_trainer, opt, naive_step):
+def test_the_loss_matches_its_formula(sft_weight, settings, beta, gamma, make_trainer, opt, naive_step):
     trainer = make_trainer(
         sft_weight=sft_weight, per_device_train_batch_size=8, max_batch_tokens=200, max_steps=1, **settings
     )
@@ -70,7 +70,7 @@ def test_a_key_without_effect_is_logged(caplog):
     assert [message.split()[0] for message in caplog.messages] == ["max_target_length"]
 
 
-def test_hinge(make_trainer):
+def test_the_hinge_loss_matches_its_formula(make_trainer):
     trainer = make_trainer(loss_type="hinge")
     scores = trainer.score_rows(trainer.train_dataset)
     expected = (1 - (scores["rewards/margins"] - 0.5)).clip(min=0)
@@ -81,7 +81,7 @@ def test_hinge(make_trainer):
 
 
 def test_rendered_strings_are_not_rendered_again(make_trainer, rows, tokenizer):
-    """The paper's script applies the template itself: the prompt without, the response with the assistant header."""
+    """The paper's script applies the template itself: the prompt without the assistant header, the response with it."""
     rendered = [
         {
             "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False),
@@ -101,7 +101,7 @@ def test_rendered_strings_are_not_rendered_again(make_trainer, rows, tokenizer):
         assert (one["prompt_ids"], one["response_ids"]) == (other["prompt_ids"], other["response_ids"])
 
 
-def test_truncation_is_the_papers(make_trainer, tokenizer):
+def test_truncation_matches_the_papers(make_trainer, tokenizer):
     long = [{"prompt": "p " * 40, "chosen": "c " * 40, "rejected": "No."}]
     trainer = make_trainer(arguments={"train_dataset": Dataset.from_list(long)}, max_length=40, max_prompt_length=25)
     (row,) = trainer.train_dataset
@@ -111,7 +111,7 @@ def test_truncation_is_the_papers(make_trainer, tokenizer):
 
 
 def test_a_model_by_name_with_the_scripts_keywords(make_trainer, model_folder):
-    """What the paper's script puts into ``model_init_kwargs``."""
+    """Uses the ``model_init_kwargs`` from the paper's script."""
     options = {
         "revision": "main",
         "trust_remote_code": False,

@@ -1,4 +1,4 @@
-"""TRL's DPO, KTO, ORPO, reward and SFT trainers here and there: keys, ids, losses, TRL's own scripts, refusals."""
+"""TRL's DPO, KTO, ORPO, reward and SFT trainers against ours: keys, ids, losses, TRL's own scripts, rejections."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from simpo import SimpoError, compat
 
 trl = pytest.importorskip("trl")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL says that the module is experimental
+    warnings.simplefilter("ignore")  # TRL warns that the module is experimental
     orpo, cpo = (pytest.importorskip(f"trl.experimental.{name}") for name in ("orpo", "cpo"))
 
 KINDS = ("DPO", "KTO", "ORPO", "Reward", "SFT")
-# What is made otherwise here: no cache while training, columns and losses that are seen; the reference is computed
-# once, and an overlong prompt keeps its end.
+# Intended differences: no cache while training, columns and losses stay visible, the reference is computed once, and
+# an overlong prompt keeps its end.
 OTHERWISE = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter"}
 OTHERWISE_OF = {
     "DPO": {"precompute_ref_log_probs", "label_smoothing", "pad_to_multiple_of", "truncation_mode"},
@@ -54,7 +54,7 @@ def own_reference_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def train_both(tmp_path, quiet, opt, tokenizer):
-    """``train_both(kind, rows, **settings)``: TRL's trainer and ours after the same training of the same model."""
+    """``train_both(kind, rows, **settings)``: TRL's trainer and ours after training the same model in the same way."""
 
     def train(kind, dataset, *, model=opt, **settings):
         same = {"output_dir": str(tmp_path / "out"), "gradient_checkpointing": False, "learning_rate": 1e-3}
@@ -63,7 +63,7 @@ def train_both(tmp_path, quiet, opt, tokenizer):
         for config, trainer in (theirs_of(kind), ours_of(kind)):
             args = config(**quiet | same | settings)
             given = {"args": args, "processing_class": copy.deepcopy(tokenizer), "train_dataset": dataset}
-            if kind in ("DPO", "KTO"):  # TRL finds it by the model's name otherwise
+            if kind in ("DPO", "KTO"):  # TRL would otherwise look it up by the model's name
                 given["ref_model"] = copy.deepcopy(model)
             trained.append(trainer(model=copy.deepcopy(model), **given))
             trained[-1].train()
@@ -83,7 +83,7 @@ def assert_same_losses(theirs, ours) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_key_is_there_with_the_same_default(kind):
+def test_every_key_exists_with_the_same_default(kind):
     theirs, ours = (config("unused", use_cpu=True) for config in (theirs_of(kind)[0], ours_of(kind)[0]))
     names = [field.name for field in dataclasses.fields(theirs)]
     differing = {name for name in names if getattr(theirs, name) != getattr(ours, name)}
@@ -91,7 +91,7 @@ def test_every_key_is_there_with_the_same_default(kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "CPO"])
-def test_every_argument_is_there_in_the_same_place(kind):
+def test_every_argument_exists_in_the_same_position(kind):
     (_, theirs), (_, trainer) = theirs_of(kind), ours_of(kind)
     names = [*inspect.signature(theirs).parameters]
     older = [] if kind in ("Reward", "SFT") else ["tokenizer"]
@@ -111,7 +111,7 @@ def test_every_argument_is_there_in_the_same_place(kind):
         trainer(reward_funcs=[])
 
 
-# ---- Losses.
+# ---- losses ----
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_every_argument_is_there_in_the_same_place(kind):
         {"ld_alpha": 0.4},
     ],
 )
-def test_dpo(settings, train_both, rows):
+def test_dpo_matches_trl(settings, train_both, rows):
     theirs, ours = train_both("DPO", Dataset.from_list(rows), **settings)
     for one, other in zip(theirs.train_dataset, ours.train_dataset, strict=True):
         assert one["prompt_ids"] == other["prompt_ids"]
@@ -132,12 +132,12 @@ def test_dpo(settings, train_both, rows):
     assert_same_losses(theirs, ours)
     for name in ("rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
         figures = [trainer.state.log_history[1][name] for trainer in (theirs, ours)]
-        # TRL logs beta * ratio, whatever the loss is.
+        # TRL logs beta * ratio for every loss.
         if name[:7] != "rewards" or not {"ipo", "alpha_divergence"} & {*map(str, settings.values())}:
             assert figures[1] == pytest.approx(figures[0], rel=1e-4, abs=1e-6), name
 
 
-def test_pairs_of_texts_without_a_prompt(train_both, text_rows):
+def test_text_pairs_without_a_prompt_match_trl(train_both, text_rows):
     texts = [{name: f"{row['prompt']} {row[name]}" for name in ("chosen", "rejected")} for row in text_rows]
     texts += [{"chosen": "a b", "rejected": "c d"}, {"chosen": "It is a", "rejected": "It is so"}]
     dataset = Dataset.from_list(texts)
@@ -155,8 +155,8 @@ def test_pairs_of_texts_without_a_prompt(train_both, text_rows):
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_kto(paired, train_both, rows):
-    """The reference point is estimated from other responses, so later losses differ."""
+def test_kto_matches_trl(paired, train_both, rows):
+    """The reference point is estimated from different responses, so later losses differ."""
     dataset = Dataset.from_list(rows)
     if not paired:
         dataset = trl.data_utils.unpair_preference_dataset(dataset)
@@ -167,15 +167,15 @@ def test_kto(paired, train_both, rows):
     assert losses_of(ours)[0] == pytest.approx(losses_of(theirs)[0], rel=1e-5)
 
 
-def test_rankings_are_not_cut_to_pairs(quiet, opt, tokenizer, tmp_path):
+def test_rankings_are_not_reduced_to_pairs(quiet, opt, tokenizer, tmp_path):
     rows = Dataset.from_list([{"prompt_ids": [5], "response_ids": [[6], [7], [8]], "where": "made up:0"}])
     args = compat.KTOConfig(str(tmp_path), **quiet)
     with pytest.raises(SimpoError, match="made up:0: 3 ranked responses"):
         compat.KTOTrainer(opt, None, args, train_dataset=rows, processing_class=tokenizer)
 
 
-def test_orpo(train_both, rows, opt):
-    """TRL's likelihood term is of the prompt, too, and is logged by itself."""
+def test_orpo_matches_trl(train_both, rows, opt):
+    """TRL's likelihood term includes the prompt and is logged separately."""
     theirs, ours = train_both("ORPO", Dataset.from_list(rows), max_steps=1)
     chosen = []
     for row in ours.train_dataset.select(range(4)):
@@ -196,7 +196,7 @@ def reward_model(opt, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("margin", [False, True])
-def test_reward(margin, train_both, rows, reward_model):
+def test_reward_training_matches_trl(margin, train_both, rows, reward_model):
     if margin:
         rows = [row | {"margin": 0.25 * number} for number, row in enumerate(rows)]
     settings = {"center_rewards_coefficient": 0.01, "learning_rate": 1e-3}
@@ -207,8 +207,8 @@ def test_reward(margin, train_both, rows, reward_model):
         assert ours.state.log_history[1][other] == pytest.approx(theirs.state.log_history[1][one], rel=1e-4)
 
 
-def test_reward_of_texts_without_a_prompt(train_both, reward_model):
-    """They may differ within a word, and one may begin the other; TRL tokenizes each of them as a whole."""
+def test_reward_training_on_texts_without_a_prompt(train_both, reward_model):
+    """The texts may differ within a word, and one may be a prefix of the other; TRL tokenizes each as a whole."""
     chosen = [f"What is {a} plus 2? It is {a + 2}, as 2 and {a} make 4{a}." for a in range(8)]
     rejected = [text[:-1] + (" Sorry." if place % 2 else "5.") for place, text in enumerate(chosen)]
     rejected[0] = chosen[0] + " Sorry."
@@ -221,7 +221,7 @@ def test_reward_of_texts_without_a_prompt(train_both, reward_model):
 
 
 @pytest.mark.parametrize("shape", ["conversations", "completions", "texts", "everything"])
-def test_sft(shape, train_both, rows, tokenizer):
+def test_sft_matches_trl(shape, train_both, rows, tokenizer):
     settings = {}
     if shape == "conversations":
         data = [{"messages": row["prompt"] + row["chosen"] + row["prompt"] + row["rejected"]} for row in rows]
@@ -236,7 +236,7 @@ def test_sft(shape, train_both, rows, tokenizer):
     assert_same_losses(theirs, ours)
 
 
-def test_long_texts_are_cut_and_counted(quiet, opt, tokenizer, tmp_path, caplog):
+def test_long_texts_are_truncated_and_counted(quiet, opt, tokenizer, tmp_path, caplog):
     caplog.set_level(logging.WARNING, logger="simpo")
     args = compat.SFTConfig(str(tmp_path), max_length=8, **quiet)
     data = Dataset.from_list([{"text": "a b c d e f g h i j k l m n o p"}, {"text": "a"}])
@@ -246,13 +246,13 @@ def test_long_texts_are_cut_and_counted(quiet, opt, tokenizer, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("key", ["completion_only_loss", "assistant_only_loss"])
-def test_texts_have_no_part_to_train_on_alone(key, quiet, opt, tokenizer, tmp_path):
+def test_texts_cannot_be_trained_on_in_part(key, quiet, opt, tokenizer, tmp_path):
     args = compat.SFTConfig(str(tmp_path), **quiet, **{key: True})
     with pytest.raises(SimpoError, match=f"{key}: train "):
         compat.SFTTrainer(opt, args, train_dataset=Dataset.from_list([{"text": "a b"}]), processing_class=tokenizer)
 
 
-def test_a_formatting_function(quiet, opt, tokenizer, tmp_path):
+def test_a_formatting_function_is_applied(quiet, opt, tokenizer, tmp_path):
     data = Dataset.from_list([{"question": "a b", "answer": "c"}, {"question": "d", "answer": "e f"}])
     args = compat.SFTConfig(str(tmp_path), **quiet)
     trainer = compat.SFTTrainer(
@@ -267,7 +267,7 @@ def test_a_formatting_function(quiet, opt, tokenizer, tmp_path):
     assert row["prompt_ids"] + row["response_ids"][0] == tokenizer("a b c" + tokenizer.eos_token).input_ids
 
 
-# ---- TRL's own scripts, in which nothing but imports is changed.
+# ---- TRL's own scripts with only the imports changed ----
 
 
 def with_our_imports(source: str) -> str:
@@ -283,7 +283,7 @@ def with_our_imports(source: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "reward", "sft"])
-def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
+def test_trls_own_script_runs(name, model_folder, rows, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     if name == "sft":
@@ -302,7 +302,7 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-# ---- What is refused, by name.
+# ---- rejections by name ----
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_trls_own_script(name, model_folder, rows, tmp_path, monkeypatch):
         ("Reward", {"chat_template_path": "x.jinja"}, "chat_template_path: not supported"),
     ],
 )
-def test_keys_without_counterpart(kind, settings, message, quiet, tmp_path):
+def test_keys_without_a_counterpart_are_rejected(kind, settings, message, quiet, tmp_path):
     with pytest.raises(SimpoError, match=message):
         ours_of(kind)[0](str(tmp_path), **quiet | settings)
 
@@ -349,12 +349,12 @@ def test_keys_without_counterpart(kind, settings, message, quiet, tmp_path):
         ("SFT", {"args": "a name"}, "args: got a builtins.str; import SFTConfig from simpo.compat"),
     ],
 )
-def test_arguments_without_counterpart(kind, arguments, message, opt):
+def test_arguments_without_a_counterpart_are_rejected(kind, arguments, message, opt):
     with pytest.raises(SimpoError, match=message):
         ours_of(kind)[1](opt, **arguments)
 
 
-def test_a_reference_model_has_the_weights_that_training_starts_from(opt, tokenizer, rows, quiet, tmp_path, make_model):
+def test_a_reference_model_must_have_the_start_models_weights(opt, tokenizer, rows, quiet, tmp_path, make_model):
     args = compat.DPOConfig(str(tmp_path), **quiet)
     given = {"args": args, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -44,7 +44,7 @@ def test_the_error_names_the_key_and_the_value(key: str, value: Any) -> None:
     assert str(caught.value).startswith(f"{key}: ") and str(value) in str(caught.value)
 
 
-def test_values_within_the_bounds_are_kept() -> None:
+def test_values_within_the_bounds_are_accepted() -> None:
     for key, value in (
         ("count", None),
         ("count", np.int64(3)),

@@ -1,4 +1,4 @@
-"""Recipes of other toolkits: one error lists all edits, and what runs after them trains what the recipe says."""
+"""Recipes from other toolkits: one error lists all edits, and the edited recipe trains what the original describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simpo.training.preference import PreferenceConfig
 from simpo.training.reward import RewardConfig
 from simpo.training.sft import SFTConfig
 
-# A recipe in the keys of a toolkit, the keys that the one error names, the edits that it asks for, and what is trained.
+# A recipe with a toolkit's keys, the keys named in the error, the edits it asks for, and the resulting training.
 LLAMA_FACTORY = """
 model_name_or_path: org/model
 stage: dpo
@@ -150,7 +150,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def mistakes(argv, kind=PreferenceConfig):
-    """Key -> message, of every mistake in the one error."""
+    """Return key -> message for every mistake in the error."""
     with pytest.raises(SimpoError) as caught:
         parse([*argv, "--use_cpu"], kind)
     assert "\n" not in str(caught.value)
@@ -160,7 +160,7 @@ def mistakes(argv, kind=PreferenceConfig):
 
 
 def edited(text, removed, added):
-    """``text`` without the top-level ``removed`` keys and what belongs to them."""
+    """Return ``text`` without the top-level ``removed`` keys and their contents, and with ``added``."""
     blocks = re.findall(r"^\S.*\n(?:[ \t].*\n)*", text, re.MULTILINE)
     return "".join(block for block in blocks if block.split(":")[0] not in removed) + added
 
@@ -231,7 +231,7 @@ def test_the_error_says_what_to_write(recipe):
         assert ours in found[key], key
 
 
-def test_an_adapter_is_as_llama_factory_makes_it(recipe):
+def test_adapter_defaults_match_llama_factory(recipe):
     text = edited(LLAMA_FACTORY, CASES["llama-factory"][1], "dataset_name: org/pairs\n")
     model, _, config = parse([recipe(text), "--use_cpu"], PreferenceConfig)
     assert (model.use_peft, model.lora_r, model.lora_alpha) == (True, 8, 16)
@@ -244,7 +244,7 @@ def test_an_adapter_is_as_llama_factory_makes_it(recipe):
     ("kind", "stage", "objective"),
     [(PreferenceConfig, "kto", "kto"), (SFTConfig, "sft", None), (RewardConfig, "rm", None)],
 )
-def test_a_stage_is_a_command(kind, stage, objective, recipe):
+def test_a_stage_corresponds_to_a_command(kind, stage, objective, recipe):
     text = f"stage: {stage}\nmodel: m\ndataset_name: d\noutput_dir: out\n"
     _, _, config = parse([recipe(text), "--use_cpu"], kind)
     assert getattr(config, "objective", None) == objective
@@ -270,14 +270,14 @@ def test_a_stage_is_a_command(kind, stage, objective, recipe):
         ("ref_model: x\nrl: dpo", False),
     ],
 )
-def test_keys_of_another_objective_need_one(line, unclear, recipe):
-    """Otherwise SimPO would be trained once they are removed, as their own errors ask."""
+def test_keys_of_another_objective_require_an_objective(line, unclear, recipe):
+    """Otherwise, once they are removed as their own errors ask, SimPO would be trained."""
     text = f"model: m\ndataset_name: d\noutput_dir: out\n{line}\nno_such_key: 1\n"
     assert ("objective" in mistakes([recipe(text)])) == unclear
 
 
-def test_a_missing_objective_is_one_error(recipe):
-    """A beta on the scale of DPO is another reason for the same edit."""
+def test_a_missing_objective_is_a_single_error(recipe):
+    """A beta on the scale of DPO's is another reason for the same edit."""
     path = recipe("model: m\ndataset_name: d\noutput_dir: out\nref_model: org/other\nbeta: 0.1\nuse_cpu: true\n")
     with pytest.raises(SimpoError) as caught:
         parse([path], PreferenceConfig)
@@ -288,22 +288,22 @@ def test_a_missing_objective_is_one_error(recipe):
     ("key", "value", "objective"),
     [("rl", "dpo", "dpo"), ("rl", "orpo", "orpo"), ("pref_loss", "sigmoid", "dpo"), ("trainer_type", "simpo", "simpo")],
 )
-def test_names_of_objectives(key, value, objective, recipe):
+def test_objective_names_of_other_toolkits(key, value, objective, recipe):
     text = f"{key}: {value}\nmodel_name: m\ndataset_path: d\nsave_path: out\n"
     assert parse([recipe(text), "--use_cpu"], PreferenceConfig)[2].objective == objective
     assert "'grpo'" in mistakes([recipe(text.replace(value, "grpo"))])[key]
 
 
-def test_ipo_of_other_toolkits_averages(recipe):
+def test_ipo_from_other_toolkits_is_length_normalized(recipe):
     text = "rl: ipo\nmodel: m\ndataset_name: d\noutput_dir: out\ntau: 0.2\n"
     found = parse([recipe(text), "--use_cpu"], PreferenceConfig)[2]
     assert found.hyperparameters == {"tau": 0.2, "length_normalized": True}
-    # Their beta is tau: an error rather than a guess.
+    # Their beta is our tau: an error rather than a guess.
     with pytest.raises(SimpoError, match=r"beta is not a hyperparameter of objective 'ipo' .*tau"):
         parse([recipe(text.replace("tau", "rl_beta")), "--use_cpu"], PreferenceConfig)
 
 
-def test_flags_of_openrlhf(tmp_path):
+def test_openrlhf_flags(tmp_path):
     argv = "--pretrain org/model --dataset_name org/pairs --max_len 1024 --micro_train_batch_size 2 --beta 2"
     argv += f" --objective simpo --save_path {tmp_path}"
     argv += " --lr_scheduler linear --l2 0.1 --packing_samples --lr_warmup_ratio 0.03"
@@ -312,7 +312,7 @@ def test_flags_of_openrlhf(tmp_path):
     assert (config.weight_decay, config.warmup_steps, config.objective) == (0.1, 0.03, "simpo")
 
 
-# As in open-instruct's configs/train_configs/dpo: neither the objective nor its beta is said, and one key comes twice.
+# As in open-instruct's configs/train_configs/dpo: no objective or beta is given, and one key is given twice.
 UNSAID = """
 model_name_or_path: org/model
 gradient_checkpointing: true
@@ -330,7 +330,7 @@ use_cpu: true
 """
 
 
-def test_keys_of_another_toolkit_require_an_objective_and_keys_given_twice_do_not_hide_other_mistakes(recipe):
+def test_unclear_objectives_and_duplicate_keys_do_not_hide_other_mistakes(recipe):
     with pytest.raises(SimpoError) as caught:
         parse([recipe(UNSAID)], PreferenceConfig)
     named = [re.sub(r"^recipe.yaml:\d+: ", "", mistake).split(":")[0] for mistake in caught.value.args]
@@ -366,7 +366,7 @@ def test_keys_with_a_counterpart_are_translated(recipe, line, field, expected):
     assert [getattr(part, field) for part in parts if hasattr(part, field)] == [expected]
 
 
-# --- The paper's own recipes --------------------------------------------------------------------------------
+# ---- the paper's own recipes ----
 
 PAPER = """
 model_name_or_path: org/model
@@ -394,7 +394,7 @@ def paper_tokens(config):
     return config.paper_tokenization, config.truncation, config.auto_insert_empty_system_msg
 
 
-def test_the_papers_own_recipe_gets_the_papers_tokens(recipe, caplog):
+def test_the_papers_own_recipe_uses_the_papers_tokenization(recipe, caplog):
     _, _, config = parse([recipe(PAPER), "--use_cpu"], PreferenceConfig)
     assert (config.objective, *paper_tokens(config)) == ("simpo", True, "paper", True)
     (notice,) = [message for message in caplog.messages if "paper's own" in message]
@@ -418,6 +418,6 @@ def test_the_papers_own_recipe_gets_the_papers_tokens(recipe, caplog):
         ),
     ],
 )
-def test_what_is_not_the_papers_own_recipe_or_says_otherwise(text, options, expected, recipe):
+def test_paper_tokenization_requires_the_papers_recipe_and_can_be_overridden(text, options, expected, recipe):
     _, _, config = parse([recipe(text), "--use_cpu", *options], PreferenceConfig)
     assert paper_tokens(config) == expected

@@ -24,7 +24,7 @@ from simpo.training.sft import SFTConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
-# Setting: beta, gamma/beta, learning rate, longest sequence (paper, appendix; the authors' repository).
+# Setting: beta, gamma/beta, learning rate, maximum length (paper, appendix; the authors' repository).
 PAPER = {
     "mistral-7b-base-simpo": (2.0, 0.8, 3e-7, 1024),
     "mistral-7b-instruct-simpo": (2.5, 0.1, 5e-7, 2048),
@@ -96,7 +96,7 @@ class Sub:
 
 @dataclass
 class Placed:
-    """A command with arguments by position, and settings of another dataclass with other defaults."""
+    """A command with positional arguments, and the settings of another dataclass with different defaults."""
 
     model: str = field(metadata={"positional": "MODEL"})
     data: str = field(metadata={"positional": "DATA"})
@@ -134,9 +134,9 @@ def error(*argv, types=(Values,), **options):
     return str(caught.value)
 
 
-# --- Values -------------------------------------------------------------------------------------------------
+# ---- values ----
 
-# Field, what is written (in YAML and on the command line alike), what it becomes.
+# Field, written form (the same in YAML and on the command line), resulting value.
 SCALARS = [
     ("flag", "true", True),
     ("flag", "No", False),
@@ -171,7 +171,7 @@ SCALARS = [
 
 
 @pytest.mark.parametrize(("key", "written", "expected"), SCALARS)
-def test_file_and_command_line_read_a_value_alike(recipe, key, written, expected):
+def test_files_and_the_command_line_read_values_alike(recipe, key, written, expected):
     from_file = getattr(values(recipe(f"{key}: {written}")), key)
     from_line = getattr(values(f"--{key}", written), key)
     assert from_file == from_line == expected
@@ -199,7 +199,7 @@ def test_file_and_command_line_read_a_value_alike(recipe, key, written, expected
         ("weights", '{"x": "y"}', "{'x': 'y'} is not a mapping, each value a number"),
     ],
 )
-def test_a_value_that_does_not_fit_is_named_with_its_place(recipe, key, written, reason):
+def test_an_invalid_value_is_reported_with_its_location(recipe, key, written, reason):
     from_file = error(recipe(f"# a comment\n\n{key}: {written}"))
     assert from_file.startswith(f"recipe.yaml:3: {key}: ")
     if reason:
@@ -214,7 +214,7 @@ def test_yaml_lists_and_mappings(recipe):
     assert read.config == {"rate": 1e-7, "when": "2024-06-01", "on": True}
 
 
-def test_text_of_several_lines_stays_verbatim(recipe):
+def test_multi_line_text_stays_verbatim(recipe):
     template = "{% for m in messages %}\n  {{ m['content'] }}\\n\n{% endfor %}\n"
     block = "chat_template: |\n" + "".join(f"  {line}\n" for line in template.splitlines())
     assert parse_settings([recipe(block)], (Data,))[0].chat_template == template
@@ -226,7 +226,7 @@ def test_a_quoted_null_is_text(recipe):
     assert values(recipe("text: 'null'")).text == "null"
 
 
-# --- The command line ---------------------------------------------------------------------------------------
+# ---- the command line ----
 
 
 def test_ways_to_write_an_option():
@@ -241,21 +241,21 @@ def test_ways_to_write_an_option():
     assert parse_settings(["--dataset-num-proc", "3"], (Data,))[0].dataset_num_proc == 3
 
 
-def test_the_last_of_a_repeated_option_counts():
+def test_the_last_of_a_repeated_option_wins():
     assert values("--count", "1", "--names", "a", "--count=2", "--names", "b").count == 2
 
 
-def test_the_command_line_wins(recipe):
+def test_the_command_line_overrides_the_file(recipe):
     path = recipe("count: 1\nrate: 0.1\nweights: {x: 1}")
     read = values(path, "--count", "2", "--weights", '{"y": 2}')
     assert (read.count, read.rate, read.weights) == (2, 0.1, {"y": 2.0})
 
 
-def test_nothing_given_leaves_the_defaults(recipe):
+def test_without_input_defaults_apply(recipe):
     assert values() == values(recipe("# nothing yet\n")) == Values()
 
 
-def test_the_types_share_the_keys(recipe):
+def test_several_dataclasses_share_the_keys(recipe):
     path = recipe("name: m\ndataset_num_proc: 2")
     assert parse_settings([path], (Model, Data)) == (Model("m"), Data(dataset_num_proc=2))
 
@@ -270,7 +270,7 @@ def test_the_types_share_the_keys(recipe):
         (["nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
     ],
 )
-def test_mistakes_on_the_command_line(argv, message):
+def test_mistakes_on_the_command_line_are_reported(argv, message):
     assert error(*argv) == message
 
 
@@ -286,7 +286,7 @@ def help_of(capsys, *types):
     return capsys.readouterr().out
 
 
-def test_help_lists_the_keys_with_meaning_choices_and_default(capsys, monkeypatch):
+def test_help_lists_keys_with_meaning_choices_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = help_of(capsys, Placed, Data, Config)
     lines = text.splitlines()
@@ -304,7 +304,7 @@ def test_help_fits_a_narrow_terminal(capsys, monkeypatch):
     assert max(map(len, help_of(capsys, Data, Config).splitlines()[8:])) <= 80
 
 
-# --- Arguments by position, and settings inside settings ------------------------------------------------------
+# ---- positional arguments and nested settings ----
 
 
 def placed(*argv):
@@ -322,30 +322,30 @@ def placed(*argv):
         ["--data", "d", "m", "--count", "2"],
     ],
 )
-def test_ways_to_give_an_argument_by_position(argv):
+def test_ways_to_give_a_positional_argument(argv):
     found = placed(*argv)
     assert (found.model, found.data, found.count) == ("m", "d", 2)
 
 
-def test_options_leave_the_words_that_they_do_not_need():
+def test_options_do_not_consume_positional_arguments():
     found = placed("--flag", "m", "--judge", "one", "--prices", "1", "2", "d", "--judge=two", "--extra", "x", "y")
     assert (found.model, found.data, found.flag, found.judge) == ("m", "d", True, ["one", "two"])
     assert (found.prices, found.extra) == ((1.0, 2.0), ["x", "y"])
     assert placed("--flag", "false", "m", "d").flag is False
 
 
-def test_settings_inside_settings_have_flat_keys_and_their_own_defaults(recipe):
+def test_nested_settings_have_flat_keys_and_their_own_defaults(recipe):
     assert placed("m", "d").sub == Sub(rate=2.0, hidden=7)
     assert placed(recipe("rate: 3"), "m", "d", "--names", "x", "y").sub == Sub(3.0, ["x", "y"], 7)
     assert "--hidden: unknown key" in error("m", "d", "--hidden", "1", types=(Placed,))
 
 
-def test_a_path_of_the_home_folder(monkeypatch):
+def test_the_home_folder_is_expanded_in_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert placed("m", "d", "--where", "~/x").where == Path("/somewhere/x")
 
 
-def test_arguments_by_position_can_be_in_the_file(recipe):
+def test_positional_arguments_can_be_in_the_file(recipe):
     path = recipe("model: m\ndata: d")
     found = [placed(*argv) for argv in ([path], [path, "x", "y"], [path, "--data", "y"])]
     assert [(one.model, one.data) for one in found] == [("m", "d"), ("x", "y"), ("m", "y")]
@@ -366,12 +366,12 @@ def test_arguments_by_position_can_be_in_the_file(recipe):
         (["rows.jsonl", "m"], ["rows.jsonl is a data file", "--model MODEL"]),
     ],
 )
-def test_mistakes_with_arguments_by_position(argv, parts):
+def test_mistakes_in_positional_arguments_are_reported(argv, parts):
     message = error(*argv, types=(Placed,))
     assert all(part in message for part in parts)
 
 
-# --- The file -----------------------------------------------------------------------------------------------
+# ---- the file ----
 
 
 @pytest.mark.parametrize(
@@ -397,29 +397,29 @@ def test_mistakes_with_arguments_by_position(argv, parts):
         ("rate: 1\ncont: 2", "recipe.yaml:2: cont: unknown key; did you mean count?"),
     ],
 )
-def test_mistakes_in_the_file(recipe, text, message):
+def test_mistakes_in_the_file_are_reported(recipe, text, message):
     assert error(recipe(text)).startswith(message)
 
 
-def test_bytes_that_are_no_text(recipe):
+def test_bytes_that_are_not_text_are_reported(recipe):
     path = recipe("")
     Path(path).write_bytes(b"text: \xff\xfe")
     assert error(path).startswith("recipe.yaml: cannot be read: 'utf-8' codec can't decode byte 0xff")
 
 
-def test_merge_keys_bring_defaults(recipe):
+def test_merge_keys_provide_defaults(recipe):
     path = recipe("config: &base {count: 5, rate: 0.25}\n<<: *base\nrate: 0.75")
     assert (values(path).count, values(path).rate) == (5, 0.75)
 
 
-# --- Spellings ----------------------------------------------------------------------------------------------
+# ---- spellings ----
 
 
 def parse_training(*argv):
     return parse_settings([*argv, "--use_cpu", "--output_dir", "out"], (Model, Data, Config))
 
 
-def test_older_spellings_are_mapped_each_with_a_notice(recipe, caplog):
+def test_older_spellings_are_mapped_with_a_notice_each(recipe, caplog):
     path = recipe(
         "name: m\ntorch_dtype: bfloat16\npreprocessing_num_workers: 12\nevaluation_strategy: steps\n"
         "max_seq_length: 512\nwarmup_ratio: 0.1\nhub_model_revision: v1\nuse_flash_attention_2: true\n"
@@ -441,12 +441,12 @@ def test_older_spellings_are_mapped_each_with_a_notice(recipe, caplog):
 
 
 @pytest.mark.parametrize("key", ["overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free"])
-def test_keys_that_mean_nothing_are_dropped_with_a_notice(caplog, key):
+def test_meaningless_keys_are_dropped_with_a_notice(caplog, key):
     parse_training("--name", "m", f"--{key}", "true")
     assert caplog.messages == [f"--{key} has no effect here and is dropped"]
 
 
-def test_gradient_checkpointing_has_one_meaning_under_both_names(recipe):
+def test_gradient_checkpointing_means_the_same_under_both_names(recipe):
     path = recipe("name: m\nactivation_checkpointing: true\nactivation_checkpointing_kwargs: {use_reentrant: false}")
     _, _, config = parse_training(path)
     assert config.gradient_checkpointing is True
@@ -469,20 +469,20 @@ def test_both_spellings_in_two_places_are_an_override(recipe):
     assert parse_settings([path, "--dtype", "float32"], (Model,))[0].dtype == "float32"
 
 
-def test_a_ratio_is_not_read_as_a_count_of_steps(recipe):
+def test_a_ratio_is_not_read_as_a_number_of_steps(recipe):
     path = recipe("warmup_ratio: 1.0")
     expected = "recipe.yaml:1: warmup_ratio: 1.0 is not a fraction of the steps; it must be below 1"
     assert error(path, types=(Config,)) == expected
 
 
-def test_a_spelling_that_the_types_lack_is_unknown():
+def test_a_spelling_without_a_corresponding_key_is_unknown():
     assert error("--evaluation_strategy", "steps") == "--evaluation_strategy: unknown key"
 
 
-# --- Keys that exclude one another --------------------------------------------------------------------------
+# ---- mutually exclusive keys ----
 
 
-def test_the_command_line_replaces_the_other_source_of_data(recipe, caplog):
+def test_the_command_line_replaces_the_other_data_source(recipe, caplog):
     path = recipe("dataset_mixer: {a: 1.0}\ndataset_splits: [train, test]")
     (data,) = parse_settings([path, "--dataset_name", "mine"], (Data,), replaces=REPLACES)
     assert (data.dataset_name, data.dataset_mixer, data.dataset_splits) == ("mine", None, None)
@@ -496,7 +496,7 @@ def test_the_command_line_replaces_the_other_source_of_data(recipe, caplog):
     assert (data.dataset_name, data.dataset_mixer) == (None, {"b": 1.0})
 
 
-def test_two_sources_of_data_in_one_place_are_an_error(recipe):
+def test_two_data_sources_in_one_place_are_an_error(recipe):
     path = recipe("dataset_mixer: {a: 1.0}\ndataset_name: mine")
     expected = "recipe.yaml:2: dataset_name: cannot be combined with recipe.yaml:1: dataset_mixer; keep one of them"
     assert error(path, types=(Data,), replaces=REPLACES) == expected
@@ -505,13 +505,13 @@ def test_two_sources_of_data_in_one_place_are_an_error(recipe):
     assert error(*argv, types=(Data,), replaces=REPLACES) == expected
 
 
-def test_keys_of_one_group_go_together(recipe):
+def test_keys_in_one_group_can_be_combined(recipe):
     path = recipe("dataset_mixer: {a: 1.0}\ndataset_splits: [train, test]")
     (data,) = parse_settings([path, "--dataset_splits", "dev"], (Data,), replaces=REPLACES)
     assert (data.dataset_mixer, data.dataset_splits) == ({"a": 1.0}, ["dev"])
 
 
-# --- TrainingArguments --------------------------------------------------------------------------------------
+# ---- TrainingArguments ----
 
 
 @pytest.fixture
@@ -535,13 +535,13 @@ def test_a_tracker_that_is_not_installed_is_an_error(recipe):
         assert config.report_to == expected
 
 
-def test_an_integration_that_does_not_exist_is_an_error(recipe):
+def test_an_unknown_integration_is_an_error(recipe):
     message = error(recipe("report_to: wandbb"), types=(Config,))
     assert message.startswith("recipe.yaml:1: report_to: 'wandbb' is not a reporting integration")
     assert message.endswith("; did you mean wandb?")
 
 
-def test_training_arguments_take_what_yaml_users_write(recipe):
+def test_training_arguments_accept_common_yaml_values(recipe):
     path = recipe(
         "name: m\nsave_strategy: no\nlearning_rate: 1e-6\nlr_scheduler_type: cosine_with_min_lr\n"
         "lr_scheduler_kwargs: {min_lr: 1e-7}\noptim: adamw_torch\nsave_steps: 0.5\nfsdp: false\ndebug: ''\n"
@@ -552,28 +552,28 @@ def test_training_arguments_take_what_yaml_users_write(recipe):
     assert config.fsdp is False
 
 
-def test_a_value_of_an_enumeration_is_checked_before_transformers_does(recipe):
+def test_enum_values_are_validated_before_transformers_sees_them(recipe):
     message = error(recipe("\nlr_scheduler_type: cosin"), types=(Config,))
     assert message.startswith("recipe.yaml:2: lr_scheduler_type: 'cosin' is not one of linear, cosine, ")
     assert message.endswith("; did you mean cosine?")
 
 
-# --- What the dataclasses refuse ----------------------------------------------------------------------------
+# ---- rejections by the dataclasses ----
 
 
-def test_a_refusal_is_one_line_with_the_place_of_the_key(recipe):
+def test_a_rejection_is_one_line_with_the_keys_location(recipe):
     assert error(recipe("rate: 1\ncount: -1")) == "recipe.yaml:2: count must not be negative"
     assert error("--count", "-1") == "count must not be negative"
     assert error(recipe("rate: -1")) == "recipe.yaml:1: rate must not be negative"
 
 
-def test_a_refusal_by_transformers_has_the_place_as_well(recipe):
+def test_a_rejection_by_transformers_has_the_location_too(recipe):
     message = error(recipe("output_dir: out\nlogging_steps: 0"), "--use_cpu", types=(Config,))
     assert message.startswith("recipe.yaml:2: logging strategy")
     assert message.endswith("requires non-zero --logging_steps")
 
 
-def test_a_refusal_that_names_no_key_stands_alone():
+def test_a_rejection_without_a_key_has_no_location():
     @dataclass
     class Stubborn:
         rate: float = 1.0
@@ -584,7 +584,7 @@ def test_a_refusal_that_names_no_key_stands_alone():
     assert error("--rate", "2", types=(Stubborn,)) == "not today"
 
 
-# --- The recipes of this repository -------------------------------------------------------------------------
+# ---- the recipes in this repository ----
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -594,7 +594,7 @@ def test_shipped_recipes_parse(path, tmp_path, caplog):
     kind, more = (OnlineConfig, (GenerationArguments, AnnotatorArguments)) if path.stem.endswith("-ppo") else (kind, ())
     _, _, config, *_ = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)], kind, *more)
     assert isinstance(config, kind)
-    # Older transformers know activation_checkpointing as gradient_checkpointing, which is worth a notice.
+    # Older versions of transformers call activation_checkpointing gradient_checkpointing, which causes a notice.
     assert [message for message in caplog.messages if "checkpointing" not in message] == []
 
 
@@ -625,7 +625,7 @@ def test_the_papers_settings_have_the_papers_values(name):
         "[" + ", ".join(["&a0 {a: x}"] + [f"&a{i} {{<<: [{f'*a{i - 1}, ' * 10}]}}" for i in range(1, 10)]) + "]",
     ],
 )
-def test_values_that_yaml_cannot_read_are_one_line(tmp_path, value):
+def test_values_yaml_cannot_read_give_a_one_line_error(tmp_path, value):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"objective: simpo\nbeta: {value}\n")
     with pytest.raises(SimpoError) as caught:

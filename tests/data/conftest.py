@@ -1,4 +1,4 @@
-"""Tokenizers of the common kinds, built offline, and an own cache for every test."""
+"""Tokenizers of the common kinds, built offline, and a separate cache for every test."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing is read from or left in the user's cache of data sets."""
+    """Keep tests from reading or writing the user's dataset cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     return folder
 
 
 def _byte_level(*specials: str | AddedToken, bos: str | None = None, adds_bos: bool = False) -> Tokenizer:
-    """A byte-level BPE without word splitting, so that tokens merge across any boundary."""
+    """Build a byte-level BPE without pre-tokenization, so that merges can cross any boundary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def _byte_level(*specials: str | AddedToken, bos: str | None = None, adds_bos: b
 
 
 def _sentencepiece(*, legacy: bool) -> Tokenizer:
-    """Like Llama 2's: a space is put in front of the text (legacy: also after every special token)."""
+    """Build a tokenizer like Llama 2's: a space precedes the text (legacy: also every text after a special token)."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     if legacy:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -91,7 +91,7 @@ def _sentencepiece(*, legacy: bool) -> Tokenizer:
 
 
 def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
-    """The byte tokens are pieces of the vocabulary and no special tokens, as in sentencepiece."""
+    """Make byte tokens ordinary vocabulary entries rather than special tokens, as in sentencepiece."""
     import json
 
     state = json.loads(tokenizer.to_str())
@@ -105,13 +105,13 @@ def build(name: str) -> PreTrainedTokenizerFast:
         if not folder.is_dir():
             pytest.skip("shared models are not here")
         return AutoTokenizer.from_pretrained(folder)
-    if name == "chatml":  # no BOS; the template writes a line break after the end-of-turn token
+    if name == "chatml":  # no BOS; the template writes a line break after the end of turn
         return PreTrainedTokenizerFast(
             tokenizer_object=_byte_level("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
             eos_token="<|endoftext|>",
             chat_template=CHATML,
         )
-    if name == "two-bos":  # both tokenizer and template add a BOS
+    if name == "two-bos":  # both the tokenizer and the template add a BOS
         return PreTrainedTokenizerFast(
             tokenizer_object=_byte_level("<|eot|>", bos="<|bos|>", adds_bos=True),
             bos_token="<|bos|>",
@@ -122,7 +122,7 @@ def build(name: str) -> PreTrainedTokenizerFast:
         tokenizer = build("two-bos")
         tokenizer.chat_template = BOS_CHAT.replace("{{ bos_token }}", "")
         return tokenizer
-    if name == "phi":  # special tokens that swallow the white space after them; text after the end of turn
+    if name == "phi":  # special tokens swallow the whitespace after them; text follows the end of turn
         strips = [AddedToken(f"<|{role}|>", rstrip=True, special=True) for role in ("user", "assistant", "end")]
         return PreTrainedTokenizerFast(
             tokenizer_object=_byte_level(*strips, "<|endoftext|>"),
@@ -144,13 +144,13 @@ KINDS = ("chatml", "two-bos", "own-bos", "phi", "sentencepiece", "sentencepiece-
 
 @pytest.fixture(params=KINDS)
 def tokenizer(request):
-    """A chat tokenizer of every kind."""
+    """One chat tokenizer of each kind."""
     return build(request.param)
 
 
 @pytest.fixture(params=[kind for kind in KINDS if kind != "phi"])
 def plain_tokenizer(request):
-    """A tokenizer without a chat template, of every kind."""
+    """One tokenizer without a chat template of each kind."""
     tokenizer = build(request.param)
     tokenizer.chat_template = None
     return tokenizer
@@ -158,5 +158,5 @@ def plain_tokenizer(request):
 
 @pytest.fixture
 def build_tokenizer():
-    """Build a tokenizer by the name of its kind."""
+    """``build_tokenizer(kind)``: a tokenizer of that kind."""
     return build

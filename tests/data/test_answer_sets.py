@@ -1,4 +1,4 @@
-"""Figures of several answers to one prompt, against values worked out by hand."""
+"""Statistics of several answers to one prompt, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from simpo.data.inspection import (
 )
 
 
-def test_distinct_ngrams():
+def test_distinct_ngrams_by_hand():
     assert distinct_ngrams(["a b c", "a b d"]) == 3 / 4  # ab bc | ab bd
     assert distinct_ngrams(["a b", "a b", "a b"]) == 1 / 3
     assert distinct_ngrams(["one", ""]) is None
 
 
-def test_overlap():
+def test_overlap_by_hand():
     assert mean_overlap(["a b c", "a b d"]) == 1 / 3
     assert mean_overlap(["a b c", "a b d", "x y"]) == pytest.approx(1 / 9)
     assert mean_overlap(["one", "one"]) == 1
@@ -28,15 +28,15 @@ def test_overlap():
     assert mean_overlap(["a b"]) is None
 
 
-def test_longer_wins():
-    assert longer_wins(AnswerSet(["aaa", "b", "cc"], [1.0, 2.0, 2.0])) == 0  # a-b, a-c; b and c are equal
+def test_longer_wins_by_hand():
+    assert longer_wins(AnswerSet(["aaa", "b", "cc"], [1.0, 2.0, 2.0])) == 0  # a-b and a-c; b and c are tied
     assert longer_wins(AnswerSet(["aaa", "b", "cc"], [3.0, 1.0, 2.0])) == 1
     assert longer_wins(AnswerSet(["aaa", "b", "cc"], [3.0, None, 4.0])) == 0
     assert longer_wins(AnswerSet(["a", "b"], [3.0, 1.0])) is None
     assert longer_wins(AnswerSet(["a", "bb"])) is None
 
 
-def test_metrics_over_prompts():
+def test_metrics_average_over_prompts():
     sets = [AnswerSet(["a b", "a b", "c d e"], [1.0, 1.0, 4.0]), AnswerSet(["x", "yy", ""], [None, 2.0, 2.0])]
     found = {metric.name: metric for metric in diversity_metrics("s", sets) + score_metrics("s", sets)}
     assert (found["s/prompts"].value, found["s/answers"].value) == (2, 6)
@@ -50,6 +50,6 @@ def test_metrics_over_prompts():
     assert found["s/score/p50"].value == 2 and found["s/score/p50"].n == 5
 
 
-def test_no_scores_at_all():
+def test_answers_without_scores_have_no_score_metrics():
     [metric] = score_metrics("s", [AnswerSet(["a", "b"], [None, None])])
     assert (metric.name, metric.value) == ("s/unscored", 2)

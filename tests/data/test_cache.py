@@ -1,4 +1,4 @@
-"""The cache of data sets: damaged files are made again, and a cache that cannot be used is replaced."""
+"""The dataset cache: damaged files are rebuilt, and an unusable cache is replaced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = [{"prompt": f"prompt {n}", "chosen": f"chosen {n}", "rejected": f"rejecte
 
 @pytest.fixture
 def prepared(tmp_path, build_tokenizer, monkeypatch):
-    """Tokenized rows, read anew at each call."""
+    """Return a function that loads and tokenizes the rows from scratch."""
     monkeypatch.setattr(cache, "_temporary", [])
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -26,8 +26,8 @@ def prepared(tmp_path, build_tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-@pytest.mark.parametrize("number", [0, 1])  # the rows as they were read, and their tokens
-def test_damaged_files_are_made_again(prepared, own_cache, caplog, damage, number):
+@pytest.mark.parametrize("number", [0, 1])  # the rows as loaded, and their tokens
+def test_damaged_files_are_rebuilt(prepared, own_cache, caplog, damage, number):
     expected = prepared()[:]
     assert not caplog.text
     path = sorted(own_cache.rglob("*.arrow"), key=lambda path: path.name.startswith("cache-"))[number]
@@ -42,11 +42,11 @@ def test_damaged_files_are_made_again(prepared, own_cache, caplog, damage, numbe
     assert str(path.parent) in caplog.text or str(own_cache) in caplog.text
 
 
-def test_damaged_files_that_stay_are_not_used(prepared, own_cache, monkeypatch, caplog):
+def test_damaged_files_that_cannot_be_removed_are_not_used(prepared, own_cache, monkeypatch, caplog):
     expected = prepared()[:]
     path = next(path for path in own_cache.rglob("*.arrow") if not path.name.startswith("cache-"))
     path.write_bytes(path.read_bytes().replace(b"chosen 3", b"chosen 4"))
-    monkeypatch.setattr(cache, "_remove", lambda path: None)  # as if it were another user's
+    monkeypatch.setattr(cache, "_remove", lambda path: None)  # as if the file belonged to another user
     assert prepared()[:] == expected
     assert "is damaged and cannot be replaced" in caplog.text
     assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary[0] != own_cache

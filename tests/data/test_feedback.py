@@ -1,4 +1,4 @@
-"""Single responses with labels: recognized, tokenized as comparisons with the same texts are, and what is refused."""
+"""Single responses with labels: detection, tokenization identical to comparisons, and rejected rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def feedback(count: int = 4) -> list[dict]:
         {"prompt": "The answer is:", "completion": [*USER, {"role": "assistant", "content": "yes"}]},
     ],
 )
-def test_it_is_tokenized_as_a_comparison_is(row, tokenizer):
+def test_feedback_is_tokenized_like_a_comparison(row, tokenizer):
     pair = {"prompt": "The answer is:", "chosen": "yes", "rejected": "no"}
     expected = prepare(Dataset.from_list([pair]), tokenizer, TokenizeSettings()).dataset[0]
     rows = Dataset.from_list([{**row, "label": True}, {**row, "label": False}])
@@ -52,8 +52,8 @@ def test_columns_and_report(build_tokenizer):
 
 
 @pytest.mark.parametrize("label", [2, -1, 0.5, "yes", None])
-def test_a_label_is_a_boolean(label, build_tokenizer, tmp_path):
-    """Also where JSON rows have others: a bad row, counted and named."""
+def test_a_label_must_be_a_boolean(label, build_tokenizer, tmp_path):
+    """Anything else in JSON rows makes a bad row, which is counted and reported."""
     with pytest.raises(BadRow, match="label is neither true nor false"):
         read_feedback({"prompt": "p", "completion": "c", "label": label}, "")
     rows = [*feedback(99), {"prompt": "The answer is:", "completion": "no", "label": label}]
@@ -71,10 +71,10 @@ def test_a_label_is_a_boolean(label, build_tokenizer, tmp_path):
         (["false", "true"], [False, True]),
         (["true", "false"], [True, False]),
         (["1", "0"], [True, False]),
-        (["good", "bad"], None),  # which of them is desirable is for the user to say
+        (["good", "bad"], None),  # only the user can say which one is desirable
     ],
 )
-def test_a_class_is_its_name_and_not_its_number(names, labels, given, build_tokenizer, tmp_path):
+def test_class_labels_are_read_by_name(names, labels, given, build_tokenizer, tmp_path):
     features = {"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=names)}
     columns = {"prompt": ["p", "p"], "completion": ["yes", "no"], "label": [0, 1]}
     rows = Dataset.from_dict(columns, features=Features(features))
@@ -92,7 +92,7 @@ def test_a_class_is_its_name_and_not_its_number(names, labels, given, build_toke
             prepare_feedback(rows, build_tokenizer("chatml"), TokenizeSettings())
 
 
-def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
+def test_verdict_class_labels_are_read_by_name(build_tokenizer):
     columns = {"prompt": ["p"] * 3, "response_a": ["yes"] * 3, "response_b": ["no"] * 3, "winner": [1, 0, -1]}
     text = Value("string")
     classes = ClassLabel(names=["model_b", "model_a"])
@@ -100,7 +100,7 @@ def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
     rows = as_dataset(Dataset.from_dict(columns, features=features), "rows")
     assert rows["winner"][:] == ["model_a", "model_b", None]
     again = as_dataset(Dataset.from_dict(columns, features=features), "rows")
-    assert again._fingerprint == rows._fingerprint  # so that the cache finds it
+    assert again._fingerprint == rows._fingerprint  # so that the cache is found
     alone = Dataset.from_dict({"winner": [1]}, features=Features({"winner": classes}))
     assert as_dataset(alone, "rows")[:] == {"winner": ["model_a"]}
     tokenizer = build_tokenizer("chatml")
@@ -116,19 +116,19 @@ def test_classes_of_verdicts_and_unknown_ones(build_tokenizer):
         ({"prompt": 3}, "prompt is int, not text or messages"),
     ],
 )
-def test_bad_rows_say_why(row, reason):
+def test_bad_rows_give_a_reason(row, reason):
     with pytest.raises(BadRow, match=reason):
         read_feedback({"prompt": "p", "completion": "c", "label": True} | row, "")
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_labels_that_are_all_alike_are_refused(label, build_tokenizer):
+def test_identical_labels_are_rejected(label, build_tokenizer):
     rows = Dataset.from_list([row | {"label": label} for row in feedback()])
     with pytest.raises(SimpoError, match=f"^train: every row has the label {str(label).lower()}; both desirable"):
         prepare_feedback(rows, build_tokenizer("chatml"), TokenizeSettings())
 
 
-def test_what_is_feedback(tmp_path):
+def test_which_rows_are_feedback(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(feedback()[0]) + "\n")
     assert is_feedback(load_rows(str(path), split="train"))
@@ -137,8 +137,8 @@ def test_what_is_feedback(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["label", "kto_tag"])
-def test_a_conversation_with_a_label_is_feedback_and_never_trained_on_as_it_is(name, build_tokenizer):
-    """LLaMA-Factory's shape: its undesirable answers would be learned otherwise."""
+def test_a_labeled_conversation_is_feedback_and_not_plain_training_data(name, build_tokenizer):
+    """LLaMA-Factory's format; otherwise the model would learn its undesirable answers."""
     answers = [("yes", True), ("no", False)]
     turns = [[{"role": "user", "content": "p"}, {"role": "assistant", "content": text}] for text, _ in answers]
     rows = Dataset.from_list([{"messages": turn, name: label} for turn, (_, label) in zip(turns, answers, strict=True)])

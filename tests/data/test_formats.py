@@ -49,7 +49,7 @@ EXPECTED = (PROMPT, (assistant("A"), assistant("B")))
         "arrow",
     ],
 )
-def test_conversations_of_every_shape(row):
+def test_conversations_in_every_format(row):
     comparison = read_comparison(row, "here")
     assert (comparison.prompt, comparison.responses) == EXPECTED
     assert (comparison.where, comparison.extra) == ("here", {})
@@ -72,21 +72,21 @@ def test_strings_and_extra_columns():
     assert comparison.extra == {"score": 1, "source": None}
 
 
-def test_transcripts_part_at_the_last_shared_cue():
+def test_transcripts_are_split_at_the_last_shared_cue():
     shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     comparison = read_comparison({"chosen": f"{shared} yes", "rejected": f"{shared} yet\n\nAssistant: no"}, "")
     assert comparison.prompt == shared
     assert comparison.responses == (" yes", " yet\n\nAssistant: no")
 
 
-def test_ranking_is_best_first_and_ties_keep_their_order():
+def test_rankings_are_best_first_and_ties_keep_their_order():
     row = {"prompt": "p", "responses": ["a", "b", "c", "d"], "scores": [1, 2.5, 1, 2.5], "id": 7}
     comparison = read_comparison(row, "")
     assert comparison.responses == ("b", "d", "a", "c")
     assert (comparison.scores, comparison.extra) == ((2.5, 2.5, 1.0, 1.0), {"id": 7})
 
 
-def test_ranking_of_conversations():
+def test_rankings_of_conversations():
     row = {"prompt": PROMPT, "responses": ["B", "A"], "scores": [0, 1]}
     assert (read_comparison(row, "").prompt, read_comparison(row, "").responses) == EXPECTED
 
@@ -133,7 +133,7 @@ HI = [user("Hi?"), assistant("A")]
         ({"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1, 1]}, "all scores are equal"),
     ],
 )
-def test_bad_rows_say_why(row, reason):
+def test_bad_rows_give_a_reason(row, reason):
     with pytest.raises(BadRow) as caught:
         read_comparison(row, "here")
     assert caught.value.reason.startswith(reason)
@@ -150,6 +150,6 @@ def test_bad_rows_say_why(row, reason):
         ({"question": "q", "answer": "a"}, "columns answer, question"),
     ],
 )
-def test_unknown_shapes_list_the_columns(row, hint):
+def test_unknown_formats_list_the_columns(row, hint):
     with pytest.raises(UnknownShape, match=hint):
         read_comparison(row, "here")

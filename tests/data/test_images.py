@@ -1,4 +1,4 @@
-"""Rows with images: where they are read from, their places in the prompt, and what makes such a row a bad one."""
+"""Rows with images: where images are read from, their places in the prompt, and bad rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def processor(request):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with three pictures of different sizes, and a file that only looks like one."""
+    """A folder with three images of different sizes, and a file that only looks like an image."""
     path = tmp_path_factory.mktemp("pictures")
     for number, size in enumerate(SIZES):
         picture(*size, seed=number).save(path / f"{number}.png")
@@ -55,8 +55,8 @@ def prepared(rows, processor, folder, **changes):
     return prepare(as_dataset(rows, "train"), processor, settings(folder, **changes))
 
 
-def test_prompts_are_those_of_the_processor(processor, folder):
-    """With its own template and its own texts for images, two of them of different sizes."""
+def test_prompts_match_the_processors(processor, folder):
+    """Including its template and image placeholders, with two images of different sizes."""
     messages = [{"role": "user", "content": [*PARTS, {"type": "image"}]}]
     rows = prepared([pair(messages, images=["0.png", "2.png"]), pair("hello")], processor, folder).dataset
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -68,8 +68,8 @@ def test_prompts_are_those_of_the_processor(processor, folder):
     assert decoded == ["a red square<|end|>", "a line<|end|>"]
 
 
-def test_all_that_an_image_may_be(processor, folder, tmp_path):
-    """A path, bytes, an image of Pillow's, a data URL, and columns of images of the datasets library."""
+def test_every_kind_of_image_value(processor, folder, tmp_path):
+    """A path, bytes, a Pillow image, a data URL, and image columns of the datasets library."""
     given = ["0.png", png(0), picture(*SIZES[0]), {"bytes": png(0), "path": "elsewhere.png"}, str(folder / "0.png")]
     listed = prepared([pair("what?", image=one) for one in given], processor, folder).dataset
     columns = Dataset.from_dict(
@@ -84,8 +84,8 @@ def test_all_that_an_image_may_be(processor, folder, tmp_path):
     assert not has_images(as_dataset([pair("what?"), pair("what?", images=[])], "train"))
 
 
-def test_places(processor, folder):
-    """Parts, the text ``<image>``, or the start of the first question; all three become the same prompt."""
+def test_image_places_can_be_given_in_three_ways(processor, folder):
+    """As parts, as the text ``<image>``, or by default at the start of the first question; all give the same prompt."""
     system = {"role": "system", "content": "<image> stays text here"}
     asked = [
         [system, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}],
@@ -97,8 +97,8 @@ def test_places(processor, folder):
     assert processor.tokenizer.decode(rows[0]["prompt_ids"]).endswith("what?<|assistant|>")
 
 
-def test_placeholders_in_a_text_stay_text(processor, folder):
-    """Somebody who asks about the token gets no second image."""
+def test_placeholder_text_stays_text(processor, folder):
+    """A question about the placeholder token does not get a second image."""
     literal = {
         "role": "user",
         "content": [{"type": "image"}, {"type": "text", "text": f"why {processor.image_token}?"}],
@@ -110,7 +110,7 @@ def test_placeholders_in_a_text_stay_text(processor, folder):
     assert row["prompt_ids"].count(expanded) == one.dataset[0]["prompt_ids"].count(expanded)
 
 
-def test_conversations_have_images_in_any_question(processor, folder):
+def test_any_question_in_a_conversation_can_have_images(processor, folder):
     turns = [
         {"role": "user", "content": PARTS},
         {"role": "assistant", "content": "a red square"},
@@ -125,8 +125,8 @@ def test_conversations_have_images_in_any_question(processor, folder):
     assert len(row["images"]) == 2
 
 
-def test_the_text_of_an_image_in_a_later_question(folder):
-    """It is a place like any other: none is left as text while the image goes elsewhere."""
+def test_the_image_placeholder_works_in_a_later_question(folder):
+    """It is a place like any other, and is never left as text while its image goes elsewhere."""
     processor = FAMILIES["llava"].processor()
 
     def turns(first, second):
@@ -145,8 +145,8 @@ def test_the_text_of_an_image_in_a_later_question(folder):
         )
 
 
-def test_colors_that_png_does_not_have(folder, tmp_path):
-    """Pictures for printing, from Python and from columns that are mixed with rows of JSON."""
+def test_images_in_color_modes_without_png_support(folder, tmp_path):
+    """CMYK images from Python, and from columns that are mixed with JSON rows."""
     processor, printed = FAMILIES["llava"].processor(), picture(*SIZES[0]).convert("CMYK")
     content = io.BytesIO()
     printed.save(content, "JPEG")
@@ -155,7 +155,7 @@ def test_colors_that_png_does_not_have(folder, tmp_path):
     mixed = concatenate([columns, as_dataset([pair("what?", image=printed)], "train")])
     found = prepare(mixed, processor, settings(folder)).dataset
     assert [len(images) for images in found["images"]] == [1, 1]
-    assert found[0]["images"][0]["bytes"] == content.getvalue()  # as it was stored
+    assert found[0]["images"][0]["bytes"] == content.getvalue()  # unchanged
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_colors_that_png_does_not_have(folder, tmp_path):
         ),
     ],
 )
-def test_bad_rows(row, reason, folder):
-    """Each is named with its fault; next to a hundred good ones it is skipped and counted."""
+def test_bad_rows_are_reported(row, reason, folder):
+    """Each is reported with its reason; among a hundred good rows it is skipped and counted."""
     processor = FAMILIES["llava"].processor()
     with pytest.raises(SimpoError) as error:
         prepared([pair("hello"), row], processor, folder)
@@ -192,7 +192,7 @@ def test_bad_rows(row, reason, folder):
     assert (found.report.used, sum(found.report.bad.values())) == (100, 1)
 
 
-def test_images_without_a_processor(folder):
+def test_images_require_a_processor(folder):
     processor = FAMILIES["llava"].processor()
     with pytest.raises(SimpoError, match="no processor"):
         prepared([pair("what?", images=["0.png"])], processor.tokenizer, folder)
@@ -201,7 +201,7 @@ def test_images_without_a_processor(folder):
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_rows_with_images_are_never_cut(mode, processor, folder):
+def test_rows_with_images_are_never_truncated(mode, processor, folder):
     rows = [pair("7 " * 60, images=["1.png"]), pair("7 " * 60), pair("a")]
     found = prepared(rows, processor, folder, max_length=60, max_prompt_length=40, truncation_mode=mode)
     assert list(found.report.dropped.values()) == [1]
@@ -210,8 +210,8 @@ def test_rows_with_images_are_never_cut(mode, processor, folder):
     assert [len(images) for images in found.dataset["images"]] == [0, 0]
 
 
-def test_the_content_of_a_file_counts(folder, tmp_path):
-    """Another picture under the same name is read again, and the same question about it is another row."""
+def test_the_content_of_an_image_file_matters(folder, tmp_path):
+    """A changed image with the same name is read again, and the same question about it is a different row."""
     processor = FAMILIES["qwen2_5_vl"].processor()
     rows = [pair("what?", images=["one.png"])]
     picture(*SIZES[0], seed=0).save(tmp_path / "one.png")

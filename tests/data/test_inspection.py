@@ -12,7 +12,7 @@ BOS, END = 0, 1
 
 
 class Ids:
-    """A tokenizer of which only its special ids are looked at."""
+    """A tokenizer with nothing but special ids."""
 
     bos_token_id, eos_token_id, eos_token = BOS, END, "<end>"
     chat_template, added_tokens_decoder = None, {}
@@ -40,7 +40,7 @@ def test_lengths_and_length_bias():
     assert (found.longer, found.ties) == (0.7, 0.1)
 
 
-def test_repetitions():
+def test_repetitions_are_counted():
     a, b, c = [5, END], [6, END], [7, END]
     found = inspect(
         ([BOS, 2], a, b), ([BOS, 2], a, b), ([BOS, 2], a, c), ([BOS, 3], a, a), bad={"identical responses": 2}
@@ -48,7 +48,7 @@ def test_repetitions():
     assert (found.repeated, found.repeated_prompts, found.identical) == (1, 2, 3)
 
 
-def test_ids_that_run_into_each_other_are_not_repetitions():
+def test_rows_with_equal_concatenated_ids_are_not_repetitions():
     assert inspect(([BOS, 2], [5, 6, END], [7, END]), ([BOS, 2], [5], [6, END, 7, END])).repeated == 0
 
 
@@ -67,7 +67,7 @@ def test_overlap_counts_test_comparisons():
     assert shared_rows(train, test) == (1, 2)
 
 
-def test_examples_of_data_that_the_user_tokenized(build_tokenizer):
+def test_examples_of_pretokenized_data(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     dataset = Dataset.from_dict({"prompt_ids": [[5, 6]], "response_ids": [[[7], [8]]]})
     prepared = prepare(dataset, tokenizer, TokenizeSettings())
@@ -81,7 +81,7 @@ def test_metric_names_are_unique():
 
 
 @pytest.mark.parametrize("kind", ["chatml", "sentencepiece", "tiny-english"])
-def test_figures_and_examples_of_real_tokenizers(build_tokenizer, kind):
+def test_statistics_and_examples_with_real_tokenizers(build_tokenizer, kind):
     tokenizer = build_tokenizer(kind)
     rows = [{"prompt": "The answer is:", "chosen": f"yes {number}", "rejected": "no"} for number in range(9)]
     prepared = prepare(Dataset.from_list(rows), tokenizer, TokenizeSettings())
@@ -96,7 +96,7 @@ def test_figures_and_examples_of_real_tokenizers(build_tokenizer, kind):
         assert whole.startswith(example.prompt + "".join(text for text, _ in example.responses[0]))
 
 
-def test_pairs_that_contradict_each_other():
+def test_contradicting_pairs_are_counted():
     a, b, c = [5, END], [6, END], [7, END]
     found = inspect(([BOS, 2], a, b), ([BOS, 2], b, a), ([BOS, 2], a, b), ([BOS, 2], c, a), ([BOS, 3], b, a))
     assert found.contradicted == 3

@@ -1,4 +1,4 @@
-"""The token invariants, on every kind of tokenizer, against transformers' own rendering and decoding."""
+"""Token-level invariants for every kind of tokenizer, against transformers' own rendering and decoding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def without_bos(tokenizer, text):
     bos = tokenizer.bos_token
     while bos and text.startswith(bos):
         text = text.removeprefix(bos)
-    # Sentencepiece decoders may write or strip one space at the front.
+    # Sentencepiece decoders may write or strip one leading space.
     return text.lstrip(" ")
 
 
@@ -52,7 +52,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("row", [PAIR, LONG], ids=["one turn", "three turns"])
-def test_prompt_is_what_generation_feeds(tokenizer, row):
+def test_a_prompt_equals_what_generation_is_given(tokenizer, row):
     expected = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
     if expected[0] != tokenizer.bos_token_id and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         expected = [tokenizer.bos_token_id, *expected]
@@ -72,8 +72,8 @@ def test_response_ids_decode_to_the_rendered_response(tokenizer, row):
 
 @pytest.mark.parametrize("prompt", ["The answer is:", "The answer is: ", "The answer is:\n", "", "a"])
 @pytest.mark.parametrize("response", ["I think", " I think", "yes", "\n\nHuman: no", "é 漢字"])
-def test_raw_text_splits_where_the_response_begins(plain_tokenizer, prompt, response):
-    """A merge across the boundary is resolved: the prompt's ids never depend on the response."""
+def test_raw_text_is_split_where_the_response_begins(plain_tokenizer, prompt, response):
+    """Merges across the boundary are resolved: the prompt's ids never depend on the response."""
     tokenizer = plain_tokenizer
     row = {"prompt": prompt, "chosen": response, "rejected": response + "!"}
     adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
@@ -89,7 +89,7 @@ def test_raw_text_splits_where_the_response_begins(plain_tokenizer, prompt, resp
     assert without_bos(tokenizer, decoded) == (prompt + response).lstrip(" ") + tokenizer.eos_token
 
 
-def test_byte_level_merge_is_not_sliced(build_tokenizer):
+def test_a_byte_level_merge_is_not_cut_apart(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = None
     prompt, response = "The answer is:", " yes"
@@ -100,21 +100,21 @@ def test_byte_level_merge_is_not_sliced(build_tokenizer):
     assert found["response_ids"][0] == [*tokenizer(response).input_ids, tokenizer.eos_token_id]
 
 
-def test_exactly_one_bos(tokenizer):
+def test_there_is_exactly_one_bos(tokenizer):
     bos = tokenizer.bos_token_id
     ids = tokenized(tokenizer, PAIR)[0]["prompt_ids"]
     assert ids.count(bos) == (0 if bos is None else 1)
     assert bos is None or ids[0] == bos
 
 
-def test_transformers_would_have_given_two_bos(build_tokenizer):
+def test_transformers_would_have_produced_two_bos(build_tokenizer):
     tokenizer = build_tokenizer("two-bos")
     rendered = tokenizer.apply_chat_template(PAIR["prompt"], tokenize=False)
     assert tokenizer(rendered).input_ids.count(tokenizer.bos_token_id) == 2
 
 
 @pytest.mark.parametrize("repeat", [0, 1, 2])
-def test_end_of_turn_exactly_once(tokenizer, repeat):
+def test_there_is_exactly_one_end_of_turn(tokenizer, repeat):
     end = end_of(tokenizer)
     row = {**PAIR, "chosen": chat("", CHOSEN + repeat * end + repeat * "\n")[1:]}
     end_id = tokenizer.convert_tokens_to_ids(end)
@@ -122,8 +122,8 @@ def test_end_of_turn_exactly_once(tokenizer, repeat):
         assert ids[-1] == end_id and ids.count(end_id) == 1
 
 
-def test_special_text_in_content_stays_text(tokenizer):
-    """It decodes to itself, and the only special ids are those that the template wrote."""
+def test_special_token_text_in_content_stays_text(tokenizer):
+    """It decodes to itself, and the only special ids are those written by the template."""
     row = {
         "prompt": chat(LITERAL),
         "chosen": chat("", f"{CHOSEN} {LITERAL}")[1:],
@@ -143,15 +143,15 @@ def test_special_text_in_content_stays_text(tokenizer):
     assert f"{CHOSEN} {LITERAL}" in text_of(tokenizer, special["prompt_ids"] + special["response_ids"][0])
 
 
-def test_careful_path_agrees_with_the_plain_one(tokenizer):
-    """A row with special text in one response has the same ids as before everywhere else."""
+def test_special_text_in_one_response_does_not_affect_the_rest(tokenizer):
+    """The ids of everything else in the row stay the same."""
     row = {**PAIR, "rejected": chat("", LITERAL)[1:]}
     careful, plain = tokenized(tokenizer, row)[0], tokenized(tokenizer, PAIR)[0]
     assert careful["prompt_ids"] == plain["prompt_ids"]
     assert careful["response_ids"][0] == plain["response_ids"][0]
 
 
-def test_special_text_without_a_template_is_parsed(build_tokenizer):
+def test_special_token_text_without_a_template_is_parsed(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = None
     prompt = "<|im_start|>user\nhello<|im_end|>\n"
@@ -159,7 +159,7 @@ def test_special_text_without_a_template_is_parsed(build_tokenizer):
     assert found["prompt_ids"][0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
-def test_text_after_the_end_of_turn_is_no_response(build_tokenizer):
+def test_text_after_the_end_of_turn_is_not_part_of_the_response(build_tokenizer):
     for kind in ("chatml", "phi"):
         tokenizer = build_tokenizer(kind)
         rendered = tokenizer.apply_chat_template(PAIR["prompt"] + PAIR["chosen"], tokenize=False)
@@ -168,7 +168,7 @@ def test_text_after_the_end_of_turn_is_no_response(build_tokenizer):
         assert text_of(tokenizer, ids) == CHOSEN + END[kind]
 
 
-def test_prompt_that_is_no_prefix_names_the_row(build_tokenizer):
+def test_a_prompt_that_is_not_a_prefix_names_the_row(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = CHATML_THAT_COUNTS
     with pytest.raises(SimpoError, match="train row 0: the rendered prompt is not a prefix of"):
@@ -178,7 +178,7 @@ def test_prompt_that_is_no_prefix_names_the_row(build_tokenizer):
 CHATML_THAT_COUNTS = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def test_template_without_an_end_of_turn_gets_eos(build_tokenizer):
+def test_a_template_without_an_end_of_turn_gets_eos(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     found = tokenized(tokenizer, PAIR)[0]["response_ids"][0]
@@ -196,7 +196,7 @@ def test_paper_tokenization_scores_the_header_and_the_rest(build_tokenizer, kind
     assert found["prompt_ids"] + found["response_ids"][0] == whole + eos
 
 
-def test_system_message_is_inserted_where_the_template_knows_one(build_tokenizer):
+def test_system_message_is_inserted_if_the_template_supports_one(build_tokenizer):
     tokenizer = build_tokenizer("sentencepiece")
     found = tokenized(tokenizer, PAIR, auto_insert_empty_system_msg=True)[0]["prompt_ids"]
     messages = [{"role": "system", "content": ""}, *PAIR["prompt"]]
@@ -207,13 +207,13 @@ def test_system_message_is_inserted_where_the_template_knows_one(build_tokenizer
     assert inserted == without
 
 
-def test_strings_become_turns_when_there_is_a_template(tokenizer):
+def test_strings_become_turns_if_there_is_a_template(tokenizer):
     strings = {"prompt": USER, "chosen": CHOSEN, "rejected": REJECTED}
     found, expected = tokenized(tokenizer, strings)[0], tokenized(tokenizer, PAIR)[0]
     assert (found["prompt_ids"], found["response_ids"]) == (expected["prompt_ids"], expected["response_ids"])
 
 
-def test_transcripts_become_turns_when_there_is_a_template(tokenizer):
+def test_transcripts_become_turns_if_there_is_a_template(tokenizer):
     shared = f"\n\nHuman: {USER}\n\nAssistant: Paris\n\nHuman: yes?\n\nAssistant:"
     transcripts = {"chosen": f"{shared} {CHOSEN}", "rejected": f"{shared} {REJECTED}"}
     turns = {**PAIR, "prompt": chat(USER, "Paris", "yes?")}
@@ -229,12 +229,12 @@ def test_transcripts_are_raw_text_without_a_template(plain_tokenizer):
     assert without_bos(plain_tokenizer, decoded) == f"{prompt} {REJECTED}{plain_tokenizer.eos_token}"
 
 
-def test_messages_without_a_template(plain_tokenizer):
+def test_messages_without_a_template_are_rejected(plain_tokenizer):
     with pytest.raises(SimpoError, match="train row 0: a conversation, but the tokenizer has no chat template"):
         tokenized(plain_tokenizer, PAIR)
 
 
-def test_more_than_two_responses_best_first(build_tokenizer):
+def test_more_than_two_responses_are_ordered_best_first(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     row = {"prompt": USER, "responses": ["b", "a", "c", "d"], "scores": [1.0, 3, 1.0, -2]}
     ids = tokenized(tokenizer, row)[0]["response_ids"]

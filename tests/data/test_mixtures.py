@@ -19,7 +19,7 @@ def make(letter, count):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two data sets with a training and a test file each, one of JSON lines and one of parquet."""
+    """Two datasets with a training and a test file each, one in JSON lines and one in parquet."""
     for letter, count in (("a", 10), ("b", 7)):
         (tmp_path / letter).mkdir()
         for split, rows in (("train", make(letter, count)), ("test", make(letter.upper(), count))):
@@ -34,7 +34,7 @@ def prompts(dataset):
     return [row["prompt"] for row, _ in rows_of(dataset[:], range(len(dataset)), "")]
 
 
-def test_mixer_takes_the_first_rows_and_shuffles_as_the_handbook_does(folders):
+def test_mixer_takes_the_first_rows_and_shuffles_like_the_handbook(folders):
     a, b = folders
     train, test = load_mixture({a: 0.55, b: 1.0}, ["train", "test"])
     parts = [Dataset.from_list(make("a", 10)).select(range(5)), Dataset.from_list(make("b", 7))]
@@ -59,26 +59,26 @@ def test_mixer_without_a_test_split(folders):
         ((0, 0), ["train"], "dataset_mixer: the fractions leave no training rows"),
     ],
 )
-def test_mixer_mistakes(folders, fractions, splits, message):
+def test_mixer_mistakes_are_reported(folders, fractions, splits, message):
     with pytest.raises(SimpoError, match=message):
         load_mixture(dict(zip(folders, fractions, strict=True)), splits)
 
 
-def test_mixer_needs_as_many_configurations(folders):
+def test_mixer_needs_one_configuration_per_dataset(folders):
     with pytest.raises(SimpoError, match="dataset_configs: 1 configurations for 2 datasets"):
         load_mixture(dict.fromkeys(folders, 1.0), ["train"], ["default"])
     with pytest.raises(SimpoError, match="dataset_mixer: not a mapping"):
         load_mixture({}, ["train"])
 
 
-def test_one_file_is_not_used_for_training_and_evaluation(folders):
+def test_one_file_cannot_be_used_for_training_and_evaluation(folders):
     name = f"{folders[0]}/train.jsonl"
     with pytest.raises(SimpoError, match=r"train\.jsonl is one file and cannot be both train and test"):
         load_mixture({name: 1.0}, ["train", "test"])
     assert len(load_mixture({name: 1.0}, ["train"])[0]) == 10
 
 
-def test_mixture_list_is_the_handbooks(folders):
+def test_mixture_list_matches_the_handbook(folders):
     a, b = folders
     mixture = {
         "datasets": [{"id": a, "weight": 0.5, "columns": ["prompt", "chosen"]}, {"id": b, "split": "test"}],
@@ -114,7 +114,7 @@ def test_mixture_list_defaults(folders):
         ({"test_split_size": 99}, "dataset_mixture: test_split_size 99 is not valid for 10 rows"),
     ],
 )
-def test_mixture_list_mistakes(folders, change, message):
+def test_mixture_list_mistakes_are_reported(folders, change, message):
     with pytest.raises(SimpoError, match=message):
         load_mixture_list({"datasets": [{"id": folders[0]}], **change})
 
@@ -126,7 +126,7 @@ def test_mixture_columns_must_exist(folders, index):
 
 
 def test_a_mixture_is_tokenized_once(folders, build_tokenizer, monkeypatch):
-    """The cache is found again though the mixture is made anew, of JSON rows and of columns."""
+    """The cache is found although the mixture is rebuilt, from JSON rows and from columns."""
     tokenizer = build_tokenizer("chatml")
     first = prepare(load_mixture(dict.fromkeys(folders, 1.0), ["train"])[0], tokenizer, TokenizeSettings())
     monkeypatch.setattr(tokenizing.Tokenization, "__call__", None)

@@ -15,7 +15,7 @@ GOOD = {"prompt": "The answer is:", "chosen": "yes", "rejected": "no"}
 
 
 def rows_with(bad, count):
-    """``bad`` rows of their own and good ones, ``count`` in all."""
+    """Return the ``bad`` rows padded with good ones, ``count`` in total."""
     good = [{**GOOD, "chosen": f"yes {number}"} for number in range(count - len(bad))]
     return Dataset.from_list([*bad, *good])
 
@@ -47,7 +47,7 @@ def test_columns_and_types(chatml):
         ({**GOOD, "rejected": "yes<|im_end|>"}, "identical responses"),
     ],
 )
-def test_bad_rows_are_skipped_counted_and_named(chatml, row, reason):
+def test_bad_rows_are_skipped_counted_and_reported(chatml, row, reason):
     prepared = prepare(rows_with([row], 100), chatml, TokenizeSettings())
     assert len(prepared.dataset) == prepared.report.used == 99
     assert prepared.report.bad == {reason: 1} and prepared.report.examples == {reason: ["train row 0"]}
@@ -57,7 +57,7 @@ def test_bad_rows_are_skipped_counted_and_named(chatml, row, reason):
         prepare(rows_with([row], 99), chatml, TokenizeSettings())
 
 
-def test_every_fault_of_many_bad_rows_is_named_once(chatml):
+def test_each_reason_among_many_bad_rows_is_reported_once(chatml):
     bad = [{**GOOD, "rejected": ""}, {**GOOD, "rejected": None}, {**GOOD, "rejected": " "}, {**GOOD, "rejected": ""}]
     with pytest.raises(SimpoError) as error:
         prepare(rows_with(bad, 10), chatml, TokenizeSettings())
@@ -66,7 +66,7 @@ def test_every_fault_of_many_bad_rows_is_named_once(chatml):
     )
 
 
-def test_a_reason_may_quote_half_a_surrogate_pair(chatml, tmp_path):
+def test_a_reason_may_quote_a_lone_surrogate(chatml, tmp_path):
     lines = [json.dumps({"prompt": "p", "\ud800": 1}), *[json.dumps(GOOD)] * 99]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     report = prepare(load_rows(str(tmp_path / "a.jsonl"), split="train"), chatml, TokenizeSettings()).report
@@ -74,7 +74,7 @@ def test_a_reason_may_quote_half_a_surrogate_pair(chatml, tmp_path):
     assert count == 1 and "\\ud800" in reason
 
 
-def test_half_a_surrogate_pair_is_a_bad_row(chatml, tmp_path):
+def test_a_lone_surrogate_makes_a_bad_row(chatml, tmp_path):
     lines = [json.dumps({**GOOD, "rejected": "no \ud83d"}), *[json.dumps(GOOD)] * 99]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     report = prepare(load_rows(str(tmp_path / "a.jsonl"), split="train"), chatml, TokenizeSettings()).report
@@ -82,7 +82,7 @@ def test_half_a_surrogate_pair_is_a_bad_row(chatml, tmp_path):
     assert report.examples == {"text is not valid Unicode (it contains a lone surrogate)": ["a.jsonl:1"]}
 
 
-def test_template_that_refuses_a_row(chatml):
+def test_a_template_that_rejects_a_row(chatml):
     chatml.chat_template = (
         "{% for m in messages %}{% if 'bad' in m['content'] %}{{ raise_exception('no bad words') }}{% endif %}"
         "{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -91,21 +91,21 @@ def test_template_that_refuses_a_row(chatml):
     assert report.bad == {"the chat template rejects it: no bad words": 1}
 
 
-def test_no_row_of_a_recognized_shape(chatml):
+def test_rows_in_no_known_format_are_rejected(chatml):
     dataset = Dataset.from_list([{"prompt": "p", "completion": "c"}] * 3)
     message = r"no row has a recognized shape \(train row 0: .*supervised fine-tuning.*accepted are \{prompt, chosen"
     with pytest.raises(SimpoError, match=message):
         prepare(dataset, chatml, TokenizeSettings())
 
 
-def test_not_a_single_data_set(chatml):
+def test_anything_but_a_single_data_set_is_rejected(chatml):
     with pytest.raises(SimpoError, match=r"train: a dict instead of a datasets\.Dataset; pass one split"):
         prepare({"train": []}, chatml, TokenizeSettings())
     with pytest.raises(SimpoError, match="train: no rows"):
         prepare(Dataset.from_list([]), chatml, TokenizeSettings())
 
 
-def test_tokenized_data_is_returned_as_it_is(chatml):
+def test_tokenized_data_is_returned_unchanged(chatml):
     first = prepare(Dataset.from_list([GOOD]), chatml, TokenizeSettings())
     second = prepare(first.dataset, chatml, TokenizeSettings(max_length=2))
     assert second.dataset is first.dataset
@@ -119,14 +119,14 @@ def source(tmp_path):
     return tmp_path / "a.jsonl"
 
 
-def test_second_run_hits_the_cache_with_the_same_report(chatml, source, monkeypatch):
+def test_a_second_run_hits_the_cache_and_has_the_same_report(chatml, source, monkeypatch):
     first = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings())
 
     def fail(*_):
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(tokenizing.Tokenization, "__call__", fail)
-    # Padding and truncation are switched on and off by calls and change no id of ours.
+    # Tokenizer calls toggle padding and truncation, which affects none of our ids.
     chatml(["a", "b c"], padding=False, truncation=True, max_length=2)
     second = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings(num_proc=2, on_bad_row="skip"))
     assert second.report == first.report and second.report.bad == {"empty response": 1}
@@ -136,7 +136,7 @@ def test_second_run_hits_the_cache_with_the_same_report(chatml, source, monkeypa
 
 
 @pytest.mark.parametrize("change", ["template", "settings", "special", "tokenizer", "file"])
-def test_nothing_stale_is_taken_from_the_cache(chatml, build_tokenizer, source, change):
+def test_nothing_stale_comes_from_the_cache(chatml, build_tokenizer, source, change):
     before = prepare(load_rows(str(source), split="train"), chatml, TokenizeSettings()).dataset[0]
     settings = TokenizeSettings(paper_tokenization=change == "settings")
     if change == "template":
@@ -154,7 +154,7 @@ def test_nothing_stale_is_taken_from_the_cache(chatml, build_tokenizer, source, 
     assert prepare(load_rows(str(source), split="train"), chatml, settings).dataset[0] != before
 
 
-def test_processes_give_the_same_rows(chatml, tmp_path):
+def test_several_processes_give_the_same_rows(chatml, tmp_path):
     rows = [{**GOOD, "chosen": f"yes {number}"} for number in range(2000)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dataset = load_rows(str(tmp_path / "a.jsonl"), split="train")
@@ -163,7 +163,7 @@ def test_processes_give_the_same_rows(chatml, tmp_path):
     assert two.to_list() == one.to_list()
 
 
-def test_small_data_never_forks():
+def test_small_data_is_tokenized_in_one_process():
     assert tokenizing._processes(1999, 8) is None
     assert tokenizing._processes(2000, 8) == 8
     assert tokenizing._processes(10**6, 1) is None

@@ -1,4 +1,4 @@
-"""Rows that were tokenized elsewhere are checked before anything relies on them."""
+"""Rows that were tokenized elsewhere are validated before anything relies on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_good_rows_pass(extra):
     check_tokenized(Dataset.from_dict(SINGLE | {"scored": [[[True, False]], [[True, True, False]]]}), "train")
 
 
-def test_other_integers_and_large_lists_pass():
+def test_other_integer_types_and_large_lists_pass():
     for kind in (List, LargeList):
         ids = kind(Value("uint16"))
         check_tokenized(Dataset.from_dict(GOOD, Features({"prompt_ids": ids, "response_ids": kind(ids)})), "train")
@@ -56,12 +56,12 @@ def test_other_integers_and_large_lists_pass():
         {"response_ids": SINGLE["response_ids"], "scored": [[[1, 1]], [[1, 0, 0]]]},
     ],
 )
-def test_bad_rows_are_named(change):
+def test_bad_rows_are_reported(change):
     with pytest.raises(SimpoError, match=rf"^train rows? \d.*{list(change)[-1]}"):
         check_tokenized(Dataset.from_dict(GOOD | change), "train")
 
 
-def test_the_row_is_the_one_of_the_whole_data_set():
+def test_reported_row_numbers_refer_to_the_whole_dataset():
     rows = [[1]] * 2500 + [[-3]] + [[1]] * 10
     with pytest.raises(SimpoError, match=r"^train row 2500: prompt_ids"):
         check_tokenized(Dataset.from_dict({"prompt_ids": rows, "response_ids": [[[2], [3]]] * 2511}), "train")

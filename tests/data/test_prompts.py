@@ -1,4 +1,4 @@
-"""Prompts for sampling: the ids that a pair's prompt has, once each."""
+"""Prompts for sampling: the same ids as in a pair, each prompt once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prompts_of(tokenizer, *rows, **options):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_ids_are_those_of_the_prompt_of_a_pair(tokenizer, name):
+def test_ids_equal_those_of_a_pairs_prompt(tokenizer, name):
     row = PAIRS[name]
     expected = prepare(Dataset.from_list([row]), tokenizer, TokenizeSettings()).dataset[0]["prompt_ids"]
     (found,) = prompts_of(tokenizer, {**row, "source": "test"})
@@ -76,13 +76,13 @@ def test_ids_without_a_template(plain_tokenizer, name):
         (PAIRS["transcripts"], TRANSCRIPT, {}),
     ],
 )
-def test_shapes(build_tokenizer, row, content, extra):
+def test_prompt_formats(build_tokenizer, row, content, extra):
     (found,) = prompts_of(build_tokenizer("chatml"), row)
     assert (found.content, found.extra) == (content, extra)
 
 
-def test_one_file_for_every_use(build_tokenizer, tmp_path):
-    """What is cached of a file for one use is not served for another."""
+def test_one_file_serves_every_use(build_tokenizer, tmp_path):
+    """The cache for one use of a file is not served for another."""
     row = {**PAIRS["ultrafeedback"], "messages": chat(HI, "yes")}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     tokenizer, rows = build_tokenizer("chatml"), load_rows(str(tmp_path / "a.jsonl"), split="train")
@@ -94,8 +94,8 @@ def test_one_file_for_every_use(build_tokenizer, tmp_path):
         assert conversation["response_ids"] == pair["response_ids"][:1]
 
 
-def test_ids_of_prompts_are_stable(build_tokenizer, tmp_path):
-    """By the content alone: neither the file's kind, nor null fields, nor the order of keys matter."""
+def test_prompt_ids_are_stable(build_tokenizer, tmp_path):
+    """They depend only on content: neither the file type, nor null fields, nor the order of keys matter."""
     turned = [{"content": HI, "role": "user"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": turned}))
     Dataset.from_list([{"prompt": [{"role": "user", "content": HI, "name": None}]}]).to_parquet(tmp_path / "a.parquet")
@@ -110,7 +110,7 @@ def test_ids_of_prompts_are_stable(build_tokenizer, tmp_path):
     assert string.id == hashlib.sha256('"é"'.encode()).hexdigest()[:16]
 
 
-def test_repeated_prompts_are_kept_once_where_they_occur_first(build_tokenizer):
+def test_repeated_prompts_are_kept_once_at_their_first_occurrence(build_tokenizer):
     rows = [{"prompt": text, "n": n} for n, text in enumerate(["a", "b", "a", "c", "b", "a"])]
     prompts = prompts_of(build_tokenizer("chatml"), *rows)
     assert [prompt.content for prompt in prompts] == ["a", "b", "c"]
@@ -123,7 +123,7 @@ def test_repeated_prompts_are_kept_once_where_they_occur_first(build_tokenizer):
     ]
 
 
-def test_overlong_prompts_are_dropped_and_never_cut(build_tokenizer):
+def test_overlong_prompts_are_dropped_and_never_truncated(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     rows = [{"prompt": "yes " * n} for n in (1, 20, 2)]
     lengths = [len(prompt.ids) for prompt in prompts_of(tokenizer, *rows)]
@@ -152,7 +152,7 @@ def test_overlong_prompts_are_dropped_and_never_cut(build_tokenizer):
         ({"topic": "?"}, "no recognized shape: columns topic"),
     ],
 )
-def test_bad_rows_are_counted_and_named(build_tokenizer, tmp_path, bad, reason):
+def test_bad_rows_are_counted_and_reported(build_tokenizer, tmp_path, bad, reason):
     rows = [bad, *({"prompt": f"{n}"} for n in range(99))]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = prepare_prompts(load_rows(str(tmp_path / "a.jsonl"), split="train"), build_tokenizer("chatml")).report
@@ -161,7 +161,7 @@ def test_bad_rows_are_counted_and_named(build_tokenizer, tmp_path, bad, reason):
     assert (report.used, report.examples[found]) == (99, ["a.jsonl:1"])
 
 
-def test_no_prompts(build_tokenizer):
+def test_no_prompts_is_an_error(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     with pytest.raises(SimpoError, match=r"^prompts: no rows"):
         prompts_of(tokenizer)
@@ -174,8 +174,8 @@ def test_no_prompts(build_tokenizer):
         prompts_of(tokenizer, {"prompt": ""})
 
 
-def test_values_that_json_has_no_type_for_are_written_as_text_or_numbers(build_tokenizer, tmp_path):
-    """As WildChat's messages have them: whole prompts are stored as JSON."""
+def test_values_without_a_json_type_are_written_as_text_or_numbers(build_tokenizer, tmp_path):
+    """WildChat's messages contain them, and whole prompts are stored as JSON."""
     path, day, price = tmp_path / "a.parquet", datetime(2024, 5, 1, 12), Decimal("1.5")
     row = {"prompt": [{"role": "user", "content": HI, "timestamp": day}], "tools": None, "day": day, "price": price}
     Dataset.from_list([row | {"chat_template_kwargs": {"day": day.date()}}]).to_parquet(path)
@@ -186,7 +186,7 @@ def test_values_that_json_has_no_type_for_are_written_as_text_or_numbers(build_t
         assert prompt.context.kwargs == {"day": "2024-05-01"}
 
 
-def test_prompts_that_are_no_unicode_are_bad_rows_without_a_tokenizer(tmp_path):
+def test_invalid_unicode_is_a_bad_row_even_without_a_tokenizer(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"prompt": f"{n}"}) for n in range(99)) + '\n{"prompt": "\\ud800"}'
     )

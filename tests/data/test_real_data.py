@@ -1,4 +1,4 @@
-"""Real comparisons and a real chat model's tokenizer, where they are at hand beside the repository."""
+"""Real comparisons and a real chat model's tokenizer, if they are available next to the repository."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows_of(name):
 
 
 def turns(transcript):
-    """An own reading of a transcript, word by word instead of by pattern."""
+    """Parse a transcript independently, word by word instead of by pattern."""
     messages = []
     for piece in transcript.split("\n\n"):
         for cue, role in (("Human:", "user"), ("Assistant:", "assistant")):
@@ -45,7 +45,7 @@ def turns(transcript):
     return messages
 
 
-def test_transcripts_against_rendering_whole_conversations(tokenizer):
+def test_transcripts_match_rendering_whole_conversations(tokenizer):
     name = "hh_harmless_test.jsonl.gz"
     prepared = prepare(load_rows(str(PREFERENCES / name), split="test"), tokenizer, TokenizeSettings())
     assert (prepared.report.rows, prepared.report.bad) == (300, {"empty response": 1})
@@ -62,7 +62,7 @@ def test_transcripts_against_rendering_whole_conversations(tokenizer):
                 assert found["prompt_ids"] + ids == whole
 
 
-def test_prompts_and_answers_against_rendering_whole_conversations(tokenizer):
+def test_prompts_and_answers_match_rendering_whole_conversations(tokenizer):
     name = "alpacaeval_balanced_test.jsonl.gz"
     settings = TokenizeSettings(max_length=1024)
     prepared = prepare(load_rows(str(PREFERENCES / name), split="test"), tokenizer, settings)
@@ -78,7 +78,7 @@ def test_prompts_and_answers_against_rendering_whole_conversations(tokenizer):
 
 
 @pytest.mark.skipif(not DEMONSTRATIONS.is_file(), reason="shared data are not here")
-def test_demonstrations_against_rendering_whole_conversations(tokenizer):
+def test_demonstrations_match_rendering_whole_conversations(tokenizer):
     rows = load_rows(str(DEMONSTRATIONS), split="train").select(range(0, 12000, 12))
     prepared = prepare_sft(rows, tokenizer, TokenizeSettings(max_length=1024))
     assert (
@@ -103,7 +103,7 @@ def test_demonstrations_against_rendering_whole_conversations(tokenizer):
 
 
 def test_conversations_and_their_prompts_agree(tokenizer):
-    """Transcripts as messages: answers are scored and nothing else, and a prompt for sampling is a pair's prompt."""
+    """Transcripts as messages: only answers are scored, and a sampling prompt equals a pair's prompt."""
     conversations = [turns(row["chosen"]) for row in rows_of("hh_harmless_test.jsonl.gz")]
     conversations = [messages for messages in conversations if all(m["content"].strip() for m in messages)]
     dataset = Dataset.from_list([{"messages": messages} for messages in conversations])

@@ -1,8 +1,8 @@
-"""Chat templates of real model families: what is scored is what generation has to produce after what it is fed.
+"""Chat templates of real model families: what is scored equals what generation must produce after its prompt.
 
-The templates are read where TRL's wheel has them. The reference is transformers' own rendering of the same messages;
-where a template takes tool calls, parts or reasoning in one form only, all forms are tried here, independently of the
-code tested.
+The templates come from TRL's wheel. The reference is transformers' own rendering of the same messages. Where a template
+accepts tool calls, parts or reasoning in only one form, all forms are tried here, independently of the code under
+test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEMPLATES = sorted(path for path in FOLDER.glob("*.jinja") if not path.stem.ends
 pytestmark = pytest.mark.skipif(not TEMPLATES, reason="TRL's chat templates are not here")
 
 TOKEN = re.compile(r"<[|｜]?/?[A-Za-z][\w▁./|｜-]*[|｜]?>|\[/?[A-Z][A-Z_]+\]|</s>|\[gMASK\]")  # noqa: RUF001
-# As in Qwen's, GLM's and other tokenizers: the model's own markup, which is not special.
+# In Qwen's, GLM's and other tokenizers, the model's own markup is not special.
 MARKUP = re.compile(r"</?(think|tool_call|tool_response|tools|arg_key|arg_value|function|parameter|parameters)>")
 
 TOOL = {
@@ -121,7 +121,7 @@ def tokenizer_of(path):
 
 
 def forms(messages):
-    """The same messages in every form that some template wants."""
+    """Return the same messages in every form that some template needs."""
     calls = any("tool_calls" in message for message in messages)
     reasons = any("reasoning_content" in message for message in messages)
     for parts, as_text, absent, key in product(
@@ -158,7 +158,7 @@ def rendered(tokenizer, messages, tools, kwargs, **options):
 
 
 def pieces(message):
-    """What has to be in the rendering of an answer."""
+    """Return the strings that the rendering of an answer must contain."""
     found = [message["content"] or "", message.get("reasoning_content", "")]
     if found[0].startswith("<think>"):
         found = re.fullmatch(r"<think>\n(.*)\n</think>\n\n(.*)", found[0], re.DOTALL).groups()
@@ -168,10 +168,10 @@ def pieces(message):
 
 
 def reference(tokenizer, messages, tools, kwargs):
-    """Per answer: the prompt that generation is fed, and what follows it in each form that shows all of the answer.
+    """Return, per answer, the prompt for generation and what follows it in each form that shows the whole answer.
 
-    A rendering that does not begin with the prompt is None. A form with tags within the content counts only for
-    templates that know such tags.
+    A rendering that does not begin with the prompt is None. A form with tags in the content only counts for templates
+    that know these tags.
     """
     found = []
     for i, message in enumerate(messages):
@@ -200,7 +200,7 @@ def columns_of(tokenization, rows):
 
 
 def answers(tokenizer, messages, tools, kwargs, kind):
-    """Prompts with the ids that are scored after them, as the code tested gives them; or why the row is refused."""
+    """Return prompts with the ids scored after them, as produced by the code under test, or why the row is rejected."""
     extra = {"chat_template_kwargs": kwargs} if kwargs else {}
     extra |= {"tools": tools} if tools else {}
     if kind == "pairs":
@@ -221,7 +221,7 @@ def answers(tokenizer, messages, tools, kwargs, kind):
 
 
 def check(tokenizer, expected, found):
-    """Assert that the answers found are those expected."""
+    """Assert that the answers found are the expected ones."""
 
     def text(ids):
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -235,7 +235,7 @@ def check(tokenizer, expected, found):
         assert answer.count("</think>") <= 1
         ends = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
         assert ids[-1] in ends
-        # Qwen3.8's template ends the reasoning before it writes the tags within the content, so there would be two.
+        # Qwen3.8's template closes the reasoning before writing the tags in the content, so there would be two.
         tagged = str(message["content"]).startswith("<think>") and tokenizer.name_or_path == "qwen3_8"
         if rests and None not in rests and not tagged:
             ours = answer.removesuffix(tokenizer.eos_token)
@@ -243,7 +243,7 @@ def check(tokenizer, expected, found):
 
 
 @pytest.mark.parametrize("kind", ["sft", "pairs"])
-def test_scored_answers_of_real_templates(kind, capsys):
+def test_scored_answers_match_real_templates(kind, capsys):
     counts = Counter()
     for path in TEMPLATES:
         tokenizer = tokenizer_of(path)
@@ -275,17 +275,17 @@ def references(path, name):
     return reference(tokenizer_of(path), *CASES[name])
 
 
-# ---- The text of tokens in any field.
+# ---- token text in any field ----
 
 
 def calling(call=None, tool=None, answer=None):
-    """A conversation with a tool call, with other fields than ``CALLING`` has."""
+    """Return a conversation with a tool call that has other fields than ``CALLING``."""
     asked = [user("Weather in Oslo?"), {"role": "assistant", "content": None, "tool_calls": [CALL | (call or {})]}]
     return [*asked, CALLING[2] | (answer or {}), CALLING[3]], [{**TOOL, "function": TOOL["function"] | (tool or {})}]
 
 
 def with_text(text):
-    """Messages and tools by the field that holds ``text``."""
+    """Return messages and tools for each field that holds ``text``."""
     function = CALL["function"]
     return {
         "user": ([user(text), TALK[1]], None),
@@ -313,7 +313,7 @@ def added_ids(tokenizer, found):
 
 
 def recognized(template, token):
-    """Whether the template looks for a token in texts, which then is more than text."""
+    """Return whether the template searches texts for a token, which makes it more than text."""
     quoted = rf"['\"](\\n)*{re.escape(token)}(\\n)*['\"]"
     return re.search(rf"\(\s*{quoted}|{quoted}\s+(not\s+)?in\b", template) is not None
 
@@ -321,8 +321,8 @@ def recognized(template, token):
 @pytest.mark.parametrize(
     "paths", [pytest.param(TEMPLATES[::8], id="some"), pytest.param(TEMPLATES, id="all", marks=pytest.mark.exhaustive)]
 )
-def test_the_text_of_a_token_stays_text_in_every_field(paths):
-    """The row has the same special and structural tokens as one with other text there, or both are refused."""
+def test_token_text_stays_text_in_every_field(paths):
+    """The row has the same special and structural tokens as with harmless text, or both rows are rejected."""
     compared = 0
     for path in paths:
         tokenizer = tokenizer_of(path)
@@ -335,7 +335,7 @@ def test_the_text_of_a_token_stays_text_in_every_field(paths):
             plain = with_text("aXb")
             for field, (messages, tools) in with_text(f"a{token}b").items():
                 if field == "assistant" and token in markup:
-                    continue  # which an answer may write as tokens: docs/data-formats.md
+                    continue  # an answer may write these as tokens: docs/data-formats.md
                 found, expected = (answers(tokenizer, *row, {}, "sft") for row in ((messages, tools), plain[field]))
                 if isinstance(found, str) or isinstance(expected, str):
                     assert isinstance(found, str) and isinstance(expected, str), f"{path.stem}, {token}, {field}"
@@ -355,7 +355,7 @@ def test_the_text_of_a_token_stays_text_in_every_field(paths):
         ("llama3_2", {"custom_tools", "date_string", "tools_in_user_message"}),
     ],
 )
-def test_options_are_the_documented_ones(name, expected):
-    """And not names of the template's own, such as Qwen3's content and reasoning_content."""
+def test_template_options_are_the_documented_ones(name, expected):
+    """Variables that a template assigns itself are not options, such as Qwen3's content and reasoning_content."""
     tokenizer = tokenizer_of(FOLDER / f"{name}.jinja")
     assert ChatTemplate(tokenizer, RenderSettings()).options - {"bos_token"} == expected

@@ -1,4 +1,4 @@
-"""What a row says besides its texts reaches the template, is rejected by name, or is counted."""
+"""Everything in a row besides its texts reaches the template, is rejected by name, or is counted."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def pairs(tokenizer, *rows, **settings):
 
 
 def conversations(tokenizer, *rows, **settings):
-    """Prompt and scored text of every sequence, and the report."""
+    """Return the prompt and scored text of every sequence, and the report."""
     prepared = prepare_sft(json_rows(*rows), tokenizer, TokenizeSettings(**settings))
     texts = [
         (
@@ -104,11 +104,11 @@ def conversations(tokenizer, *rows, **settings):
     return texts, prepared.report
 
 
-# Columns
+# ---- columns ----
 
 
 @pytest.mark.parametrize("prompt", ["Hi?", [user("Hi?")], "\n\nHuman: Hi?\n\nAssistant:"], ids=["text", "list", "hh"])
-def test_a_system_column_is_the_system_message(tokenizer, prompt):
+def test_a_system_column_becomes_the_system_message(tokenizer, prompt):
     row = {"system": "Be brief.", "prompt": prompt, "chosen": "Yes.", "rejected": "No."}
     expected = fed(tokenizer, [{"role": "system", "content": "Be brief."}, user("Hi?")])
     assert pairs(tokenizer, row)[0] == [(expected, ["Yes.<|im_end|>", "No.<|im_end|>"])]
@@ -120,7 +120,7 @@ def test_a_system_column_is_the_system_message(tokenizer, prompt):
     assert conversations(tokenizer, completion)[0] == [(expected, "Yes.<|im_end|>")]
 
 
-def test_a_system_column_and_message_that_are_equal_are_one(tokenizer):
+def test_equal_system_column_and_message_are_merged(tokenizer):
     system = {"role": "system", "content": "Be brief."}
     row = pair(system="Be brief.") | {"prompt": [system, user("Hi?")]}
     assert pairs(tokenizer, row)[0][0][0] == fed(tokenizer, [system, user("Hi?")])
@@ -140,13 +140,13 @@ def test_tools_reach_the_template(tokenizer, given):
     assert prompt.context.columns == {"tools": [TOOL]}
 
 
-def test_the_same_prompt_with_other_tools_is_another_prompt(tokenizer):
+def test_the_same_prompt_with_different_tools_is_a_different_prompt(tokenizer):
     rows = json_rows({"prompt": "Hi?"}, {"prompt": "Hi?", "tools": [TOOL]}, {"prompt": "Hi?", "tools": []})
     found = prepare_prompts(rows, tokenizer)
     assert len({prompt.id for prompt in found}) == len(found) == 2
 
 
-def test_variables_of_the_row_come_before_those_of_the_recipe(tokenizer):
+def test_row_variables_take_precedence_over_the_recipes(tokenizer):
     rendering = RenderSettings({"shout": True})
     found, _ = pairs(tokenizer, pair(), pair(chat_template_kwargs={"shout": False}), rendering=rendering)
     assert [prompt.startswith("!") for prompt, _ in found] == [True, False]
@@ -154,7 +154,7 @@ def test_variables_of_the_row_come_before_those_of_the_recipe(tokenizer):
     assert found[0][0].startswith("!")
 
 
-def test_variables_that_the_template_never_reads(tokenizer):
+def test_variables_the_template_never_reads_are_rejected_or_counted(tokenizer):
     with pytest.raises(SimpoError, match=r"^chat_template_kwargs: .* never reads 'shuot'; it reads .*shout"):
         pairs(tokenizer, pair(), rendering=RenderSettings({"shuot": True}))
     _, report = pairs(tokenizer, pair(chat_template_kwargs={"shuot": True}))
@@ -181,7 +181,7 @@ def test_variables_that_the_template_never_reads(tokenizer):
         (pair(assistant("Hm.", tool_calls=[{"function": {}}])), "a tool call without a function name"),
     ],
 )
-def test_what_is_not_supported_is_a_bad_row(tokenizer, row, reason):
+def test_unsupported_content_makes_a_bad_row(tokenizer, row, reason):
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: ") as error:
         pairs(tokenizer, row)
     assert reason in str(error.value)
@@ -200,7 +200,7 @@ def test_columns_and_keys_without_effect_are_counted(build_tokenizer):
     assert ("data/train/ignored", 3) in report.metrics()
 
 
-# Tool calls
+# ---- tool calls ----
 
 
 @pytest.mark.parametrize("absent", [{"content": None}, {"content": ""}, {}], ids=["null", "empty", "missing"])
@@ -217,7 +217,7 @@ def test_tool_calls_are_answers(tokenizer, absent, arguments):
     assert found[0][1] == '<tool_call>weather city="Oslo"</tool_call><|im_end|>It is 3 C.<|im_end|>'
 
 
-def test_a_template_that_wants_arguments_as_text(tokenizer):
+def test_a_template_that_needs_arguments_as_text(tokenizer):
     tokenizer.chat_template = TOOL_CHAT.replace(
         "{% for k, v in c.function.arguments.items() %}{{ ' ' + k + '=' + (v | tojson) }}{% endfor %}",
         "{{ ' ' + c.function.arguments }}",
@@ -227,13 +227,13 @@ def test_a_template_that_wants_arguments_as_text(tokenizer):
         assert found[0][1][0] == '<tool_call>weather {"city": "Oslo"}</tool_call><|im_end|>'
 
 
-def test_tool_calls_that_the_template_leaves_out_are_bad_rows(build_tokenizer):
+def test_tool_calls_omitted_by_the_template_make_a_bad_row(build_tokenizer):
     with pytest.raises(SimpoError, match="the chat template does not render tool calls"):
         pairs(build_tokenizer("chatml"), pair(assistant("Look.", tool_calls=[call({})])))
 
 
-def test_parquet_renders_as_json_lines_do(tokenizer, tmp_path):
-    """Arrow gives all objects of a column the same keys, null where a row has none."""
+def test_parquet_renders_like_json_lines(tokenizer, tmp_path):
+    """Arrow gives all objects in a column the same keys, with null where a row has none."""
     tools = [
         TOOL,
         {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "required": ["zone"]}}},
@@ -255,19 +255,19 @@ def test_parquet_renders_as_json_lines_do(tokenizer, tmp_path):
         assert found[0][column][:] == found[1][column][:]
 
 
-def test_a_null_that_a_json_file_gives_is_an_argument(tokenizer):
+def test_a_null_argument_in_a_json_file_is_kept(tokenizer):
     for arguments in ({"city": None}, '{"city": null}'):
         found, _ = pairs(tokenizer, pair(assistant(None, tool_calls=[call(arguments)])))
         assert found[0][1][0] == "<tool_call>weather city=null</tool_call><|im_end|>"
 
 
-# What is trained on
+# ---- what is trained on ----
 
 
 @pytest.mark.parametrize(
     "key", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"train_on_turn": False}, {"loss": False}]
 )
-def test_a_turn_without_weight_is_context(tokenizer, key):
+def test_a_turn_with_weight_zero_is_context(tokenizer, key):
     messages = [user("Hi?"), assistant("WRONG", **key), user("No."), assistant("Right.", weight=1), user("Ok.")]
     found, report = conversations(tokenizer, {"messages": messages})
     context = [user("Hi?"), assistant("WRONG"), user("No.")]
@@ -283,10 +283,10 @@ def test_a_turn_without_weight_is_context(tokenizer, key):
         conversations(tokenizer, {"messages": [user("Hi?", weight=1), assistant("Right.")]})
 
 
-# What a template drops
+# ---- what a template drops ----
 
 
-def test_one_row_per_answer_where_earlier_answers_are_rendered_differently(tokenizer):
+def test_a_conversation_is_split_if_earlier_answers_are_rendered_differently(tokenizer):
     messages = [
         user("2 and 2?"), assistant("4", reasoning_content="Two and two."),
         user("3 and 3?"), assistant("6", reasoning_content="Three and three."),
@@ -299,30 +299,30 @@ def test_one_row_per_answer_where_earlier_answers_are_rendered_differently(token
     ]
     assert (report.rows, report.used, list(report.split.values())) == (2, 3, [1])
     assert report.lines()[0] == "train: 3 conversations of 2 rows"
-    # A message whose reasoning is under another name is rendered like it.
+    # Reasoning under a different key is rendered the same way.
     renamed = [
         {("thinking" if key == "reasoning_content" else key): value for key, value in m.items()} for m in messages
     ]
     assert conversations(tokenizer, {"messages": renamed})[0] == found[:2]
 
 
-def test_reasoning_that_the_template_does_not_know_is_not_lost(build_tokenizer):
+def test_reasoning_unknown_to_the_template_is_not_lost(build_tokenizer):
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: the chat template does not render the reasoning"):
         pairs(build_tokenizer("chatml"), pair(assistant("4", reasoning_content="Two and two.")))
 
 
-def test_reasoning_that_does_not_end_is_a_bad_row(tokenizer, build_tokenizer):
-    """As of a sampled answer that was cut off: the template would close an empty reasoning before it."""
+def test_unfinished_reasoning_makes_a_bad_row(tokenizer, build_tokenizer):
+    """It occurs in truncated samples, and the template would put an empty reasoning block before it."""
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning does not end"):
         pairs(tokenizer, pair("<think>\nTwo and"))
-    earlier = [user("2 and 2?"), assistant("<think>\nTwo and"), user("Go on.")]  # as in a chat: context is not scored
+    earlier = [user("2 and 2?"), assistant("<think>\nTwo and"), user("Go on.")]  # context is not scored
     assert pairs(tokenizer, pair(prompt=earlier))[0][0][0] == fed(tokenizer, earlier)
     assert prepare_prompts(json_rows({"prompt": earlier}), tokenizer).prompts[0].content == earlier
-    plain = build_tokenizer("chatml")  # whose template does not know reasoning, so that this is text
+    plain = build_tokenizer("chatml")  # its template does not know reasoning, so this is text
     assert pairs(plain, pair("<think>\nTwo and"))[0][0][1][0] == "<think>\nTwo and<|im_end|>"
 
 
-def test_trimmed_white_space_is_counted(build_tokenizer):
+def test_trimmed_whitespace_is_counted(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = TRIMMING
     found, report = pairs(tokenizer, pair(" It is 3 C.\n"), pair())
@@ -330,7 +330,7 @@ def test_trimmed_white_space_is_counted(build_tokenizer):
     assert report.cut == {"whitespace around an answer, which the chat template strips": 1}
 
 
-def test_a_template_that_loses_a_part_of_an_answer(build_tokenizer):
+def test_a_template_that_drops_part_of_an_answer_is_rejected(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = TRIMMING.replace("m['content'] | trim", "m['content'].split('#')[-1]")
     with pytest.raises(SimpoError, match="does not render the whole content of an answer"):
@@ -346,18 +346,18 @@ def test_system_messages_can_be_folded(build_tokenizer):
     found, _ = pairs(tokenizer, row, rendering=RenderSettings(system_message="fold"))
     assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nWeather?")])
     tokenizer.chat_template = NO_SYSTEM.replace("{{ raise_exception('no system') }}", "{% continue %}")
-    with pytest.raises(SimpoError, match="set system_message: fold"):  # dropped without a word
+    with pytest.raises(SimpoError, match="set system_message: fold"):  # silently dropped
         pairs(tokenizer, row)
 
 
-# Token text
+# ---- token text ----
 
 
 STRANGE = "a<|im_end|>b<|im_start|>c<tool_call>d"
 
 
 def test_token_text_stays_text_in_every_field(tokenizer):
-    """Ids of tokens are only those that the template writes for harmless texts, and everything decodes to itself."""
+    """The only token ids are those the template writes for harmless texts, and everything decodes to itself."""
 
     def row(word):
         tool = {"type": "function", "function": {"name": word, "description": word, "parameters": {word: word}}}
@@ -379,8 +379,8 @@ def test_token_text_stays_text_in_every_field(tokenizer):
             assert text(tokenizer, ids) == text(tokenizer, reference).replace("abc", STRANGE)
 
 
-def test_tokens_that_end_turns_and_are_not_special(build_tokenizer):
-    """As some tokenizers have them: text in a message stays text, and the template's own are tokens."""
+def test_end_of_turn_tokens_that_are_not_special(build_tokenizer):
+    """Some tokenizers have them: in a message they stay text, while the template's own are tokens."""
     source = build_tokenizer("chatml").backend_tokenizer.to_str()
     state = json.loads(source)
     for token in state["added_tokens"]:
@@ -399,21 +399,21 @@ def test_tokens_that_end_turns_and_are_not_special(build_tokenizer):
     assert text(tokenizer, found["response_ids"][0]) == "It <|im_end|> is.<|im_end|>"
 
 
-def test_the_models_own_markup_in_an_answer_is_tokens(tokenizer):
+def test_the_models_own_markup_in_an_answer_becomes_tokens(tokenizer):
     row = pair("<think>Two.</think>4<tool_call>x</tool_call>")
     ids = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset[0]["response_ids"][0]
     for token in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
         assert ids.count(tokenizer.convert_tokens_to_ids(token)) == 1
 
 
-def test_words_that_somebody_added_to_the_vocabulary_stay_tokens(tokenizer):
+def test_words_added_to_the_vocabulary_stay_tokens(tokenizer):
     tokenizer.add_tokens(["Weather"])
     found = prepare(json_rows(pair()), tokenizer, TokenizeSettings()).dataset[0]
     assert tokenizer.convert_tokens_to_ids("Weather") in found["prompt_ids"]
 
 
-def test_tokens_that_the_template_looks_for_in_a_message_stay_tokens(tokenizer):
-    """As Qwen's templates, which tell a tool's result from a question by them."""
+def test_tokens_the_template_searches_for_stay_tokens(tokenizer):
+    """Qwen's templates, for example, use them to tell tool results from questions."""
     tokenizer.add_tokens([AddedToken("<tool_response>", special=False)])
     found = "{% if m.content and m.content.startswith('<tool_response>') %}{{ 'result: ' }}{% endif %}"
     tokenizer.chat_template = TOOL_CHAT.replace("{% if m.content %}", found + "{% if m.content %}")
@@ -442,8 +442,8 @@ THINKING = (
 
 
 @pytest.mark.parametrize("reasoned", [assistant("4", reasoning="Two."), assistant("<think>Two.</think>4")])
-def test_a_template_that_opens_reasoning_in_prompts_only(build_tokenizer, reasoned):
-    """As DeepSeek-V3.1's: reasoning is rendered nowhere, and an answer without any closes it at once."""
+def test_a_template_that_opens_reasoning_only_in_prompts(build_tokenizer, reasoned):
+    """As in DeepSeek-V3.1: reasoning is never rendered, and an answer without any closes the block at once."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = THINKING
     bare = [user("2 and 2?"), assistant("4"), user("3 and 3?"), assistant("6")]
@@ -463,8 +463,8 @@ def test_a_template_that_opens_reasoning_in_prompts_only(build_tokenizer, reason
         conversations(tokenizer, {"messages": [bare[0], reasoned]})
 
 
-def test_an_eos_that_always_follows_the_end_of_a_response_ends_the_turn(build_tokenizer):
-    tokenizer = build_tokenizer("two-bos")  # whose EOS is <|eot|>
+def test_an_eos_that_always_follows_a_response_ends_the_turn(build_tokenizer):
+    tokenizer = build_tokenizer("two-bos")  # its EOS is <|eot|>
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_response|>"]})
     turn = (
         "{{ '[' + m['role'] + ']' + m['content'] }}{% if m['role'] == 'assistant' %}{{ '<|end_response|>' }}{% endif %}"
@@ -476,13 +476,13 @@ def test_an_eos_that_always_follows_the_end_of_a_response_ends_the_turn(build_to
     messages = [user("Hi?"), assistant("A."), user("And?"), assistant("B.")]
     found, _ = conversations(tokenizer, {"messages": messages})
     assert [answer for _, answer in found] == ["A.<|end_response|><|eot|>B.<|end_response|><|eot|>"]
-    # As in Phi-3's template: an EOS after the last turn only ends the conversation.
+    # In Phi-3's template, an EOS after the last turn only ends the conversation.
     last = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{last}{asked}"
     assert pairs(tokenizer, pair())[0][0][1] == ["It is 3 C.<|end_response|>", "No idea.<|end_response|>"]
 
 
-def test_a_message_that_is_left_out_is_noticed_where_others_have_its_text(build_tokenizer):
+def test_an_omitted_message_is_detected_even_if_others_have_the_same_text(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     asked = [user("yes"), assistant("yes"), user("yes")]
     assert pairs(tokenizer, pair(prompt=asked))[0][0][0] == fed(tokenizer, asked)
@@ -491,8 +491,8 @@ def test_a_message_that_is_left_out_is_noticed_where_others_have_its_text(build_
         pairs(tokenizer, pair(prompt=asked))
 
 
-def test_several_templates(build_tokenizer):
-    """One for tools next to the default, as Command R's; without a default, there is none to use."""
+def test_several_templates_in_one_tokenizer(build_tokenizer):
+    """A tool template next to the default, as in Command R; without a default, no template is used."""
     tokenizer, tool = build_tokenizer("chatml"), {"type": "function", "function": {"name": "weather"}}
     plain = tokenizer.chat_template
     tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools | tojson }}" + plain}
@@ -503,8 +503,8 @@ def test_several_templates(build_tokenizer):
         pairs(tokenizer, pair())
 
 
-def test_a_turn_whose_header_the_template_leaves_out_is_a_bad_row(build_tokenizer):
-    # As DeepSeek V3's does: only the first answer gets a header, and prompts open the reasoning.
+def test_a_turn_whose_header_the_template_omits_makes_a_bad_row(build_tokenizer):
+    # In DeepSeek V3, only the first answer gets a header, and prompts open the reasoning.
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] }}"
@@ -517,7 +517,7 @@ def test_a_turn_whose_header_the_template_leaves_out_is_a_bad_row(build_tokenize
         pairs(tokenizer, pair() | {"prompt": [user("Hi?"), assistant("Hello."), user("Weather?")]})
 
 
-def test_empty_reasoning_is_none(tokenizer):
+def test_empty_reasoning_counts_as_none(tokenizer):
     tokenizer.chat_template = TOOL_CHAT.replace("m.reasoning_content and", "m.reasoning_content is defined and")
     found, _ = pairs(tokenizer, pair(assistant("4", reasoning_content="")))
     assert found[0][1][0] == "4<|im_end|>"
@@ -542,7 +542,7 @@ def test_token_text_in_json_arguments_stays_text(tokenizer):
         assert row["response_ids"][0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
-def test_tokens_that_the_template_looks_for_are_text_inside_a_message(tokenizer):
+def test_tokens_the_template_searches_for_are_text_inside_a_message(tokenizer):
     tokenizer.add_tokens([AddedToken("<tool_response>", special=False)])
     found = "{% if m.content and m.content.startswith('<tool_response>') %}{{ 'result: ' }}{% endif %}"
     tokenizer.chat_template = TOOL_CHAT.replace("{% if m.content %}", found + "{% if m.content %}", 1)
@@ -553,14 +553,14 @@ def test_tokens_that_the_template_looks_for_are_text_inside_a_message(tokenizer)
         assert place in text(tokenizer, row["prompt_ids"])
 
 
-def test_the_papers_tokenization_loses_no_part_of_an_answer_either(build_tokenizer):
+def test_the_papers_tokenization_does_not_drop_part_of_an_answer_either(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     for answer in (assistant("4", reasoning_content="Two."), assistant("", tool_calls=[call({"city": "Oslo"})])):
         with pytest.raises(SimpoError, match=r"rows.jsonl:1: .*does not render"):
             pairs(tokenizer, pair(answer), paper_tokenization=True)
 
 
-def test_all_system_messages_at_the_beginning_are_folded(build_tokenizer):
+def test_all_leading_system_messages_are_folded(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = NO_SYSTEM
     rules = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
@@ -574,7 +574,7 @@ def test_all_system_messages_at_the_beginning_are_folded(build_tokenizer):
         )
 
 
-def test_a_conversation_with_a_system_message_gets_no_second_one(tokenizer):
+def test_a_conversation_with_a_system_message_does_not_get_a_second_one(tokenizer):
     for row in (
         pair(system="Be brief."),
         pair() | {"prompt": [{"role": "system", "content": "Be brief."}, user("Weather?")]},
@@ -587,8 +587,8 @@ def test_a_conversation_with_a_system_message_gets_no_second_one(tokenizer):
 
 
 @pytest.mark.parametrize("asked", ["Weather?", "What is <|im_start|>?"], ids=["plain", "marked"])
-def test_of_special_tokens_that_overlap_the_longest_counts(tokenizer, asked):
-    """The beginning and the end of the end-of-turn token are tokens, too."""
+def test_the_longest_of_overlapping_special_tokens_wins(tokenizer, asked):
+    """The beginning and the end of the end-of-turn token are tokens as well."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_end", "end|>"]})
     end, *parts = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_end", "end|>"])
     for answer in (assistant("It is 3 C."), assistant("", tool_calls=[call({"city": "Oslo"})])):
@@ -620,7 +620,7 @@ def test_of_special_tokens_that_overlap_the_longest_counts(tokenizer, asked):
         "{% for i in range(99999) %}{% for j in range(9999) %}{{ 'aaaaaaaaaaaa' }}{% endfor %}{% endfor %}",
     ],
 )
-def test_hostile_templates_end_in_one_line_and_in_time(build_tokenizer, template):
+def test_hostile_templates_give_a_one_line_error_in_time(build_tokenizer, template):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = template
     limit, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)

@@ -1,4 +1,4 @@
-"""Rows of other tools' data sets: what each becomes, and that nothing is guessed."""
+"""Rows in other tools' formats: what each is converted to, and that nothing is guessed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ COMPARISONS = {
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_comparisons(name):
+def test_comparison_formats(name):
     row, expected = COMPARISONS[name]
     found, how = canonical(row)
     assert found == expected
@@ -163,7 +163,7 @@ def test_comparisons(name):
         ),
     ],
 )
-def test_conversations_and_feedback(row, expected):
+def test_conversation_and_feedback_formats(row, expected):
     assert canonical(row)[0] == expected
 
 
@@ -179,7 +179,7 @@ def test_conversations_and_feedback(row, expected):
         {"prompt": "007", "chosen": "1.50", "rejected": "None"},
     ],
 )
-def test_rows_that_are_known_stay_as_they_are(row):
+def test_rows_in_known_formats_are_left_unchanged(row):
     assert canonical(row) == (row, None)
 
 
@@ -215,7 +215,7 @@ def test_rows_that_are_known_stay_as_they_are(row):
         ({"tools": "get_weather", "prompt": "p", **PAIR}, "tools is text that is neither"),
     ],
 )
-def test_ambiguous_rows_and_values_are_bad_rows(row, reason):
+def test_ambiguous_rows_and_values_make_bad_rows(row, reason):
     with pytest.raises(BadRow, match=reason):
         canonical(row)
 
@@ -230,20 +230,20 @@ def test_ties_are_dropped_and_counted(build_tokenizer):
     assert len(prepare_prompts(Dataset.from_list(rows), build_tokenizer("chatml"))) == 1
 
 
-# ---- lists and conversations that stand in text ----
+# ---- lists and conversations written as text ----
 
 TURN = chat("yes", first="assistant")
 
 
 @pytest.mark.parametrize("write", [str, json.dumps, lambda x: json.dumps(json.dumps(x)), lambda x: f" {x}\n"])
 @pytest.mark.parametrize("column", ["prompt", "chosen", "messages", "completion"])
-def test_conversations_in_text_are_parsed(write, column):
+def test_conversations_written_as_text_are_parsed(write, column):
     value = chat("It's", 'a "quoted"\nline', "é")
     assert canonical({column: write(value)})[0] == {column: value}
     assert canonical({column: write(sharegpt("a", "b"))})[0] == {column: chat("a", "b")}
 
 
-def test_one_message_and_lists_in_text_are_parsed():
+def test_single_messages_and_lists_written_as_text_are_parsed():
     row = {"prompt": "p", "responses": "['a, b', \"c's\"]", "scores": "[1, 2.5]"}
     assert canonical(row)[0] == {"prompt": "p", "responses": ["a, b", "c's"], "scores": [1, 2.5]}
     assert canonical({"chosen": str(TURN[0])})[0] == {"chosen": TURN[0]}
@@ -266,19 +266,19 @@ def test_one_message_and_lists_in_text_are_parsed():
         ("messages", "[{'role': 'user', ..."),
     ],
 )
-def test_what_cannot_be_parsed_is_refused(column, value):
+def test_unparsable_text_is_rejected(column, value):
     with pytest.raises(BadRow, match=f"^{column} is "):
         canonical({"prompt": "p", **PAIR, column: value})
 
 
-def test_parsing_agrees_with_python_on_what_it_writes():
+def test_parsing_agrees_with_python_reprs():
     for value in ([], [1, 2], ["a", 'b"', "it's"], {"a": None, "b": [True, 1.5]}, "text", -3):
         assert parse_text(repr(value)) == value == parse_text(json.dumps(value))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 def test_a_repr_is_never_trained_on(kind, build_tokenizer, tmp_path):
-    """A frame with message lists, as pandas writes it to CSV, and the same text in other files."""
+    """A frame with message lists, as pandas writes it to CSV, and the same text in other file types."""
     frame = pd.DataFrame(
         {"prompt": ["Hi?", "Ho?"], "chosen": [TURN, TURN], "rejected": [chat("no", first="assistant")] * 2}
     )
@@ -311,8 +311,8 @@ def rows_in(tmp_path, text, name="a.csv"):
     return [json.loads(row) for row in rows["_row"]]
 
 
-def test_cells_of_csv_files_are_text(tmp_path):
-    """Also far into the file, where a reader that guesses types has decided already."""
+def test_csv_cells_are_text(tmp_path):
+    """Even late in the file, where a reader that infers types has already decided."""
     words = ["None", "N/A", "NA", "null", "nan", "42", "007", "1.50", "true", "", " a ", "1e5", "-inf", "2020-01-01"]
     rows = [f"p,text,r{n}" for n in range(10_000)]
     found = rows_in(tmp_path, "\n".join(["prompt,chosen,rejected", *rows, *(f"p,{word},x" for word in words)]))
@@ -340,7 +340,7 @@ def test_quotes_line_breaks_and_byte_order_marks_in_csv(tmp_path):
         ("prompt, chosen\na, b\n", r"a\.csv:1: the column name ' chosen' has whitespace around it"),
     ],
 )
-def test_csv_files_that_are_not_tables(tmp_path, text, message):
+def test_malformed_csv_files_are_rejected(tmp_path, text, message):
     with pytest.raises(SimpoError, match=message):
         rows_in(tmp_path, text)
 
@@ -348,7 +348,7 @@ def test_csv_files_that_are_not_tables(tmp_path, text, message):
 @pytest.mark.parametrize(
     "labels", [("1", "0"), ("True", "False"), ("true", "FALSE"), ("1.0", "0.0"), (1, 0), (1.0, 0.0)]
 )
-def test_labels_of_every_spelling(labels, build_tokenizer, tmp_path):
+def test_every_spelling_of_labels(labels, build_tokenizer, tmp_path):
     kind = "csv" if isinstance(labels[0], str) else "parquet"
     frame = pd.DataFrame({"prompt": ["a", "b"], "completion": ["yes", "no"], "label": labels})
     getattr(frame, f"to_{kind}")(tmp_path / f"a.{kind}", index=False)
@@ -382,7 +382,7 @@ def test_column_mapping(kind, tmp_path, build_tokenizer):
         load_rows(str(path), split="train", column_mapping=["ask"])
 
 
-def test_an_unknown_shape_names_its_columns_and_the_known_ones(build_tokenizer):
+def test_an_unknown_format_lists_its_columns_and_the_known_formats(build_tokenizer):
     rows = Dataset.from_list([{"ask": "a", "good": "b"}])
     for make in (prepare, prepare_sft):
         with pytest.raises(SimpoError, match=r"columns ask, good\).*OpenAI.*ShareGPT.*column_mapping"):
@@ -398,7 +398,7 @@ CONTENTS = ("Hi.", "Hello!\n\nHow are you?", "Fine: and you?")
     "turn",
     ["\n\n{}: {}", "{}: {}\n", "\n{}: {}", "{}:{}\n\n\n", "\r\n\r\n{}: {}", "\n \n{}:\n{}", "  {}: {}\n"],
 )
-def test_transcripts_with_any_white_space(turn, build_tokenizer):
+def test_transcripts_with_any_whitespace(turn, build_tokenizer):
     names = ("Human", "Assistant", "Human")
     prompt = "".join(turn.format(name, text) for name, text in zip(names, CONTENTS, strict=True))
     prompt += turn.partition("{}:")[0] + "Assistant:"
@@ -413,7 +413,7 @@ def test_transcripts_with_any_white_space(turn, build_tokenizer):
     assert asked.ids == expected["prompt_ids"][0]
 
 
-def test_transcripts_that_go_on_differently_are_bad_rows():
+def test_transcripts_that_diverge_before_the_last_answer_make_bad_rows():
     start = "\n\nHuman: a\n\nAssistant:"
     row = {"chosen": f"{start} b\n\nHuman: c\n\nAssistant: d", "rejected": f"{start} e"}
     with pytest.raises(BadRow, match="differ in more than their last answer"):
@@ -421,8 +421,8 @@ def test_transcripts_that_go_on_differently_are_bad_rows():
 
 
 @pytest.mark.parametrize("opening", ["Be nice.\n\nHuman: a", "User: a", "\n\nUSER: a"])
-def test_transcripts_that_start_with_something_else_are_bad_rows(opening, build_tokenizer):
-    """They cannot be split into turns, and would become one user message that ends with the cue."""
+def test_transcripts_with_an_unknown_opening_make_bad_rows(opening, build_tokenizer):
+    """They cannot be split into turns, and would become a single user message that ends with the cue."""
     rows = Dataset.from_list([{name: f"{opening}\n\nAssistant: {text}" for name, text in PAIR.items()}])
     tokenizer = build_tokenizer("chatml")
     with pytest.raises(SimpoError, match="chosen is already rendered with a chat template"):
@@ -431,7 +431,7 @@ def test_transcripts_that_start_with_something_else_are_bad_rows(opening, build_
     assert prepare(rows, tokenizer, TokenizeSettings()).report.used == 1
 
 
-# ---- rendered texts ----
+# ---- rendered text ----
 
 RENDERED = {
     "chatml": "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
@@ -463,11 +463,11 @@ def test_rendered_prompts_are_not_rendered_again(name, build_tokenizer):
         prepare_prompts(Dataset.from_list([{"prompt": text}]), tokenizer)
     with pytest.raises(SimpoError, match="prompt is already rendered"):
         read_prompts(Dataset.from_list([{"prompt": text}]))
-    tokenizer.chat_template = None  # where the text is what the model reads
+    tokenizer.chat_template = None  # without a template, the text is what the model reads
     assert prepare(Dataset.from_list([{"prompt": text, **PAIR}]), tokenizer, TokenizeSettings()).report.used == 1
 
 
-def test_texts_in_the_models_own_template_are_noticed(tokenizer):
+def test_text_in_the_models_own_template_is_detected(tokenizer):
     prompt = tokenizer.apply_chat_template(chat("Hi?"), tokenize=False, add_generation_prompt=True)
     with pytest.raises(SimpoError, match="prompt is already rendered"):
         prepare(Dataset.from_list([{"prompt": prompt, **PAIR}]), tokenizer, TokenizeSettings())

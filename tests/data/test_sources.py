@@ -36,23 +36,23 @@ def write_lines(path, rows=ROWS):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz"])
-def test_json_lines_of_differing_types(tmp_path, name):
+def test_json_lines_with_differing_types(tmp_path, name):
     path = write_lines(tmp_path / name)
     assert load(path) == [(ROWS[0], f"{name}:1"), (ROWS[1], f"{name}:2")]
 
 
-def test_blank_lines_and_byte_order_mark(tmp_path):
+def test_blank_lines_and_byte_order_marks_are_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + json.dumps(ROWS[0]).encode() + b"\n\n{}\n")
     assert load(tmp_path / "a.jsonl") == [(ROWS[0], "a.jsonl:2"), ({}, "a.jsonl:4")]
 
 
-def test_json_list(tmp_path):
+def test_a_json_list_is_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2))
     assert load(tmp_path / "a.json") == [(ROWS[0], "a.json[0]"), (ROWS[1], "a.json[1]")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "arrow"])
-def test_columnar_files(tmp_path, kind):
+def test_columnar_files_are_read(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     if kind == "arrow":
         Dataset.from_list(FLAT).save_to_disk(tmp_path / "saved")
@@ -64,7 +64,7 @@ def test_columnar_files(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_changed_file_never_gives_old_rows(tmp_path, kind):
-    """Not even if its size and time of change are the same."""
+    """Not even if its size and modification time are unchanged."""
     path = tmp_path / f"a.{kind}"
 
     def write(rows):
@@ -78,7 +78,7 @@ def test_a_changed_file_never_gives_old_rows(tmp_path, kind):
     assert load_rows(str(path), split="train")._fingerprint != fingerprint
 
 
-def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
+def test_an_unchanged_file_is_read_once(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl")
     first = load(path)
     monkeypatch.setattr("simpo.data.sources._open_text", None)
@@ -101,19 +101,19 @@ def test_unchanged_file_is_read_once(tmp_path, monkeypatch):
         (["part-0.jsonl", "part-1.jsonl"], "train", ["part-0.jsonl:1", "part-1.jsonl:1"]),
     ],
 )
-def test_folders(tmp_path, names, split, expected):
+def test_files_in_folders_are_found_by_split(tmp_path, names, split, expected):
     for name in names:
         write_lines(tmp_path / "d" / name, FLAT[:1])
     assert [where for _, where in load(tmp_path / "d", split)] == expected
 
 
-def test_folder_of_files_of_both_kinds(tmp_path):
+def test_a_folder_can_mix_file_types(tmp_path):
     write_lines(tmp_path / "train.jsonl", FLAT[:1])
     Dataset.from_list(FLAT[1:]).to_parquet(tmp_path / "train.parquet")
     assert load(tmp_path) == [(FLAT[0], "train.jsonl:1"), (FLAT[1], "train.parquet row 0")]
 
 
-def test_saved_folders(tmp_path):
+def test_folders_written_by_save_to_disk(tmp_path):
     dataset = Dataset.from_list(FLAT)
     dataset.save_to_disk(tmp_path / "one")
     assert load(tmp_path / "one") == [(FLAT[0], "one row 0"), (FLAT[1], "one row 1")]
@@ -143,14 +143,14 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BROKEN)
-def test_broken_files_end_in_one_line(tmp_path, name, content, message):
+def test_broken_files_give_a_one_line_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SimpoError, match=message) as caught:
         load(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_not_unicode_is_refused(tmp_path):
+def test_a_file_name_that_is_not_unicode_is_rejected(tmp_path):
     write_lines(tmp_path / "folder" / "train-\udcff.jsonl")
     for name in (tmp_path / "folder", tmp_path / "folder" / "train-\udcff.jsonl"):
         with pytest.raises(SimpoError, match="not UTF-8; rename the file"):
@@ -158,12 +158,12 @@ def test_a_name_that_is_not_unicode_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing", "a/b/c", "data/train.json.gz"])
-def test_missing_files(name):
+def test_missing_files_are_reported(name):
     with pytest.raises(SimpoError, match=f"^{name}: file not found"):
         load(name)
 
 
-def test_folders_without_the_split(tmp_path):
+def test_folders_without_the_split_are_reported(tmp_path):
     write_lines(tmp_path / "some" / "train.jsonl")
     with pytest.raises(SimpoError, match=r"some: no file for split 'test' in this folder; it has train\.jsonl"):
         load(tmp_path / "some", "test")
@@ -179,12 +179,12 @@ def test_hub_errors_are_reworded(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_rows_say_their_split(monkeypatch):
+def test_hub_rows_name_their_split(monkeypatch):
     monkeypatch.setattr("simpo.data.sources.load_dataset", lambda name, config, split: Dataset.from_list(FLAT))
     assert [where for _, where in load("org/name", "train_prefs")][1] == "org/name[train_prefs] row 1"
 
 
-def test_a_home_that_nobody_has_is_a_missing_file():
+def test_the_home_of_an_unknown_user_is_a_missing_file():
     with pytest.raises(SimpoError, match="file not found"):
         load_rows("~nobody-of-this-name/rows.jsonl", split="train")
 
@@ -212,7 +212,7 @@ def write_kind(path, text):
 @pytest.mark.parametrize(
     ("name", "other"), [("data[1]", "data1"), ("y*", "yz"), ("a?", "ab"), ("{a,b}", "a"), ("**", "c")]
 )
-def test_a_path_is_no_pattern(kind, name, other, tmp_path):
+def test_a_path_is_not_a_pattern(kind, name, other, tmp_path):
     write_kind(tmp_path / f"{name}.{kind}", "RIGHT")
     write_kind(tmp_path / f"{other}.{kind}", "WRONG")
     assert prompts(tmp_path / f"{name}.{kind}") == ["RIGHT"]
@@ -223,7 +223,7 @@ def test_a_path_is_no_pattern(kind, name, other, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["y*.csv", "a?.parquet", "x[12].jsonl"])
-def test_a_pattern_is_no_path(name, tmp_path):
+def test_a_pattern_is_not_a_path(name, tmp_path):
     for suffix in ("csv", "parquet", "jsonl"):
         write_kind(tmp_path / f"y1.{suffix}", "WRONG")
     with pytest.raises(SimpoError, match="file not found; a path is taken literally"):
@@ -235,7 +235,7 @@ SLICES = ["train[:3]", "train[7:]", "train[-2:]", "train[:25%]", "train[25%:]", 
 
 @pytest.mark.parametrize("split", [*SLICES, "train[:50%]+train[9:]"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "saved", "folder"])
-def test_slices_of_local_files_are_those_of_datasets(kind, split, tmp_path):
+def test_slices_of_local_files_match_datasets(kind, split, tmp_path):
     rows = Dataset.from_list([{"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(10)])
     rows.to_json(tmp_path / "a.jsonl")
     rows.to_csv(tmp_path / "a.csv")
@@ -268,8 +268,8 @@ def test_slices_of_several_splits_of_a_folder(tmp_path):
     ],
 )
 @pytest.mark.parametrize("saved", [False, True])
-def test_splits_that_are_not_there(split, message, saved, tmp_path):
-    """A file is never taken whole for a split that it does not have."""
+def test_missing_splits_are_reported(split, message, saved, tmp_path):
+    """A file is never used as a whole in place of a split it does not have."""
     path = write_lines(tmp_path / "rows.jsonl", FLAT)
     if saved:
         path = tmp_path / "saved"
@@ -279,17 +279,17 @@ def test_splits_that_are_not_there(split, message, saved, tmp_path):
     assert len(load(path, "train")) == 2 == len(load_rows(str(path), split="test", any_split=True))
 
 
-def test_a_file_is_the_split_that_its_name_says(tmp_path):
+def test_a_file_is_the_split_its_name_says(tmp_path):
     assert len(load(write_lines(tmp_path / "hh_test.jsonl", FLAT), "test")) == 2
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("level", [1, 19])
-def test_a_cut_zst_file_is_refused(kept, level, tmp_path):
+def test_a_truncated_zst_file_is_rejected(kept, level, tmp_path):
     lines = "".join(json.dumps({"prompt": f"{n:0100}"}) + "\n" for n in range(500)).encode()
     packed = zstandard.compress(lines, level)
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(packed + packed)  # two frames, both are read
+    path.write_bytes(packed + packed)  # two frames; both are read
     assert len(load_rows(str(path), split="train")) == 1000
     for start in (b"", packed):
         path.write_bytes(start + packed[: int(len(packed) * kept)])
@@ -297,7 +297,7 @@ def test_a_cut_zst_file_is_refused(kept, level, tmp_path):
             load(path)
 
 
-def test_an_arrow_stream_cut_between_two_batches_is_refused(tmp_path):
+def test_an_arrow_stream_truncated_between_batches_is_rejected(tmp_path):
     rows = Dataset.from_list([{"prompt": f"{n}"} for n in range(3000)])
     rows.save_to_disk(tmp_path / "saved")
     whole = (tmp_path / "saved" / "data-00000-of-00001.arrow").read_bytes()
@@ -309,7 +309,7 @@ def test_an_arrow_stream_cut_between_two_batches_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["_where", "_row"])
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-def test_columns_with_the_names_of_our_own(name, kind, tmp_path):
+def test_columns_with_internal_names(name, kind, tmp_path):
     path = tmp_path / f"a.{kind}"
     row = {**FLAT[0], name: "x"}
     write_lines(path, [row]) if kind == "jsonl" else getattr(Dataset.from_list([row]), f"to_{kind}")(path)
@@ -322,22 +322,22 @@ def test_columns_with_the_names_of_our_own(name, kind, tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 5000 + "1" + "}" * 5000, '{"a": ' + "9" * 5000 + "}"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_json_that_python_cannot_read(text, name, tmp_path):
+def test_json_that_python_cannot_read_is_rejected(text, name, tmp_path):
     (tmp_path / name).write_text(text if text.startswith("{") else '{"a": 1}\n' + text)
     with pytest.raises(SimpoError, match=rf"{name}:\d: "):
         load(tmp_path / name)
 
 
-def test_a_name_that_is_too_long():
+def test_a_name_that_is_too_long_is_rejected():
     with pytest.raises(SimpoError, match="cannot be looked up: File name too long"):
         load("x" * 300)
 
 
-# ---- rows given in Python ----
+# ---- rows passed in Python ----
 
 
-def test_rows_given_in_python():
-    """Every column of every row is kept, also one that the first row does not have, or of another type."""
+def test_rows_passed_in_python():
+    """Every column of every row is kept, even if the first row lacks it or it has a different type."""
     rows = [{"a": 1, "tools": [{"x": None}]}, {"a": "one", "system": "s", "scores": np.array([1.0, 2.0])}]
     found = as_dataset(rows, "train_dataset")
     expected = [rows[0], rows[1] | {"scores": [1.0, 2.0]}]
@@ -359,18 +359,18 @@ def test_rows_given_in_python():
         (pd.DataFrame(FLAT), "train_dataset: a DataFrame; pass a datasets.Dataset"),
     ],
 )
-def test_what_is_no_data_set(rows, message):
+def test_values_that_are_not_data_sets_are_rejected(rows, message):
     with pytest.raises(SimpoError, match=message):
         as_dataset(rows, "train_dataset")
 
 
-def test_hidden_files_are_not_data(tmp_path):
+def test_hidden_files_are_ignored(tmp_path):
     write_lines(tmp_path / "train.jsonl", FLAT)
     write_lines(tmp_path / "._train.jsonl", FLAT)
     assert len(load(tmp_path)) == len(FLAT)
 
 
-def test_a_copy_of_a_hub_repository(tmp_path):
+def test_a_clone_of_a_hub_repository_is_read(tmp_path):
     (tmp_path / "data").mkdir()
     for split, count in (("train", 2), ("test", 1)):
         pd.DataFrame(FLAT[:1] * count).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
@@ -379,21 +379,21 @@ def test_a_copy_of_a_hub_repository(tmp_path):
         load(tmp_path, "dev")
 
 
-def test_a_folder_names_its_folders(tmp_path):
+def test_the_error_lists_a_folders_subfolders(tmp_path):
     (tmp_path / "train").mkdir()
     write_lines(tmp_path / "train" / "a.jsonl", FLAT)
     with pytest.raises(SimpoError, match="no data files in this folder for split 'dev'; it has the folders train"):
         load(tmp_path, "dev")
 
 
-def test_a_parquet_file_without_rows(tmp_path):
+def test_a_parquet_file_without_rows_is_an_error(tmp_path):
     pd.DataFrame({"prompt": pd.Series([], dtype=str)}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(SimpoError, match=r"a\.parquet: no rows"):
         load(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("a.jsonl", "{}\n"), ("a.json", "[{}]")])
-def test_a_key_that_an_object_has_twice(name, pattern, tmp_path):
+def test_duplicate_keys_in_an_object_are_rejected(name, pattern, tmp_path):
     (tmp_path / name).write_text(pattern.replace("{}", '{"chosen": "a", "chosen": "b"}'))
     with pytest.raises(SimpoError, match=r"a\.jsonl?.*: an object has the key 'chosen' twice"):
         load(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Conversations as supervised fine-tuning reads them: their ids, and which of them are scored."""
+"""Conversations for supervised fine-tuning: their ids, and which of them are scored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenized(tokenizer, *rows, **settings):
 
 
 def parts(row):
-    """Ids of the one sequence, and for each whether it is scored."""
+    """Return the ids of the sequence, and whether each is scored."""
     (response,), (scored,) = row["response_ids"], row["scored"]
     assert len(response) == len(scored)
     return row["prompt_ids"] + response, [False] * len(row["prompt_ids"]) + scored
@@ -38,7 +38,7 @@ def text_of(tokenizer, ids):
 
 
 def scored_runs(tokenizer, row):
-    """The text of each run of scored tokens, decoded where it stands; a run ends with an end-of-turn token."""
+    """Return the text of each run of scored tokens, decoded in context; a run ends with an end-of-turn token."""
     ids, scored = parts(row)
     edges = [place for place in range(1, len(ids)) if scored[place] != scored[place - 1]]
     runs = [(start, end) for start, end in pairwise([*edges, len(ids)]) if scored[start]]
@@ -46,7 +46,7 @@ def scored_runs(tokenizer, row):
 
 
 def fed(tokenizer, messages):
-    """What generation is fed, with the BOS that the tokenizer would add."""
+    """Return what generation is given, with the BOS that the tokenizer would add."""
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     return [tokenizer.bos_token_id, *ids] if adds and ids[0] != tokenizer.bos_token_id else ids
@@ -59,7 +59,7 @@ def end_of(tokenizer):
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("turns", [2, 4, 6])
-def test_every_answer_follows_what_generation_is_fed(tokenizer, turns, system):
+def test_every_answer_follows_what_generation_is_given(tokenizer, turns, system):
     messages = chat(*THREE[:turns], system=system)
     row = tokenized(tokenizer, {"messages": messages})[0]
     ids, scored = parts(row)
@@ -77,7 +77,7 @@ def test_every_answer_follows_what_generation_is_fed(tokenizer, turns, system):
     ]
 
 
-def test_the_ids_are_those_of_the_whole_conversation(tokenizer):
+def test_the_ids_equal_those_of_the_whole_conversation(tokenizer):
     messages = chat(*THREE)
     ids, _ = parts(tokenized(tokenizer, {"messages": messages})[0])
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
@@ -127,8 +127,8 @@ MARKED = {
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_masks_against_those_that_the_template_marks(build_tokenizer, name):
-    """transformers gives masks for templates that say where an answer is generated."""
+def test_masks_match_those_marked_by_the_template(build_tokenizer, name):
+    """transformers computes masks for templates that mark where answers are generated."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = MARKED[name]
     messages = chat("Hi?", "Good day.", "What is the capital of France?", "It is Paris", "no?", "I think")
@@ -141,7 +141,7 @@ def test_masks_against_those_that_the_template_marks(build_tokenizer, name):
 
 @pytest.mark.parametrize("first", [" yes", "\nuser", "yes"])
 def test_merges_across_a_boundary_are_resolved_in_every_turn(build_tokenizer, first):
-    """Every answer's ids are those of the answer alone, and the context is as generation is fed."""
+    """Every answer has the ids of the answer alone, and the context is what generation is given."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'The answer is:' + m['content'] + eos_token }}"
@@ -165,7 +165,7 @@ def test_the_boundary_above_would_merge(build_tokenizer):
     assert whole[: len(alone)] != alone
 
 
-def test_special_text_in_content_stays_text(tokenizer):
+def test_special_token_text_in_content_stays_text(tokenizer):
     messages = chat(LITERAL, f"It is {LITERAL}", LITERAL, f"no {LITERAL}")
     plain = chat("Hi?", "It is", "Paris?", "no")
     special, reference = (tokenized(tokenizer, {"messages": one})[0] for one in (messages, plain))
@@ -180,7 +180,7 @@ def test_special_text_in_content_stays_text(tokenizer):
     assert [LITERAL in run for run in found] == [True, True]
 
 
-def test_end_of_turn_that_an_answer_carries_already_is_written_once(tokenizer):
+def test_an_end_of_turn_already_in_an_answer_is_written_once(tokenizer):
     end = end_of(tokenizer)
     carried = chat(THREE[0], THREE[1] + end + "\n", THREE[2], THREE[3] + end + end)
     found, expected = (tokenized(tokenizer, {"messages": one})[0] for one in (carried, chat(*THREE[:4])))
@@ -198,7 +198,7 @@ def test_end_of_turn_that_an_answer_carries_already_is_written_once(tokenizer):
     ],
     ids=["strings", "message", "text", "lists", "ultrachat"],
 )
-def test_shapes(tokenizer, row):
+def test_conversation_formats(tokenizer, row):
     found, expected = tokenized(tokenizer, row)[0], tokenized(tokenizer, {"messages": chat("Hi?", "Yes.")})[0]
     for column in ("prompt_ids", "response_ids", "scored"):
         assert found[column] == expected[column]
@@ -206,7 +206,7 @@ def test_shapes(tokenizer, row):
 
 
 def test_only_the_completion_is_scored(tokenizer):
-    """Answers in a list of prompts are context."""
+    """Answers within a list of prompt messages are context."""
     messages = chat(*THREE)
     found = tokenized(tokenizer, {"prompt": messages[:3], "completion": messages[3:]})[0]
     whole = tokenized(tokenizer, {"messages": messages})[0]
@@ -214,7 +214,7 @@ def test_only_the_completion_is_scored(tokenizer):
     assert scored_runs(tokenizer, found) == scored_runs(tokenizer, whole)[1:]
 
 
-def test_a_column_without_effect_is_counted_also_without_a_template(plain_tokenizer):
+def test_columns_without_effect_are_counted_even_without_a_template(plain_tokenizer):
     rows = [{"prompt": "a b", "completion": "c d", "weight": 0.5}, {"prompt": "a", "completion": "d"}]
     report = prepare_sft(Dataset.from_list(rows), plain_tokenizer, TokenizeSettings()).report
     assert any("weight" in line and "1" in line for line in report.lines())
@@ -248,7 +248,7 @@ def with_good(bad, count=100):
         (None, "messages is null, not a list of messages"),
     ],
 )
-def test_bad_rows_are_counted_and_named(build_tokenizer, messages, reason):
+def test_bad_rows_are_counted_and_reported(build_tokenizer, messages, reason):
     dataset = with_good({"messages": messages})
     report = prepare_sft(dataset, build_tokenizer("chatml"), TokenizeSettings()).report
     (found,) = report.bad
@@ -268,7 +268,7 @@ def test_bad_rows_are_counted_and_named(build_tokenizer, messages, reason):
         ({"prompt": chat("Hi?", "Yes."), "completion": "No."}, "an assistant message does not follow"),
     ],
 )
-def test_bad_completions(build_tokenizer, tmp_path, row, reason):
+def test_bad_completions_are_reported(build_tokenizer, tmp_path, row, reason):
     rows = [row] + [{"prompt": "Hi?", "completion": f"Yes {i}."} for i in range(99)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dataset = load_rows(str(tmp_path / "a.jsonl"), split="train")
@@ -293,7 +293,7 @@ def test_messages_after_the_last_answer_are_counted(build_tokenizer):
         ({"question": "q"}, "columns question.*accepted are {messages}"),
     ],
 )
-def test_other_shapes_are_refused(build_tokenizer, row, message):
+def test_other_formats_are_rejected(build_tokenizer, row, message):
     with pytest.raises(SimpoError, match=f"train: no row has a recognized shape .*{message}"):
         tokenized(build_tokenizer("chatml"), row)
 
@@ -302,12 +302,12 @@ def test_other_shapes_are_refused(build_tokenizer, row, message):
     ("settings", "message"),
     [({"truncation": "paper"}, "^truncation: 'paper'"), ({"paper_tokenization": True}, "^paper_tokenization: ")],
 )
-def test_settings_for_comparisons_are_refused(build_tokenizer, settings, message):
+def test_settings_for_comparisons_are_rejected(build_tokenizer, settings, message):
     with pytest.raises(SimpoError, match=message):
         tokenized(build_tokenizer("chatml"), {"messages": chat(*THREE)}, **settings)
 
 
-def test_tokenized_data(build_tokenizer):
+def test_tokenized_data_is_accepted(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     first = prepare_sft(with_good({"messages": chat(*THREE)}), tokenizer, TokenizeSettings())
     assert prepare_sft(first.dataset, tokenizer, TokenizeSettings()).dataset is first.dataset
@@ -317,7 +317,7 @@ def test_tokenized_data(build_tokenizer):
         prepare_sft(pairs, tokenizer, TokenizeSettings())
 
 
-def test_an_answer_that_the_template_does_not_end(build_tokenizer):
+def test_an_answer_without_an_end_in_the_template_gets_eos(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '\n' + m['role'] + ':' + m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}"
@@ -330,8 +330,8 @@ def test_an_answer_that_the_template_does_not_end(build_tokenizer):
     assert [row["prompt_ids"] for row in rows] == [fed(tokenizer, chat(*THREE[:turns])) for turns in (1, 3, 5)]
 
 
-def test_a_template_that_writes_the_last_answer_otherwise(build_tokenizer):
-    """As Qwen3's, which writes an empty thought before the last answer only: every answer is the last of its row."""
+def test_a_template_that_renders_the_last_answer_differently(build_tokenizer):
+    """Qwen3's writes an empty reasoning block before the last answer only, so every answer is last in its own row."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -343,7 +343,7 @@ def test_a_template_that_writes_the_last_answer_otherwise(build_tokenizer):
     assert [row["prompt_ids"] for row in rows] == [fed(tokenizer, chat(*THREE[:turns])) for turns in (1, 3)]
 
 
-def test_a_prompt_that_is_no_prefix_names_the_row(build_tokenizer):
+def test_a_prompt_that_is_not_a_prefix_names_the_row(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(SimpoError, match="train row 0: the rendered prompt is not a prefix of"):
@@ -364,7 +364,7 @@ def test_last_turns_are_cut_until_the_rest_fits(build_tokenizer):
         assert prepared.report.cut == ({} if kept == 6 else {TURNS_CUT: 1})
 
 
-def test_a_first_turn_that_does_not_fit_is_fitted_as_a_pairs_would_be(build_tokenizer):
+def test_a_first_turn_that_does_not_fit_is_truncated_like_a_pair(build_tokenizer):
     tokenizer = build_tokenizer("two-bos")
     messages = chat("The answer is yes " * 40, "no", "yes?", "no")
     settings = TokenizeSettings(max_length=60, max_prompt_length=30)
@@ -375,7 +375,7 @@ def test_a_first_turn_that_does_not_fit_is_fitted_as_a_pairs_would_be(build_toke
     assert scored_runs(tokenizer, row) == ["no<|eot|>"]
 
 
-def test_what_does_not_fit_is_dropped_and_counted(build_tokenizer):
+def test_rows_that_do_not_fit_are_dropped_and_counted(build_tokenizer):
     tokenizer = build_tokenizer("two-bos")
     rows = [
         {"messages": chat("The", "The answer is yes " * 60, "yes?", "no")},
@@ -390,7 +390,7 @@ def test_what_does_not_fit_is_dropped_and_counted(build_tokenizer):
         prepare_sft(Dataset.from_list(rows), tokenizer, TokenizeSettings(max_length=4))
 
 
-def test_comparisons_of_a_prepared_conversation(build_tokenizer):
+def test_comparisons_from_a_prepared_conversation(build_tokenizer):
     from simpo.packing.layout import PackedBatch
     from simpo.training.batches import ComparisonRows, comparisons_of
 

@@ -1,4 +1,4 @@
-"""Rows and templates that would train something else than was meant: refused by name, or counted and reported."""
+"""Rows and templates that would train something unintended: rejected by name, or counted and reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def transcripts(asked):
         ({"prompt": "Be nice.", **transcripts("Hi")}, 1),
     ],
 )
-def test_a_prompt_that_the_conversations_do_not_hold_is_counted(chatml, row, ignored):
+def test_a_prompt_missing_from_the_conversations_is_counted(chatml, row, ignored):
     found = report(chatml, row)
     assert found.used == 1
     assert list(found.ignored.values()) == [1] * ignored
@@ -75,18 +75,18 @@ def test_a_prompt_that_the_conversations_do_not_hold_is_counted(chatml, row, ign
         (prepare_sft, {"prompt": "Hi  you", "completion": "yes", "instruction": "Hi you"}, None),
     ],
 )
-def test_a_question_in_a_second_column_is_counted(chatml, how, row, name):
+def test_a_second_question_column_is_counted(chatml, how, row, name):
     found = report(chatml, row, how=how)
     assert found.used == 1
     assert list(found.ignored) == ([f"column {name!r}, which does not occur in the conversation"] if name else [])
 
 
-def test_the_answer_in_other_messages_is_no_question_that_is_lost(chatml):
+def test_extra_messages_that_contain_the_question_are_not_counted(chatml):
     row = {"prompt": QUESTION, "messages": talk(QUESTION, "It is Paris."), **answered(QUESTION)}
     assert not prepare_prompts(as_dataset([row], "rows"), chatml).report.ignored
 
 
-def test_reasoning_and_variables_of_the_template_in_columns_of_their_own_are_counted(chatml):
+def test_columns_with_reasoning_or_template_variables_are_counted(chatml):
     chatml.chat_template = "{% if shout %}LOUD{% endif %}" + CHATML
     row = PAIR | {"shout": True, "reasoning": "Hm.", "bos_token_count": 1}
     found = report(chatml, row, PAIR | {"shout": None, "reasoning": ""})
@@ -98,8 +98,8 @@ def test_reasoning_and_variables_of_the_template_in_columns_of_their_own_are_cou
     assert not report(chatml, PAIR | {"messages": talk(QUESTION, "It is Paris.")}).ignored  # not only a variable
 
 
-def test_a_column_named_like_a_variable_of_the_templates_own_is_not_counted(chatml):
-    """Assigned in a branch, as Qwen3's ``content``; one that is tested for being given is an option all the same."""
+def test_a_column_named_like_a_templates_internal_variable_is_not_counted(chatml):
+    """Such as Qwen3's ``content``, assigned in a branch. A variable tested with ``is defined`` is still an option."""
     own = "{% if messages[1:] %}{% set content, role = '', '' %}{% endif %}"
     own += "{% macro quoted(text) %}{{ text | default('') }}{% endmacro %}{{ quoted(content) + (role or '') }}"
     given = "{% if shout is not defined %}{% set shout = false %}{% endif %}{{ 'LOUD' if shout }}"
@@ -111,7 +111,7 @@ def test_a_column_named_like_a_variable_of_the_templates_own_is_not_counted(chat
 
 
 def test_system_prompts_of_single_responses_are_counted(chatml):
-    """UltraFeedback's responses were generated with different ones, of which a comparison has no place for any."""
+    """UltraFeedback's responses were generated with different ones, for which a comparison has no place."""
     made = [{"response": text, "overall_score": n, "custom_system_prompt": f"Be {n}."} for n, text in enumerate("ab")]
     found = report(chatml, {"instruction": QUESTION, "completions": made})
     assert list(found.ignored) == ["column 'custom_system_prompt', which has no effect"]
@@ -119,7 +119,7 @@ def test_system_prompts_of_single_responses_are_counted(chatml):
     assert not report(chatml, {"instruction": QUESTION, "completions": bare}).ignored
 
 
-def test_a_prompt_next_to_messages_that_do_not_hold_it_is_counted(chatml):
+def test_a_prompt_missing_from_the_messages_is_counted(chatml):
     rows = [
         {"prompt": "Hi", "messages": talk("Hi", "yes")},
         {"prompt": "You are a pirate.", "messages": talk("Hi", "yes")},
@@ -142,13 +142,13 @@ def test_a_prompt_next_to_messages_that_do_not_hold_it_is_counted(chatml):
         (prepare_sft, {"messages": talk(QUESTION, f"{QUESTION} Paris.")}, {"messages": talk("Hi", "Hi there.")}),
     ],
 )
-def test_suspect_rows_are_used_and_counted(chatml, how, suspect, fine):
+def test_suspicious_rows_are_used_and_counted(chatml, how, suspect, fine):
     found = report(chatml, suspect, fine, how=how)
     assert (found.used, list(found.suspect.values())) == (2, [1])
     assert dict(found.metrics())["data/train/suspect"] == 1
 
 
-def test_an_empty_prompt_is_suspect_where_it_is_sampled_from(chatml):
+def test_an_empty_sampling_prompt_is_suspicious(chatml):
     prompts = prepare_prompts(as_dataset([{"prompt": ""}, {"prompt": "Hi"}], "rows"), chatml)
     assert list(prompts.report.suspect.values()) == [1]
 
@@ -156,21 +156,21 @@ def test_an_empty_prompt_is_suspect_where_it_is_sampled_from(chatml):
 @pytest.mark.parametrize(
     "row",
     [
-        PAIR | {"chosen": "It is Paris.</s>"},  # of another family
-        PAIR | {"rejected": "No idea.<|endoftext|>"},  # EOS of the tokenizer, which ends no turn of this template
-        PAIR | {"chosen": "It is Paris.<|im_end|><|endoftext|><|endoftext|>"},  # decoded with the padding
+        PAIR | {"chosen": "It is Paris.</s>"},  # from another model family
+        PAIR | {"rejected": "No idea.<|endoftext|>"},  # the tokenizer's EOS, which does not end a turn in this template
+        PAIR | {"chosen": "It is Paris.<|im_end|><|endoftext|><|endoftext|>"},  # decoded together with padding
         PAIR | {"prompt": [*talk("Hi", "Hello.<|eot_id|>"), turn("user", "And?")]},
     ],
 )
-def test_an_answer_that_ends_with_another_token_of_the_kind_is_a_bad_row(chatml, row):
+def test_an_answer_that_ends_with_a_foreign_end_token_makes_a_bad_row(chatml, row):
     with pytest.raises(SimpoError, match=r"1 of 1 rows are bad.*ends with '"):
         report(chatml, row)
-    chatml.chat_template = None  # text is used as it is
+    chatml.chat_template = None  # text is used unchanged
     if isinstance(row["prompt"], str):
         assert report(chatml, row).used == 1
 
 
-def test_html_is_no_end_of_turn_and_no_bos(chatml, build_tokenizer):
+def test_html_is_neither_an_end_of_turn_nor_bos(chatml, build_tokenizer):
     assert report(chatml, PAIR | {"chosen": "It was <s>Rome</s>"}).used == 1
     llama = build_tokenizer("sentencepiece")
     assert report(llama, PAIR | {"chosen": "<s>Rome</s> Paris."}).used == 1
@@ -178,12 +178,12 @@ def test_html_is_no_end_of_turn_and_no_bos(chatml, build_tokenizer):
         report(llama, PAIR | {"chosen": "<s>It is Paris.</s>"})
 
 
-def test_a_pad_token_of_plain_text_may_end_an_answer(chatml):
+def test_an_answer_may_end_with_a_plain_text_pad_token(chatml):
     chatml.pad_token = "!"
     assert report(chatml, PAIR | {"chosen": "It is Paris!"}).used == 1
 
 
-def test_the_role_of_tools_in_llamas_templates_is_that_of_a_tool(chatml):
+def test_llamas_ipython_role_is_the_tool_role(chatml):
     asked = [*talk("Hi", "search()"), turn("ipython", "42")]
     rows = [PAIR | {"prompt": [*asked[:-1], turn(role, "42")]} for role in ("ipython", "tool")]
     first, second = prepare(as_dataset(rows, "rows"), chatml, TokenizeSettings()).dataset["prompt_ids"]
@@ -198,22 +198,22 @@ def test_the_end_of_turn_is_also_removed_from_earlier_answers(chatml):
 
 
 @pytest.mark.parametrize("template", [BOS_CHAT, None])
-def test_an_answer_that_starts_with_bos_is_a_bad_row(build_tokenizer, template):
+def test_an_answer_that_starts_with_bos_makes_a_bad_row(build_tokenizer, template):
     tokenizer = build_tokenizer("two-bos")
     tokenizer.chat_template = template
     with pytest.raises(SimpoError, match=r"1 of 1 rows are bad.*starts with '<\|bos\|>'"):
         report(tokenizer, PAIR | {"chosen": "<|bos|>It is Paris."})
 
 
-def test_a_transcript_that_only_one_response_repeats_is_a_bad_row(chatml):
+def test_a_transcript_repeated_by_only_one_response_makes_a_bad_row(chatml):
     prompt = "\n\nHuman: Hi\n\nAssistant:"
     with pytest.raises(SimpoError, match="1 of 1 rows are bad"):
         report(chatml, {"prompt": prompt, "chosen": f"{prompt} Hello.", "rejected": " No."})
 
 
 @pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n<|endoftext|>", "<|end|><|endoftext|>", "<|end|>\n<|end|> "])
-def test_an_answer_may_end_with_all_that_the_template_writes_after_it(build_tokenizer, end):
-    """Phi-3's template ends a conversation with EOS after the end of the turn."""
+def test_an_answer_may_end_with_everything_the_template_writes_after_it(build_tokenizer, end):
+    """Phi-3's template ends a conversation with EOS after the end of turn."""
     phi = build_tokenizer("phi")
     rows = [PAIR, PAIR | {"chosen": PAIR["chosen"] + end}]
     first, second = prepare(as_dataset(rows, "rows"), phi, TokenizeSettings()).dataset["response_ids"]
@@ -221,7 +221,7 @@ def test_an_answer_may_end_with_all_that_the_template_writes_after_it(build_toke
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|end|><|endoftext|><|endoftext|>", "<|endoftext|><|end|>"])
-def test_what_the_template_never_writes_after_an_answer_stays_refused(build_tokenizer, end):
+def test_endings_the_template_never_writes_are_rejected(build_tokenizer, end):
     with pytest.raises(SimpoError, match=r"ends with '<\|endoftext"):
         report(build_tokenizer("phi"), PAIR | {"chosen": PAIR["chosen"] + end})
 
@@ -240,7 +240,7 @@ WRITTEN = "{% if documents %}{{ '<|im_start|>document {}' + documents }}{% endif
     ("template", "known", "unknown"),
     [(COMPARED, "control", "bot"), (COMPARED, "document", "doc"), (WRITTEN, "document", "documents")],
 )
-def test_roles_that_the_chat_template_names_are_rendered(chatml, how, template, known, unknown):
+def test_roles_named_in_the_chat_template_are_rendered(chatml, how, template, known, unknown):
     chatml.chat_template = template
 
     def row(role, label):
@@ -263,14 +263,14 @@ def test_roles_that_the_chat_template_names_are_rendered(chatml, how, template, 
         prepared(unknown)
 
 
-def test_a_role_whose_content_the_chat_template_leaves_out_is_a_bad_row(chatml):
+def test_a_role_whose_content_the_template_omits_makes_a_bad_row(chatml):
     chatml.chat_template = COMPARED
     with pytest.raises(SimpoError, match="does not render a message with role 'note'"):
         report(chatml, PAIR | {"prompt": [turn("note", "Paris is a capital."), turn("user", "Which one?")]})
 
 
 @pytest.mark.parametrize("how", [prepare, prepare_sft, prepare_feedback])
-def test_unknown_roles_are_bad_rows(chatml, how):
+def test_unknown_roles_make_bad_rows(chatml, how):
     row = PAIR | {"completion": "Paris.", "label": True, "prompt": [turn("bot", "Hi"), turn("user", "And?")]}
     if how is prepare_sft:
         row = {"messages": [*row["prompt"], turn("assistant", "Paris.")]}
@@ -286,23 +286,23 @@ def notices(tokenizer, template, **kwargs):
     return report(tokenizer, PAIR, rendering=RenderSettings(chat_template_kwargs=kwargs)).notices
 
 
-def test_usual_templates_have_no_notices(build_tokenizer):
-    for kind in ("chatml", "two-bos", "phi", "sentencepiece"):  # the last one has no generation prompt, and no header
+def test_common_templates_cause_no_notices(build_tokenizer):
+    for kind in ("chatml", "two-bos", "phi", "sentencepiece"):  # the last one has no generation prompt and no header
         assert report(build_tokenizer(kind), PAIR).notices == []
 
 
-def test_a_header_that_is_scored_is_reported(build_tokenizer):
+def test_a_scored_header_is_reported(build_tokenizer):
     template = re.sub(r"\{% if add_generation_prompt.*", "", BOS_CHAT)
     (notice,) = notices(build_tokenizer("two-bos"), template)
     assert "'[assistant]'" in notice
 
 
-def test_an_end_of_turn_that_is_no_token_is_reported(build_tokenizer):
+def test_an_end_of_turn_that_is_not_a_token_is_reported(build_tokenizer):
     (notice,) = notices(build_tokenizer("two-bos"), CHATML)
     assert "'<|im_end|>'" in notice and "'<|eot|>'" in notice
 
 
-def test_a_date_in_the_prompts_is_reported_unless_it_is_given(chatml):
+def test_a_date_in_prompts_is_reported_unless_it_is_set(chatml):
     (notice,) = notices(chatml, DATED + CHATML)
     assert "date" in notice and "date_string" in notice
     assert notices(chatml, DATED + CHATML, date_string="1 May 2026") == []

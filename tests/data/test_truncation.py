@@ -17,46 +17,46 @@ def limits(max_length, max_prompt_length, **settings):
 
 
 @pytest.mark.parametrize("truncation", ["prompt", "drop", "paper"])
-def test_what_fits_is_left_alone(truncation):
+def test_rows_that_fit_are_left_alone(truncation):
     assert truncate(PROMPT, [SHORT, LONG], limits(20, 4, truncation=truncation), BOS) == (PROMPT, [SHORT, LONG], [])
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("keep_end", [BOS, 16, 17, 18]), ("keep_start", [BOS, 10, 11, 12])])
-def test_prompt_is_cut_and_keeps_its_bos(mode, expected):
+def test_a_truncated_prompt_keeps_its_bos(mode, expected):
     truncated = truncate(PROMPT, [SHORT, LONG], limits(19, 4, truncation_mode=mode), BOS)
     assert truncated == (expected, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
 
 
 @pytest.mark.parametrize("truncation", ["prompt", "paper"])
-def test_a_comparison_that_fits_exactly_after_its_prompt_is_cut_is_kept_whole(truncation):
-    """Four tokens of the prompt and ten of the response: one token less of room drops or cuts it."""
+def test_a_comparison_that_just_fits_after_truncating_its_prompt_is_kept(truncation):
+    """Four prompt tokens and ten response tokens; with one token less it is dropped or truncated."""
     prompt = PROMPT[-4:] if truncation == "paper" else [BOS, *PROMPT[-3:]]
     exact = truncate(PROMPT, [SHORT, LONG], limits(14, 4, truncation=truncation), BOS)
     assert exact == (prompt, [SHORT, LONG], [f"cut: {PROMPT_CUT}"])
     assert truncate(PROMPT, [SHORT, LONG], limits(13, 4, truncation=truncation), BOS) != exact
 
 
-def test_prompt_without_bos_keeps_its_end():
+def test_a_prompt_without_bos_keeps_its_end():
     assert truncate(PROMPT[1:], [SHORT, LONG], limits(18, 4), None)[0] == PROMPT[-4:]
 
 
-def test_responses_that_still_do_not_fit_drop_the_comparison():
+def test_a_comparison_whose_responses_still_do_not_fit_is_dropped():
     truncated = truncate(PROMPT, [SHORT, LONG], limits(13, 4), BOS)
     assert truncated == (PROMPT, [SHORT, LONG], [f"dropped: {STILL_OVERLONG}"])
 
 
-def test_drop_cuts_nothing():
+def test_drop_mode_truncates_nothing():
     truncated = truncate(PROMPT, [SHORT, LONG], limits(19, 4, truncation="drop"), BOS)
     assert truncated == (PROMPT, [SHORT, LONG], [f"dropped: {OVERLONG}"])
 
 
-def test_paper_cuts_both_responses_without_their_end():
-    """max_length - max_prompt_length tokens stay of each; the prompt keeps its end and loses its BOS."""
+def test_paper_mode_cuts_the_end_off_both_responses():
+    """max_length - max_prompt_length tokens remain of each; the prompt keeps its end and loses its BOS."""
     truncated = truncate(PROMPT, [SHORT, LONG], limits(12, 4, truncation="paper"), BOS)
     assert truncated == (PROMPT[-4:], [SHORT, LONG[:8]], [f"cut: {PROMPT_CUT}", f"cut: {RESPONSE_CUT}"])
 
 
-def test_paper_with_a_short_prompt_cuts_responses_only():
+def test_paper_mode_with_a_short_prompt_only_cuts_responses():
     truncated = truncate(PROMPT[:3], [LONG, SHORT], limits(12, 4, truncation="paper"), BOS)
     assert truncated == (PROMPT[:3], [LONG[:8], SHORT], [f"cut: {RESPONSE_CUT}"])
 
@@ -75,12 +75,12 @@ def test_paper_with_a_short_prompt_cuts_responses_only():
         ({"paper_tokenization": "yes"}, "paper_tokenization: 'yes' is not true or false"),
     ],
 )
-def test_wrong_settings_name_their_key(settings, message):
+def test_wrong_settings_are_reported_by_key(settings, message):
     with pytest.raises(SimpoError, match=f"^{message}"):
         TokenizeSettings(**settings)
 
 
-def test_default_prompt_limit_is_the_papers_ratio():
+def test_the_default_prompt_limit_is_the_papers_ratio():
     assert TokenizeSettings().prompt_limit == 1800
     assert TokenizeSettings(max_length=1024).prompt_limit == 900
 
@@ -88,7 +88,7 @@ def test_default_prompt_limit_is_the_papers_ratio():
 WORDS = "The answer is yes "
 
 
-def test_everything_cut_or_dropped_is_counted(build_tokenizer):
+def test_everything_truncated_or_dropped_is_counted(build_tokenizer):
     tokenizer = build_tokenizer("two-bos")
     rows = [
         {"prompt": "The", "chosen": "yes", "rejected": "no"},
@@ -119,7 +119,7 @@ def test_paper_truncation_has_a_notice_and_no_eos_on_cut_responses(build_tokeniz
     assert any("truncation: paper" in notice for notice in prepared.report.notices)
 
 
-def test_nothing_fits(build_tokenizer):
+def test_it_is_an_error_if_no_row_fits(build_tokenizer):
     tokenizer = build_tokenizer("two-bos")
     row = {"prompt": "The answer", "chosen": WORDS * 9, "rejected": "no"}
     shortest = len(tokenizer.apply_chat_template([{"role": "user", "content": "The answer"}], return_dict=False)) + 2

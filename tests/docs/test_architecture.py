@@ -1,4 +1,4 @@
-"""The page of files is what the modules' docstrings say, and no file or function is too long to read."""
+"""The architecture page matches the modules' docstrings, and no file or function is too long."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_module_has_its_line():
 @pytest.mark.parametrize(
     "path", (_ROOT / "src").rglob("*.py"), ids=lambda path: path.relative_to(_ROOT / "src").as_posix()
 )
-def test_files_and_functions_have_a_length_that_one_reads(path):
+def test_files_and_functions_are_not_too_long(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= _LONGEST_FILE
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))

@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere."""
+"""Links in the documentation have a target."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def _anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub generates from headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", _PAGES)
-def test_links_lead_somewhere(name):
+def test_links_have_a_target(name):
     page = _ROOT / name
     for target, anchor in _LINK.findall(page.read_text(encoding="utf-8")):
         found = (page.parent / target).resolve() if target else page

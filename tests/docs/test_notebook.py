@@ -1,6 +1,6 @@
-"""The example notebook runs from nothing, and reads well as it is committed.
+"""The example notebook runs from scratch, and its committed state is executed and clean.
 
-With ``SIMPO_WRITE_NOTEBOOK=1`` it is committed as it has just run.
+With ``SIMPO_WRITE_NOTEBOOK=1``, the executed notebook is written back.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _code(notebook) -> list:
 
 
 @pytest.mark.slow
-def test_it_runs(notebook, tmp_path, monkeypatch):
-    # neither another python3 kernel nor a configuration of the user's
+def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
+    # use neither another python3 kernel nor the user's configuration
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     committed = [len(cell.outputs) for cell in _code(notebook)]
@@ -43,7 +43,7 @@ def test_it_runs(notebook, tmp_path, monkeypatch):
         nbformat.write(notebook, _NOTEBOOK)
 
 
-def test_it_is_committed_executed_and_clean(notebook):
+def test_the_committed_notebook_is_executed_and_clean(notebook):
     assert [cell.execution_count for cell in _code(notebook)] == list(range(1, len(_code(notebook)) + 1))
     outputs = [output for cell in _code(notebook) for output in cell.outputs]
     kinds = {output.output_type for output in outputs}

@@ -1,4 +1,4 @@
-"""The page about one GPU: its commands work, in their order, on a tiny model; its table is what the plan computes."""
+"""The page about one GPU: its commands work in order on a tiny model, and its table matches simpo plan."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ROOT = Path(__file__).parents[2]
 _TEXT = (_ROOT / "docs/one-gpu.md").read_text(encoding="utf-8")
 _BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ROW = re.compile(r"^\| (\S+GB) \| (?:\[`(.+?)`\].*?|the same) \|.*\| ([\d.]+) GiB \| ([\d.]+) h \|$", re.MULTILINE)
-# What stands in for the names and sizes of the page and of its recipe.
+# Replacements for names and sizes on the page and in its recipe.
 _STAND_INS = {
     "meta-llama/Meta-Llama-3-8B-Instruct": "model",
     "princeton-nlp/llama3-ultrafeedback": "data",
     "reward:Skywork/Skywork-Reward-V2-Llama-3.1-8B": "logp:model",
-    "simpo sample": "simpo sample --max_new_tokens 16",  # an untrained model does not stop
+    "simpo sample": "simpo sample --max_new_tokens 16",  # an untrained model does not stop on its own
     "simpo compare": "simpo compare --max_new_tokens 16",
     "simpo pair": "simpo pair --keep_unfinished true",
     "max_length: 2048": "max_length: 128",
@@ -68,8 +68,8 @@ def test_every_command_works(tmp_path, monkeypatch, capsys) -> None:
     }
 
 
-def test_the_table_is_what_the_plan_computes(tmp_path) -> None:
-    """To the digit that is shown."""
+def test_the_table_matches_simpo_plan(tmp_path) -> None:
+    """To the digits shown."""
     write_llama(tmp_path)
     options = re.search(r"`simpo plan RECIPE --gpu CARD ([^`]+)`", _TEXT)[1]  # type: ignore[index]
     rows, recipe = _ROW.findall(_TEXT), ""

@@ -1,4 +1,4 @@
-"""The documented reward function: it scores answers by a column of their row, in every command with annotators."""
+"""The documented reward function scores answers with a column of their row, in every command with annotators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simpo.runs.files import read_lines
 _TEXT = (Path(__file__).parents[2] / "docs/judges.md").read_text(encoding="utf-8")
 _FUNCTION, _FROM_TRL = re.findall(r"^```python\n(import re\n.*?|def from_trl.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)
 _RECIPE = yaml.safe_load(re.search(r"^```yaml\n(.*?)^```$", _TEXT, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
-# Besides the documented function: the same with a response's length, so that answers of an untrained model differ.
+# Adds the response length to the documented function, so that an untrained model's answers get different scores.
 _ALSO = """
 def short(prompt, response, answer, level=0, **others):
     assert not {"prompt", "question"} & set(others), others
@@ -36,7 +36,7 @@ ROWS = [
 
 @pytest.fixture
 def problems(chat_world, tmp_path, monkeypatch):
-    """Write the documented files, with a tiny model; the module has a name of its own for every test."""
+    """Write the documented files for a tiny model; each test uses its own module name."""
     monkeypatch.chdir(tmp_path)
     Path("rewards.py").write_text(_FUNCTION + _ALSO)
     Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -46,14 +46,14 @@ def problems(chat_world, tmp_path, monkeypatch):
 
 
 def expected(row, response):
-    """An independent reading of the rule: the last run of digits, as a decimal number."""
+    """Apply the rule independently: the last run of digits, as a decimal number."""
     found = [token for token in re.split(r"[^\d.-]+", response) if any(map(str.isdigit, token))]
     answer = Decimal(row["answer"].rsplit(" ", 1)[1])
     return float(bool(found) and Decimal(found[-1].strip(".-")) == answer)
 
 
 def small(world, **changes):
-    """The documented recipe with a tiny model, few tokens and few steps."""
+    """Return the documented recipe with a tiny model, few tokens and few steps."""
     assert _RECIPE["annotator"] == "function:rewards:correct" and _RECIPE["dataset_name"] == "problems.jsonl"
     recipe = _RECIPE | {"model_name_or_path": str(world / "model"), "max_length": 40, "max_new_tokens": 8}
     recipe |= {"num_generations": 4, "max_steps": 2, "per_device_train_batch_size": 6, "report_to": "none"}
@@ -61,7 +61,7 @@ def small(world, **changes):
     return ["online", "recipe.yaml"]
 
 
-def test_the_documented_function(problems):
+def test_the_documented_function_works(problems):
     scorer = make_scorer("function:rewards:correct", JudgeOptions(trust_remote_code=True))
     texts = ["It is 5.", "1,005", "5/1", "5.50", "It is 5 or 6.", "none", "10/2 = 5.0", ""]
     row = Answers("p", "What is 2 and 3?", texts, extra={"answer": "2 + 3 #### 5"})
@@ -70,8 +70,8 @@ def test_the_documented_function(problems):
     assert scorer.score([row]) == [[1]]
 
 
-def test_the_documented_recipe(problems):
-    """The rollouts have the columns, and scores by them; other answers in the data are another run."""
+def test_the_documented_recipe_runs(problems):
+    """The rollouts include the columns and scores based on them; different answers in the data make a different run."""
     by_question = {row["question"]: row for row in ROWS}
     arguments = small(problems)
     assert main(arguments) == 0
@@ -81,14 +81,14 @@ def test_the_documented_recipe(problems):
         row = by_question[record["prompt"]]
         assert record["extra"] == {key: row[key] for key in ("answer", "level", "id")}
         assert record["scores"] == [expected(row, text) for text in record["responses"]]
-    assert main(arguments) == 0  # finished
+    assert main(arguments) == 0  # already finished
     changed = [row | {"answer": "#### 7"} for row in ROWS]
     Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     assert main(arguments) == 2
 
 
-def test_rollouts_are_those_of_their_columns(problems, capsys):
-    """A training that was interrupted does not go on with other answers."""
+def test_an_interrupted_run_rejects_changed_columns(problems, capsys):
+    """It must not continue with different answers in the data."""
     Path("rewards.py").write_text(
         _FUNCTION
         + "import os\ndef correct_once(prompt, response, answer):\n"
@@ -104,7 +104,7 @@ def test_rollouts_are_those_of_their_columns(problems, capsys):
     assert main(arguments) == 0
 
 
-def test_sampled_answers_are_annotated_by_their_columns(problems, capsys):
+def test_sampled_answers_are_annotated_with_their_columns(problems, capsys):
     sample = [
         "sample",
         str(problems / "model"),
@@ -122,12 +122,12 @@ def test_sampled_answers_are_annotated_by_their_columns(problems, capsys):
     assert [row["extra"]["answer"] for row in read_lines(Path("out/best.jsonl"))] == [row["answer"] for row in ROWS]
     capsys.readouterr()
     Path("problems.jsonl").write_text("".join(json.dumps(row | {"level": 7}) + "\n" for row in ROWS))
-    assert main(sample) == 2  # the file has the columns, so it would be another one
+    assert main(sample) == 2  # the file already has the columns, so this would be a different run
     assert "columns" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_loop_sees_the_columns(problems):
+def test_a_loop_passes_the_columns(problems):
     recipe = {
         "model_name_or_path": str(problems / "model"),
         "prompts": "problems.jsonl",
@@ -145,7 +145,7 @@ def test_a_loop_sees_the_columns(problems):
     assert len(verdicts) == len(levels) == 12 and set(levels.values()) == {0, 1, 2}
 
 
-def test_a_comparison_judges_by_columns(problems):
+def test_a_comparison_judges_with_columns(problems):
     models = [str(problems / "model")] * 2
     options = ["--prompts=problems.jsonl", "--judge=function:rewards:short", "--trust_remote_code", "--n=2"]
     options += ["--temperature=1", "--max_new_tokens=8", "--output_dir=compared"]
@@ -161,7 +161,7 @@ def test_a_comparison_judges_by_columns(problems):
 
 @pytest.mark.parametrize("command", ["online", "annotate", "loop", "compare", "eval"])
 def test_a_missing_column_is_named_before_sampling(problems, capsys, command):
-    """Function, parameter and columns, also if only the last row lacks it."""
+    """With function, parameter and columns, even if only the last row lacks it."""
     Path("rewards.py").write_text(_FUNCTION)
     rows = [*ROWS[:-1], {"question": "What is 9 and 9?", "anwser": "#### 18"}]
     Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -201,7 +201,7 @@ def test_a_missing_column_is_named_before_sampling(problems, capsys, command):
     assert not list(Path().glob("**/rollouts/0*"))
 
 
-def test_a_conversation_is_given_as_messages(problems):
+def test_a_conversation_is_passed_as_messages(problems):
     Path("rewards.py").write_text(
         "def seen(prompt, response, /, tools, **columns):\n"
         "    assert [turn['role'] for turn in prompt] == ['system', 'user', 'assistant', 'user'], prompt\n"
@@ -220,8 +220,8 @@ def test_a_conversation_is_given_as_messages(problems):
     assert scorer.score([row]) == [[1.0, 2.0]]
 
 
-def test_a_reward_function_of_trl(problems):
-    """The documented adapter hands on lists of one, and a conversation's completion as a message."""
+def test_a_trl_reward_function_can_be_adapted(problems):
+    """The documented adapter passes lists of one element, and a conversation's completion as a message."""
     Path("rewards.py").write_text(
         "def accuracy_reward(prompts, completions, solution, **kwargs):\n"
         "    texts = [one if isinstance(one, str) else one[0]['content'] for one in completions]\n"

@@ -1,4 +1,4 @@
-"""The commands of the quick start work, in their order, on less data."""
+"""The quick start's commands work, in order, on less data."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _HERE_DOCUMENT = re.compile(r"cat > (\S+) <<'END'\n(.*?)^END$", re.MULTILINE | r
 
 
 def _blocks() -> list[str]:
-    """Those after the installation and before real models."""
+    """Return the code blocks after the installation and before real models."""
     text = _PAGE.read_text(encoding="utf-8")
     return _BLOCK.findall(text[text.index("## Fine-tune") : text.index("## With a real model")])
 
 
 def _commands(block: str) -> Iterator[list[str]]:
     for line in block.replace("\\\n", " ").splitlines():
-        if line.strip() and not line.startswith("simpo: "):  # a message that is quoted
+        if line.strip() and not line.startswith("simpo: "):  # quoted messages
             yield shlex.split(line)
 
 
 def _write_demo(folder: Path) -> None:
-    """What the page uses of the demo's folder."""
+    """Write the parts of the demo's folder that the page uses."""
     write_model(folder / "start", seed=0)
     write_sft(folder / "sft.jsonl", 1000, seed=0)
     write_prompts(folder / "prompts.jsonl", 60, seed=0)

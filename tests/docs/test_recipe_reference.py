@@ -1,4 +1,4 @@
-"""The page of recipe keys says what the code declares."""
+"""The page of recipe keys matches the code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_page_is_up_to_date(reference):
     assert current, "docs/recipe-reference.md is not what the code declares; run: python docs/recipe_reference.py"
 
 
-def test_every_key_of_ours_and_every_changed_default_is_on_the_page(reference):
+def test_every_own_key_and_changed_default_is_on_the_page(reference):
     theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     ours = {
         field.name
@@ -48,5 +48,5 @@ def test_every_key_of_ours_and_every_changed_default_is_on_the_page(reference):
     assert not [name for name in sorted(ours) if f"\n| `{name}` |" not in page]
 
 
-def test_a_bar_in_a_cell_does_not_end_it(reference):
+def test_a_bar_in_a_cell_is_escaped(reference):
     assert reference._markdown(("a", "b"), [("x | y", "z")])[-1] == "| x \\| y | z |"

@@ -1,4 +1,4 @@
-"""The documentation as a site: built without warnings and network, complete, and accessible in a browser."""
+"""The documentation site: built without warnings or network, complete, and accessible in a browser."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def address(site):
         server.shutdown()
 
 
-def test_every_page_every_public_name_and_every_linked_file_is_there(site):
+def test_every_page_public_name_and_linked_file_is_included(site):
     pages = {path.stem for path in (_ROOT / "docs").glob("*.md")} - {"README"}
     assert pages <= {path.stem for path in site.glob("*.html")}
     reference = (site / "api.html").read_text()
@@ -66,7 +66,7 @@ def test_pages_are_without_errors_and_accessible(address, width, dark, tmp_path)
             assert page.complaints == [], name
             assert all(url.startswith((address, "data:", "blob:")) for url in page.requests)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-            if axe is not None and name in ("index", "quick-start"):  # it takes long on long pages
+            if axe is not None and name in ("index", "quick-start"):  # it is slow on long pages
                 page.evaluate((Path(axe.submodule_search_locations[0]) / "axe.min.js").read_text())
                 found = page.evaluate(
                     "axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html).slice(0, 3)]))"

@@ -1,4 +1,4 @@
-"""lm-eval's results read, and differences between two models."""
+"""Reading lm-eval's results, and differences between two models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simpo.statistics import mean_interval
 
 
 def output(right, perplexity=12.0):
-    """What ``simple_evaluate`` returns, for one task of single answers, one of two filters, and a group."""
+    """Return what ``simple_evaluate`` returns for one task with single answers, one of its two filters, and a group."""
     n = len(right)
     error = float(np.std(right, ddof=1) / n**0.5)
     strict = [{"doc_id": i, "filter": "strict", "exact_match": float(x)} for i, x in enumerate(right)]
@@ -50,7 +50,7 @@ BEFORE = [1, 1, 0, 1, 0, 0, 1, 1]
 AFTER = [1, 0, 0, 1, 1, 0, 1, 0]
 
 
-def test_figures_by_task_metric_and_filter():
+def test_metrics_by_task_metric_and_filter():
     scores = read_scores(output(BEFORE))
     assert set(scores) == {
         "mmlu/acc",
@@ -63,13 +63,13 @@ def test_figures_by_task_metric_and_filter():
     assert scores["truth/acc"].n == 8 and scores["mmlu/acc"].items == {}
     assert scores["wiki/word_perplexity"].error is None
     metrics = {metric.name: metric for metric in score_metrics(scores, "after")}
-    # Wilson's bound with the number of trials that has this standard error: 0.4 * 0.6 / 0.01**2 = 2400.
+    # Wilson's bound for the number of trials with this standard error: 0.4 * 0.6 / 0.01**2 = 2400.
     expected = binomtest(960, 2400).proportion_ci(method="wilson").low
     assert metrics["academic/mmlu/acc"].low == pytest.approx(expected, abs=1e-6)
     assert metrics["academic/wiki/word_perplexity"].low is None
 
 
-def test_differences_are_paired_where_items_are_known():
+def test_differences_are_paired_if_items_are_known():
     found = {metric.name: metric for metric in differences(read_scores(output(BEFORE)), read_scores(output(AFTER, 10)))}
     paired = mean_interval(np.array(AFTER) - np.array(BEFORE))
     same = found["academic/truth/acc/difference"]
@@ -84,7 +84,7 @@ def test_differences_are_paired_where_items_are_known():
     assert unknown.value == -2 and unknown.low is None
 
 
-def test_a_figure_that_is_no_mean_has_no_items():
+def test_a_metric_that_is_not_a_mean_has_no_items():
     given = output(BEFORE)
     given["results"]["truth"]["acc,none"] = 0.123
     assert read_scores(given)["truth/acc"].items == {}
@@ -107,7 +107,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _INSTALLED, reason="lm-eval is not installed")
-def test_lm_eval_itself_on_a_task_of_ones_own(chat_world, tmp_path):
+def test_lm_eval_runs_a_custom_task(chat_world, tmp_path):
     rows = [json.dumps({"question": f"Is {number} even?", "label": number % 2}) for number in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "tasks").mkdir()
@@ -124,7 +124,7 @@ def test_lm_eval_itself_on_a_task_of_ones_own(chat_world, tmp_path):
 
 
 @pytest.mark.parametrize("given", [{"task_folder": "tasks"}, {"tasks": "gsm8k,own.yaml"}])
-def test_task_files_can_hold_code_and_need_permission(tmp_path, monkeypatch, given):
+def test_task_files_can_contain_code_and_need_permission(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text("task: own\nprocess_docs: !function code.run\n")
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')\n")
@@ -134,7 +134,7 @@ def test_task_files_can_hold_code_and_need_permission(tmp_path, monkeypatch, giv
 
 
 @pytest.mark.skipif(_INSTALLED, reason="lm-eval is installed")
-def test_without_lm_eval_one_line_says_what_to_install(tmp_path):
+def test_a_missing_lm_eval_is_reported_with_what_to_install(tmp_path):
     with pytest.raises(SimpoError, match=r"pip install 'simpo\[academic\]'"):
         evaluate(AcademicSettings(model="x", output_dir=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

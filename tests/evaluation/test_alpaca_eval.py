@@ -1,4 +1,4 @@
-"""AlpacaEval's files, swap rule, judge and counts."""
+"""AlpacaEval's files, order randomization, judge and counts."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def write(path, rows):
     return path
 
 
-def test_the_order_is_drawn_as_the_benchmark_draws_it():
+def test_the_order_is_drawn_like_the_benchmarks():
     drawn = [switched(question) for question in QUESTIONS]
     for question, found in zip(QUESTIONS, drawn, strict=True):
         assert found is random.Random("is_switched_outputs" + question + "0").choices([False, True])[0]
     assert set(drawn) == {False, True}
 
 
-def test_the_first_token_is_weighed():
+def test_the_first_token_is_weighted():
     assert weighted_preference({"m": math.log(0.6), "M": math.log(0.2), "The": -5.0}) == pytest.approx(2 - 0.75)
     assert weighted_preference({"m": -0.1, "The": -3.0}) == 1.0
     assert weighted_preference({"M": -0.69}) == 2.0
@@ -74,24 +74,24 @@ def test_the_first_token_is_weighed():
         ({"m": 0.3, "M": 0.19, "I": 0.5}, None),
         ({"m": 0.3, "M": 0.21, "I": 0.4}, 2 - 0.3 / 0.51),
         ({" m": 0.6, "M\n": 0.2, "The": 0.1}, 2 - 0.6 / 0.8),
-        ({"m": 0.02, " m": 0.2, " M": 0.6}, 2 - 0.22 / 0.82),  # too little without the white space
-        ({"m": 0.6, " m": 0.1, "M": 0.2}, 2 - 0.6 / 0.8),  # enough without it: as the benchmark does
+        ({"m": 0.02, " m": 0.2, " M": 0.6}, 2 - 0.22 / 0.82),  # too little probability without leading whitespace
+        ({"m": 0.6, " m": 0.1, "M": 0.2}, 2 - 0.6 / 0.8),  # enough without it, so the benchmark ignores the others
         ({"m": 0.1, "M": 0.1, " ": 0.8}, None),
     ],
 )
-def test_a_verdict_needs_probability_on_its_names(probabilities, expected):
+def test_a_verdict_needs_enough_probability_on_its_names(probabilities, expected):
     found = weighted_preference({token: math.log(value) for token, value in probabilities.items()})
     assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
-def test_a_plain_judge_names_an_answer():
+def test_an_unweighted_judge_names_an_answer():
     assert [plain_preference("m"), plain_preference(" M\n")] == [1.0, 2.0]
     assert math.isnan(plain_preference("both")) and math.isnan(plain_preference(""))
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_a_verdict_is_turned_back_where_the_order_was(weighted):
-    """The judge prefers the model's answer wherever it stands, then whatever stands first."""
+def test_a_verdict_is_swapped_back_if_the_order_was_swapped(weighted):
+    """The judge prefers the model's answer wherever it is, then whichever is first."""
     for instruction in QUESTIONS:
         name = "m" if switched(instruction) else "M"
         fair = ChatReply(name, {name: -0.0, "m" if name == "M" else "M": -math.inf})
@@ -114,7 +114,7 @@ def test_a_request_shows_both_answers_in_the_drawn_order():
     assert prompt.request("a", "1", "2", weighted=False).top_logprobs is None
 
 
-def test_a_prompt_of_ones_own(tmp_path):
+def test_a_custom_prompt(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text('Which? {"q": """{instruction}"""} {output_1} or {output_2} {else}')
     request = PairwisePrompt(file).request("Q", "A", "A", weighted=True)
@@ -131,7 +131,7 @@ def test_a_prompt_of_ones_own(tmp_path):
         PairwisePrompt(file)
 
 
-def test_files_travel_both_ways(tmp_path):
+def test_files_can_be_written_and_read_back(tmp_path):
     annotations = [annotation("a", "1", "2", 1.25, "m"), annotation("b", "x", "", math.nan, "?")]
     outputs = tmp_path / "model_outputs.json"
     write_rows(outputs, [AlpacaEval.answer_row(one.question, one.answer) for one in annotations])
@@ -147,7 +147,7 @@ def test_files_travel_both_ways(tmp_path):
     assert back[0].preference == 1.25 and math.isnan(back[1].preference)
 
 
-def test_a_draw_of_older_versions_is_a_draw(tmp_path):
+def test_a_draw_in_older_versions_is_read_as_a_draw(tmp_path):
     rows = [{"instruction": "a", "output_1": "1", "output_2": "2", "preference": 0}]
     assert read_annotations(write(tmp_path / "old.json", rows))[0].preference == 1.5
 
@@ -165,14 +165,14 @@ ROW = {"instruction": "a", "output": "1"}
         ([ROW, {"instruction": "c", "output": "1"}], r"1 of 2 answers are to other questions.*'c'"),
     ],
 )
-def test_outputs_that_are_not_the_benchmarks(tmp_path, rows, said):
+def test_outputs_not_from_the_benchmark_are_rejected(tmp_path, rows, said):
     reference = read_reference(write(tmp_path / "reference.json", [ROW, ROW | {"instruction": "b"}]))
     with pytest.raises(SimpoError, match=said):
         read_outputs(write(tmp_path / "outputs.json", rows), reference)
 
 
 @pytest.mark.parametrize("value", [3, 0.5, "m", True])
-def test_a_preference_is_from_1_to_2(tmp_path, value):
+def test_a_preference_must_be_between_1_and_2(tmp_path, value):
     rows = [{"instruction": "a", "output_1": "1", "output_2": "2", "preference": value}]
     with pytest.raises(SimpoError, match=r"rows.json\[0\]: preference: expected a number from 1 to 2"):
         read_annotations(write(tmp_path / "rows.json", rows))
@@ -201,7 +201,7 @@ def test_baselines_from_files(tmp_path):
         read_baselines(tmp_path / "gamed.csv", None)
 
 
-def test_difficulties_of_other_instructions_are_refused_or_said(tmp_path):
+def test_difficulties_for_other_instructions_are_rejected_or_reported(tmp_path):
     (tmp_path / "gamed.csv").write_text(
         "index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n1,0.2,-2.0,0.1\n"
     )
@@ -214,7 +214,7 @@ def test_difficulties_of_other_instructions_are_refused_or_said(tmp_path):
         settings.length_control(3, said.append)
 
 
-def test_what_is_missing_or_empty_is_counted():
+def test_missing_and_empty_answers_are_counted():
     found = [
         annotation(instruction, "theirs", text, value)
         for instruction, text, value in zip(
@@ -235,7 +235,7 @@ def test_what_is_missing_or_empty_is_counted():
 
 
 def test_the_interval_of_a_win_rate_is_wilsons_with_1_96_standard_errors():
-    """A share of 0.6 with the standard error of n trials has the Wilson interval of n trials."""
+    """A share of 0.6 with the standard error of n trials has the Wilson interval for n trials."""
     found = [annotation(text, "theirs", "ours", value) for text, value in zip("abcde", [2, 2, 2, 1, 1], strict=True)]
     metric = next(one for one in leaderboard_metrics(found, None, print) if one.name == "alpaca_eval/win_rate")
     trials = 0.6 * 0.4 / (np.std([1, 1, 1, 0, 0], ddof=1) ** 2 / 5)

@@ -1,4 +1,4 @@
-"""Arena-Hard: verdicts, scores against Bradley-Terry, intervals by simulation, style, files."""
+"""Arena-Hard: verdicts, scores against Bradley-Terry, interval coverage by simulation, style control, files."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from simpo.evaluation.arena_hard import (
         ("", None, None),
     ],
 )
-def test_verdicts(text, old, new):
+def test_verdicts_are_read_from_text(text, old, new):
     assert (read_verdict(text, "v0.1"), read_verdict(text, "v2")) == (old, new)
 
 
 def test_battles_count_from_the_models_side():
-    """The baseline stands first in the first game."""
+    """In the first game, the baseline is shown first."""
     assert battles("B>A", "A>B", "v0.1") == [1, 1]
     assert battles("A>>B", "B>>A", "v0.1") == [0] * 6
     assert battles("A=B", "A>>B", "v2") == [0.5, 1, 1, 1]
@@ -59,7 +59,7 @@ def test_battles_count_from_the_models_side():
 
 
 def drawn(rng, prompts, lean):
-    """Worths of the battles of prompts that lean to the model, each in its own measure."""
+    """Simulate weighted battles for prompts that favor the model by ``lean`` on average, each to a different degree."""
     won = rng.uniform(size=(prompts, 2)) < expit(rng.normal(lean, 1.0, size=(prompts, 1)))
     strong = rng.uniform(size=(prompts, 2)) < 0.4
     return [
@@ -68,13 +68,13 @@ def drawn(rng, prompts, lean):
     ]
 
 
-def test_the_mean_is_what_bradley_terry_fits():
-    """Several models against one baseline, strengths by unpenalized logistic regression."""
+def test_the_mean_equals_bradley_terry():
+    """Several models against one baseline; strengths from unpenalized logistic regression."""
     rng = np.random.default_rng(0)
     boards = [drawn(rng, 60, lean) for lean in (-1.0, 0.2, 2.0)]
     worths = [np.concatenate(board) for board in boards]
     models = np.repeat(np.arange(3), [len(found) for found in worths])
-    x = np.column_stack([np.eye(3)[models], -np.ones(len(models))])  # the last is the baseline
+    x = np.column_stack([np.eye(3)[models], -np.ones(len(models))])  # the last one is the baseline
     y = np.concatenate(worths)
 
     def loss(strengths):
@@ -87,7 +87,7 @@ def test_the_mean_is_what_bradley_terry_fits():
         assert score_over_prompts(board).value / 100 == pytest.approx(expit(strength), abs=1e-6)
 
 
-def test_bootstrap_intervals_are_percentiles_of_its_means():
+def test_bootstrap_intervals_are_percentiles_of_resampled_means():
     board = drawn(np.random.default_rng(1), 40, 0.3)
     worths = np.concatenate(board)
     means = worths[np.random.default_rng(7).integers(len(worths), size=(100, len(worths)))].mean(axis=1)
@@ -98,7 +98,7 @@ def test_bootstrap_intervals_are_percentiles_of_its_means():
 
 
 def test_coverage_of_both_intervals():
-    """Over prompts the interval keeps its 95%; over battles it cannot, because battles of a prompt go together."""
+    """Resampling prompts covers 95%; resampling battles cannot, because the battles of a prompt are correlated."""
     rng = np.random.default_rng(2)
     truth = 100 * expit(np.random.default_rng(3).normal(0.4, 1.0, size=1_000_000)).mean()
     boards = [drawn(rng, 120, 0.4) for _ in range(1000)]
@@ -108,7 +108,7 @@ def test_coverage_of_both_intervals():
     assert sum(found.low <= truth <= found.high for found in over_battles) < 0.85 * 300
 
 
-def test_battles_that_are_independent_are_covered():
+def test_independent_battles_are_covered():
     rng = np.random.default_rng(4)
     boards = (rng.uniform(size=(1000, 300)) < 0.6).astype(float)
     covered = 0
@@ -124,14 +124,14 @@ def test_style_is_counted_outside_code():
     assert style_of("plain", 3) == (3, 0, 0, 0)
 
 
-def test_style_differences_by_their_formula():
+def test_style_differences_match_their_formula():
     found = style_differences([(30, 3, 0, 6), (0, 0, 0, 0)], [(10, 0, 0, 1), (0, 0, 0, 0)])
     density = [(3 / 31, 0.0), (0.0, 0.0), (6 / 31, 1 / 11)]
     assert found[0] == pytest.approx([20 / 40, *((a - b) / (a + b + 1) for a, b in density)])
     assert found[1] == pytest.approx(np.zeros(4))
 
 
-def test_style_control_recovers_the_strength_without_the_effects_of_style():
+def test_style_control_recovers_the_strength_without_style_effects():
     rng = np.random.default_rng(5)
     features = rng.normal([0.3, 0.0, 0.1, -0.2], [0.5, 0.2, 0.3, 0.4], size=(800, 4))
     strength, effects = 0.7, np.array([1.2, 0.0, -0.5, 0.8])
@@ -139,13 +139,13 @@ def test_style_control_recovers_the_strength_without_the_effects_of_style():
     assert style_controlled_score(worths, features) == pytest.approx(100 * expit(strength), abs=1e-6)
     same = np.zeros((3, 4))  # explains nothing
     assert style_controlled_score(np.array([1.0, 0.0, 1.0]), same) == pytest.approx(200 / 3)
-    # nor does a feature that is equal everywhere, although the mean of its values is not exactly that value
+    # nor does a constant feature, even if its mean is not exactly equal to its value due to rounding
     alone = style_controlled_score(worths, features[:, :3])
     features[:, 3] = 0.1
     assert style_controlled_score(worths, features) == pytest.approx(alone)
 
 
-def test_where_style_explains_everything_nothing_is_said_of_equal_style():
+def test_there_is_no_controlled_score_if_style_explains_everything():
     rng = np.random.default_rng(6)
     features = rng.normal(size=(50, 4))
     assert np.isnan(style_controlled_score((features[:, 0] > 0.1).astype(float), features))
@@ -165,7 +165,7 @@ def lines(path, rows):
     return path
 
 
-def test_files_of_both_forms(tmp_path):
+def test_both_file_formats_are_read(tmp_path):
     new = lines(tmp_path / "new.jsonl", [{"uid": "a", "category": "math", "prompt": "P"}])
     old = lines(
         tmp_path / "old.jsonl", [{"question_id": "a", "category": "arena-hard-v0.1", "turns": [{"content": "P"}]}]
@@ -186,7 +186,7 @@ def test_files_of_both_forms(tmp_path):
 
 
 @pytest.mark.parametrize("turns", [[], ["P"], [{"text": "P"}], [{"content": None}]])
-def test_questions_that_are_not_the_benchmarks(tmp_path, turns):
+def test_questions_not_from_the_benchmark_are_rejected(tmp_path, turns):
     row = {"question_id": "a", "category": "arena-hard-v0.1", "turns": turns}
     with pytest.raises(SimpoError, match=r"questions.jsonl:1: turns: "):
         read_questions(lines(tmp_path / "questions.jsonl", [row]), "v0.1")
@@ -200,12 +200,12 @@ def test_questions_that_are_not_the_benchmarks(tmp_path, turns):
         {"uid": "a", "model_id": "m", "choices": [{"turns": [{"content": None, "token_len": 0}]}]},
     ],
 )
-def test_no_answer_is_not_a_text(tmp_path, row):
+def test_a_missing_answer_is_not_text(tmp_path, row):
     with pytest.raises(SimpoError, match=r"answers.jsonl:1: answer: .*None"):
         read(lines(tmp_path / "answers.jsonl", [row]), [asked("a", "math")])
 
 
-def test_a_baseline_that_is_not_the_categorys_is_said(tmp_path):
+def test_a_baseline_other_than_the_categorys_is_reported(tmp_path):
     questions = [asked("a", "math"), asked("b", "creative_writing")]
     files = {}
     for model in ("o3-mini-2025-01-31", "gemini-2.0-flash-001"):
@@ -222,7 +222,7 @@ def test_a_baseline_that_is_not_the_categorys_is_said(tmp_path):
         with_baselines(questions, [o3, o3], said.append)
 
 
-def test_figures_by_category_and_what_is_left_out():
+def test_metrics_by_category_and_what_is_excluded():
     base = Answer("base", ("text",))
     questions = [replace(asked(str(i), "math" if i < 3 else "coding"), reference=base) for i in range(5)]
     verdicts = [("B>A", "A>B"), ("A=B", "A=B"), (None, "A>B"), ("A>>B", "B>>A"), ("A>B", "A>B")]

@@ -1,4 +1,4 @@
-"""Figures of answers by hand, and which changes of them are signs of a collapse."""
+"""Answer statistics worked out by hand, and which changes in them are signs of collapse."""
 
 import math
 import random
@@ -11,17 +11,17 @@ from simpo.generation.engine import Sampled
 GOOD = AnswerStatistics(length=20.0, end_of_turn_rate=0.9, distinct_2=0.95)
 
 
-def test_figures_by_hand():
+def test_statistics_by_hand():
     answers = [
-        Sampled([7, 8, 7, 8, 7], finished=False, logp=None),  # 78 87 78 87: two of four
-        Sampled([4, 5, 2], finished=True, logp=None),  # 45 52: two of two
-        Sampled([2], finished=True, logp=None),  # none
+        Sampled([7, 8, 7, 8, 7], finished=False, logp=None),  # bigrams 78 87 78 87: two of four are distinct
+        Sampled([4, 5, 2], finished=True, logp=None),  # bigrams 45 52: two of two
+        Sampled([2], finished=True, logp=None),  # no bigrams
     ]
     assert AnswerStatistics.of(answers) == AnswerStatistics(3.0, 2 / 3, 0.75)
     assert math.isnan(AnswerStatistics.of(answers[2:]).distinct_2)
 
 
-def test_distinct_2_by_its_definition():
+def test_distinct_2_matches_its_definition():
     rng = random.Random(0)
     for _ in range(50):
         ids = [rng.randrange(5) for _ in range(rng.randrange(2, 30))]
@@ -54,5 +54,5 @@ def test_distinct_2_by_its_definition():
         ),
     ],
 )
-def test_signs(now, start, expected_length, signs):
+def test_signs_of_collapse(now, start, expected_length, signs):
     assert signs_of_collapse(now, start, expected_length) == signs

@@ -1,4 +1,4 @@
-"""Win rates by their definition."""
+"""Win rates against their definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simpo.evaluation.compare import PromptAnswers, compare_answers, read_matche
 from simpo.statistics import mean_interval, share_interval
 
 
-def test_win_rate_counts_every_meeting_of_a_prompt():
+def test_win_rate_counts_every_pair_of_answers_to_a_prompt():
     rng = np.random.default_rng(0)
     a = [rng.integers(0, 4, size=3).tolist() for _ in range(20)]
     b = [rng.integers(0, 4, size=2).tolist() for _ in range(20)]
@@ -29,7 +29,7 @@ def test_win_rate_counts_every_meeting_of_a_prompt():
     assert win_rate(b, a).value == pytest.approx(1 - found.value)
 
 
-def test_win_rate_of_one_answer_each():
+def test_win_rate_with_one_answer_each():
     found = win_rate([[1.0], [2.0], [3.0], [0.0]], [[0.0], [2.0], [1.0], [5.0]])
     assert found.value == (1 + 0.5 + 1 + 0) / 4
 
@@ -41,7 +41,7 @@ def write_answers(folder, name, ids):
     return path
 
 
-def test_answers_are_paired_by_prompt(tmp_path):
+def test_answers_are_matched_by_prompt(tmp_path):
     a, b = write_answers(tmp_path, "a", "xyz"), write_answers(tmp_path, "b", "zxy")
     contests = read_matched(a, b)
     assert [(c.prompt, c.a["responses"], c.b["responses"]) for c in contests] == [
@@ -57,8 +57,8 @@ def test_answers_are_paired_by_prompt(tmp_path):
         read_matched(a, tmp_path / "nowhere.jsonl")
 
 
-def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
-    """A prompt's id is that of its content, wherever it stands."""
+def test_both_file_formats_identify_the_same_prompts(tmp_path):
+    """A prompt's id depends only on its content."""
     outputs = tmp_path / "model_outputs.json"
     outputs.write_text(json.dumps([{"instruction": "What is 1?", "output": "", "generator": "m"}]))
     sampled = tmp_path / "responses.jsonl"
@@ -82,7 +82,7 @@ def test_files_of_both_kinds_are_about_the_same_prompts(tmp_path):
         ({"id": "first", "prompt": "p", "responses": ["a"]}, "'first' occurs twice, first at answers.jsonl:1"),
     ],
 )
-def test_files_that_hold_no_answers(tmp_path, row, said):
+def test_files_without_answers_are_rejected(tmp_path, row, said):
     path = tmp_path / "answers.jsonl"
     first = {"id": "first", "prompt": "p", "responses": ["a"]}
     path.write_text(json.dumps(first) + "\n" + json.dumps(row) + "\n")
@@ -91,14 +91,14 @@ def test_files_that_hold_no_answers(tmp_path, row, said):
     assert str(raised.value).startswith("answers.jsonl:2: ")
 
 
-def test_a_prompt_may_be_one_message(tmp_path):
+def test_a_prompt_may_be_a_single_message(tmp_path):
     message = {"role": "user", "content": "p"}
     (tmp_path / "answers.jsonl").write_text(json.dumps({"id": "x", "prompt": message, "responses": ["a"]}) + "\n")
     assert read_answer_file(tmp_path / "answers.jsonl")["x"]["prompt"] == [message]
 
 
-def test_figures_of_both_models():
-    """By hand: two prompts, two answers each."""
+def test_metrics_of_both_models():
+    """Worked out by hand: two prompts with two answers each."""
 
     def side(*answers, finished=(True, True)):
         return {"responses": list(answers), "response_ids": [[0] * len(a) for a in answers], "finished": list(finished)}

@@ -1,4 +1,4 @@
-"""``eval_generations`` through ``simpo train`` and ``simpo sft``: figures, files, the same bits, resume, collapse."""
+"""``eval_generations`` in ``simpo train`` and ``simpo sft``: metrics, files, reproducibility, resume, collapse."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = ("length", "end_of_turn_rate", "distinct_2", "win_rate")
 SHORT = {"eval_steps": STEPS, "eval_judge": None}
 TIMES = ("runtime", "per_second", "preparation_time", "total_flos")
 
-# Draws random numbers from everywhere; fails after the pairs that it is tried on.
+# The judges draw random numbers from every generator; the failing one fails after its trial pairs.
 JUDGES = """
 import random
 import numpy as np
@@ -53,7 +53,7 @@ def failing(prompt, response):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny chat model, pairs, demonstrations, and a module of judges."""
+    """A folder with a tiny chat model, pairs, demonstrations and a module of judges."""
     folder = tmp_path_factory.mktemp("world")
     write_pairs(folder / "train.jsonl", 4 * STEPS, seed=0)
     write_pairs(folder / "test.jsonl", 12, seed=0, held_out=True)
@@ -88,7 +88,7 @@ def options(world: Path, output: Path, command: str = "train", **changes) -> lis
 
 
 def logged(folder: Path) -> list[dict]:
-    """What was logged, without times."""
+    """Return what was logged, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in lines]
 
@@ -112,20 +112,20 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def through(world, tmp_path_factory):
-    """A run that nothing stopped."""
-    output = tmp_path_factory.mktemp("through") / "run"
+def uninterrupted(world, tmp_path_factory):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert cli.main(options(world, output)) == 0
     return output
 
 
 @pytest.mark.parametrize(("name", "weights"), [("start", "model"), (f"step-{STEPS}", None)])
-def test_answers_are_the_models_own_greedy_ones(through, world, name, weights):
-    """By transformers' own generate, a prompt at a time, with the model that the run started from and left."""
-    folder = through if weights is None else world / weights
+def test_answers_are_the_models_own_greedy_answers(uninterrupted, world, name, weights):
+    """Compared with transformers' own generate, one prompt at a time, for the start model and the trained one."""
+    folder = uninterrupted if weights is None else world / weights
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     stops = TransformersEngine(model, tokenizer).stop_ids
-    rows = answers(through)[name]
+    rows = answers(uninterrupted)[name]
     held_out = [json.loads(line)["prompt"] for line in (world / "test.jsonl").open()]
     asked = [row["prompt"] for row in rows]
     assert len(set(asked)) == PROMPTS
@@ -137,10 +137,10 @@ def test_answers_are_the_models_own_greedy_ones(through, world, name, weights):
         assert row["response_ids"] == [whole[0, ids["input_ids"].shape[1] :].tolist()]
 
 
-def test_figures_by_their_definitions(through):
-    found, start = answers(through), answers(through)["start"]
+def test_metrics_match_their_definitions(uninterrupted):
+    found, start = answers(uninterrupted), answers(uninterrupted)["start"]
     assert set(found) == {"start", *(f"step-{step}" for step in range(EVERY, STEPS + 1, EVERY))}
-    lines = [line for line in logged(through) if "eval_loss" in line]
+    lines = [line for line in logged(uninterrupted) if "eval_loss" in line]
     for line in lines:
         rows = found[f"step-{line['step']}"]
         ids = [row["response_ids"][0] for row in rows]
@@ -158,13 +158,13 @@ def test_figures_by_their_definitions(through):
         assert {name: line[f"eval_generations/{name}"] for name in NAMES} == pytest.approx(expected)
 
 
-def test_the_bits_are_those_of_a_run_without(through, world, tmp_path, monkeypatch):
-    """Also with a judge that draws random numbers, in the main process's every generator."""
+def test_generations_do_not_change_training(uninterrupted, world, tmp_path, monkeypatch):
+    """Even with a judge that draws from every random generator in the main process."""
     monkeypatch.chdir(world)
     noisy = {"eval_judge": "function:judges_of_a_test:noisy", "trust_remote_code": "true"}
     assert cli.main(options(world, tmp_path / "without", eval_generations=0, eval_judge=None)) == 0
     assert cli.main(options(world, tmp_path / "noisy", **noisy)) == 0
-    for folder in (through, tmp_path / "noisy"):
+    for folder in (uninterrupted, tmp_path / "noisy"):
         assert same_weights(folder, tmp_path / "without")
         assert without_generations(logged(folder)) == logged(tmp_path / "without")
     assert not (tmp_path / "without/generations").exists()
@@ -172,7 +172,7 @@ def test_the_bits_are_those_of_a_run_without(through, world, tmp_path, monkeypat
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone."""
+    """Stands in for a killed process."""
 
 
 class KillAt(TrainerCallback):
@@ -184,7 +184,7 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
-def test_a_killed_run_reads_the_start_models_answers(through, world, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_reuses_the_start_models_answers(uninterrupted, world, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     train = workflow.PackedTrainer.train
 
@@ -201,30 +201,30 @@ def test_a_killed_run_reads_the_start_models_answers(through, world, tmp_path, m
     assert cli.main(options(world, output)) == 0
     assert "continues from" in capsys.readouterr().out
     assert start.stat().st_mtime_ns == written
-    assert answers(output) == answers(through)
-    assert generations(logged(output)) == generations(logged(through))
-    assert same_weights(output, through)
+    assert answers(output) == answers(uninterrupted)
+    assert generations(logged(output)) == generations(logged(uninterrupted))
+    assert same_weights(output, uninterrupted)
 
 
-def test_a_judge_that_fails_later_ends_no_training(through, world, tmp_path, monkeypatch, caplog):
+def test_a_judge_that_fails_later_does_not_end_training(uninterrupted, world, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(world)
     output = tmp_path / "run"
     failing = {"eval_judge": "function:judges_of_a_test:failing", "trust_remote_code": "true"}
     assert cli.main(options(world, output, **failing)) == 0
     assert [line["eval_generations/win_rate"] for line in generations(logged(output))] == [None] * (STEPS // EVERY)
     assert sum("no win rate" in record.message and "cannot say" in record.message for record in caplog.records) == 3
-    assert same_weights(output, through)
+    assert same_weights(output, uninterrupted)
 
 
 def prefer_later(body):
-    """The answer that comes later in the alphabet."""
+    """Prefer the answer that comes later in the alphabet."""
     text = body["messages"][0]["content"]
     a, b = (re.search(f"<answer_{name}>\n(.*)\n</answer_{name}>", text, re.DOTALL)[1] for name in "AB")
     return completion(f"[[{'A' if a > b else 'B'}]]")
 
 
 @pytest.mark.parametrize(("answer", "verdicts"), [(prefer_later, True), (lambda body: completion("?"), False)])
-def test_a_judge_behind_a_server(through, world, tmp_path, monkeypatch, caplog, answer, verdicts):
+def test_a_judge_behind_a_server(uninterrupted, world, tmp_path, monkeypatch, caplog, answer, verdicts):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with ChatServer(answer) as server:
         judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny", "max_steps": EVERY}
@@ -235,7 +235,7 @@ def test_a_judge_behind_a_server(through, world, tmp_path, monkeypatch, caplog, 
         for now, before in zip(found[f"step-{EVERY}"], found["start"], strict=True)
     ]
     different = sum(ours != theirs for ours, theirs in pairs)
-    assert len(server.bodies) - 8 == 2 * different > 0  # and the pairs that it was tried with
+    assert len(server.bodies) - 8 == 2 * different > 0  # plus the trial pairs
     wins = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs if verdicts or ours == theirs]
     (line,) = generations(logged(tmp_path / "run"))
     assert line["eval_generations/win_rate"] == (pytest.approx(sum(wins) / len(wins)) if wins else None)
@@ -243,7 +243,7 @@ def test_a_judge_behind_a_server(through, world, tmp_path, monkeypatch, caplog, 
 
 
 @pytest.mark.parametrize("status", [400, 401])
-def test_a_server_that_refuses_stops_the_run_before_it_trains(world, tmp_path, monkeypatch, capsys, status):
+def test_a_server_that_refuses_stops_the_run_before_training(world, tmp_path, monkeypatch, capsys, status):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with ChatServer(lambda body: Raw(status=status)) as server:
         judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny", "yes": "true"}
@@ -252,8 +252,8 @@ def test_a_server_that_refuses_stops_the_run_before_it_trains(world, tmp_path, m
     assert not (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_what_a_judge_may_cost_is_agreed_to_before_the_start_model_answers(world, tmp_path, monkeypatch, capsys):
-    """Asked once for all evaluations; a later start with yes is the same run."""
+def test_a_judges_cost_is_confirmed_before_any_answers_are_generated(world, tmp_path, monkeypatch, capsys):
+    """Asked once for all evaluations; running again with --yes is the same run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with ChatServer(prefer_later) as server:
@@ -280,7 +280,7 @@ def test_what_a_judge_may_cost_is_agreed_to_before_the_start_model_answers(world
         ({"eval_strategy": "epoch", "max_steps": 27}, 2),
     ],
 )
-def test_how_often_a_training_evaluates(changes, expected, tmp_path):
+def test_number_of_evaluations_in_a_run(changes, expected, tmp_path):
     given = {"eval_strategy": "steps", "per_device_train_batch_size": 4} | changes
     config = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **given)
     assert evaluations(config, 101) == expected
@@ -288,16 +288,16 @@ def test_how_often_a_training_evaluates(changes, expected, tmp_path):
 
 @pytest.fixture(scope="module")
 def terse(world, tmp_path_factory):
-    """What ``simpo sft`` made of the model: it says "Yes." to everything, and ends."""
+    """The model after ``simpo sft``: it answers "Yes." to everything and stops."""
     output = tmp_path_factory.mktemp("terse") / "run"
-    held_out = output.parent / "held_out.jsonl"  # training rows, the last one changed: not all may be training rows
+    held_out = output.parent / "held_out.jsonl"  # training rows with the last one changed: not all may be training rows
     held_out.write_text((world / "sft.jsonl").read_text().rstrip()[::-1].replace(".seY", "!seY", 1)[::-1])
     changes = {"dataset_name": world / "sft.jsonl", "num_train_epochs": 4, "save_strategy": "no"}
     assert cli.main(options(world, output, "sft", eval_dataset_name=held_out, **(changes | SHORT))) == 0
     return output
 
 
-def test_fine_tuning_is_watched_too(terse):
+def test_fine_tuning_is_evaluated_too(terse):
     *_, last = generations(logged(terse))
     length = len(AutoTokenizer.from_pretrained(terse)("Yes.").input_ids) + 1
     assert (last["eval_generations/end_of_turn_rate"], last["eval_generations/length"]) == (1, length)
@@ -305,7 +305,7 @@ def test_fine_tuning_is_watched_too(terse):
     assert "have collapsed" not in (terse / "log.txt").read_text()
 
 
-def test_a_collapse_is_said(terse, world, tmp_path, caplog):
+def test_a_collapse_is_reported(terse, world, tmp_path, caplog):
     ruinous = {"model_name_or_path": terse, "learning_rate": 0.5, "warmup_steps": 0, "save_strategy": "no"}
     assert cli.main(options(world, tmp_path / "run", **(ruinous | SHORT))) == 0
     said = [record.message for record in caplog.records if "have collapsed" in record.message]
@@ -329,7 +329,7 @@ MISTAKES = [
 ]
 
 
-def test_models_of_deepspeed_are_refused(world, tmp_path, capsys, monkeypatch):
+def test_deepspeed_models_are_rejected(world, tmp_path, capsys, monkeypatch):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert cli.main(options(world, tmp_path / "run")) == 2
@@ -337,7 +337,7 @@ def test_models_of_deepspeed_are_refused(world, tmp_path, capsys, monkeypatch):
 
 
 def sharded(arguments):
-    """``main`` where FSDP2 shards: accelerate makes DDP of it on a CPU, but not on what it takes for devices."""
+    """Run ``main`` with FSDP2. On a CPU, accelerate turns it into DDP, unless the device looks like an accelerator."""
     begin = PreferenceTrainer.__init__
 
     def begin_sharded(self, *args, **kwargs):
@@ -345,12 +345,12 @@ def sharded(arguments):
         begin(self, *args, **kwargs)
         assert isinstance(self.model, FSDPModule)
 
-    PreferenceTrainer.__init__ = begin_sharded  # of this process, which is a fork
+    PreferenceTrainer.__init__ = begin_sharded  # only affects this forked process
     return cli.main(arguments)
 
 
-def test_sharded_models_answer_as_whole_ones(world, tmp_path):
-    """Before training and at evaluations in its course, which changes nothing of it; 3 prompts on 2 ranks."""
+def test_sharded_models_give_the_same_answers(world, tmp_path):
+    """Before and during training, without affecting it; 3 prompts on 2 ranks."""
     shared = SHORT | {"dtype": "float64", "optim": "sgd", "learning_rate": 0.1, "eval_generations": 3}
     shared |= {"disable_dropout": "true", "save_strategy": "no", "use_cpu": "true"}
     assert cli.main(options(world, tmp_path / "one", **shared)) == 0
@@ -367,7 +367,7 @@ def test_sharded_models_answer_as_whole_ones(world, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "said"), MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, capsys, changes, said):
+def test_mistakes_give_a_one_line_error_and_write_nothing(world, tmp_path, capsys, changes, said):
     assert cli.main(options(world, tmp_path / "run", **changes)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("simpo: error: ")
@@ -379,7 +379,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(world, tmp_path, capsys, chang
     ("prompt", "said"),
     [("Who are you?", "exact: prompt"), ("?" * LONGEST, f"no held-out prompt has at most {LONGEST} tokens")],
 )
-def test_prompts_that_cannot_be_used_stop_the_run_before_training(world, tmp_path, capsys, prompt, said):
+def test_unusable_prompts_stop_the_run_before_training(world, tmp_path, capsys, prompt, said):
     row = {"prompt": prompt, "chosen": "No.", "rejected": "?"}
     (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
     given = options(world, tmp_path / "run", eval_dataset_name=tmp_path / "other.jsonl")
@@ -388,6 +388,6 @@ def test_prompts_that_cannot_be_used_stop_the_run_before_training(world, tmp_pat
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_a_reward_model_answers_nothing(world, tmp_path, capsys):
+def test_a_reward_model_has_no_answers(world, tmp_path, capsys):
     assert cli.main(options(world, tmp_path / "run", "reward", eval_judge=None)) == 2
     assert "eval_generations" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""GSM8K's numbers from constructed texts."""
+"""GSM8K's final numbers, from constructed texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from simpo.evaluation.academic import Gsm8kSettings, final_number, read_problems
         ("", None),
     ],
 )
-def test_the_number_that_a_text_ends_in(text, number):
+def test_the_number_a_text_ends_with(text, number):
     found = final_number(text)
     assert found == (None if number is None else Decimal(number))
 

@@ -1,4 +1,4 @@
-"""Win rates of AlpacaEval 2: closed forms always; the published leaderboard where its data is beside the repository."""
+"""AlpacaEval 2 win rates: closed forms always; the published leaderboard if its data is next to the repository."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DATA = Path(__file__).resolve().parents[2] / "../shared/data/alpaca_eval"
 published = pytest.mark.skipif(not _DATA.is_dir(), reason="the leaderboard's data is not here")
 
 
-def test_win_rates_by_their_definition():
+def test_win_rates_match_their_definition():
     found = win_rates(np.array([2.0, 1.5, 1.0, 1.75, 1.25]))
     shares = [1.0, 0.5, 0.0, 0.75, 0.25]
     assert found["win_rate"] == pytest.approx(50)
@@ -38,7 +38,7 @@ def test_win_rates_by_their_definition():
 
 
 @pytest.mark.parametrize("n", [5, 13, 100])
-def test_folds_are_those_of_groups_dealt_to_the_lightest_fold(n):
+def test_folds_assign_each_group_to_the_smallest_fold(n):
     """scikit-learn's GroupKFold written out, for groups of two rows each."""
     sizes, load, place = np.full(n, 2), np.zeros(5), np.empty(n, dtype=int)
     for group in np.argsort(sizes, kind="stable")[::-1]:
@@ -49,7 +49,7 @@ def test_folds_are_those_of_groups_dealt_to_the_lightest_fold(n):
 
 @pytest.fixture
 def world():
-    """Judged answers whose preferences follow the model exactly, with two gamed baselines."""
+    """Judged answers with preferences that follow the model exactly, and two gamed baselines."""
     rng = np.random.default_rng(0)
     difficulties, w = rng.normal(size=200), np.array([-1.5, 0.7, 0.3])
     gamed = np.column_stack([np.tanh(rng.normal(size=400)), np.tile(difficulties, 2), np.zeros(400)])
@@ -60,7 +60,7 @@ def world():
     return preferences, theirs, ours, baselines, w
 
 
-def test_a_model_that_is_exactly_logistic_is_recovered(world):
+def test_an_exactly_logistic_model_is_recovered(world):
     preferences, theirs, ours, baselines, w = world
     found = length_controlled(preferences, theirs, ours, baselines, strength=1e6)
     assert found.coefficients == pytest.approx(w, abs=1e-4)
@@ -69,7 +69,7 @@ def test_a_model_that_is_exactly_logistic_is_recovered(world):
     assert found.standard_error == pytest.approx(100 * expected.std(ddof=1) / 200**0.5, abs=1e-3)
 
 
-def test_answers_of_one_length_are_not_corrected_for_it(world):
+def test_answers_of_equal_length_are_not_corrected(world):
     preferences, theirs, ours, baselines, w = world
     longer = length_controlled(preferences, theirs, ours + 10_000, baselines, strength=1e6)
     assert win_rates(preferences)["win_rate"] != pytest.approx(longer.win_rate, abs=1)
@@ -86,13 +86,13 @@ def test_rows_without_a_preference_are_predicted_but_not_fitted(world):
     assert found.win_rate == pytest.approx(100 * expit(w[1] * baselines.difficulties + w[2]).mean(), abs=1e-3)
 
 
-def test_the_baseline_has_fifty(world):
+def test_the_baseline_scores_50(world):
     _, theirs, _, baselines, _ = world
     found = length_controlled(np.full(200, 1.5), theirs, theirs, baselines)
     assert (found.win_rate, found.standard_error) == (50.0, 0.0)
 
 
-def test_a_row_of_the_gamed_baselines_counts_a_tenth(world):
+def test_rows_of_gamed_baselines_count_a_tenth(world):
     """The penalized loss written out, with gamed baselines whose preferences contradict the model's."""
     preferences, theirs, ours, baselines, _ = world
     baselines = baselines._replace(y=1 - baselines.y)
@@ -109,7 +109,7 @@ def test_a_row_of_the_gamed_baselines_counts_a_tenth(world):
     assert found.coefficients == pytest.approx(best, abs=1e-4)
 
 
-def test_cross_validation_takes_the_strength_with_the_least_held_out_loss():
+def test_cross_validation_chooses_the_strength_with_the_lowest_held_out_loss():
     rng = np.random.default_rng(3)
     x = np.column_stack([rng.normal(size=(60, 2)), np.ones(60)])
     y, weights = rng.uniform(size=60), np.where(np.arange(60) < 30, 0.1, 1.0)
@@ -140,7 +140,7 @@ def baselines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def leaderboard(baselines):
-    """By model: its published row, its figures, and its length-controlled figures with both strengths."""
+    """For each model: its published row, its metrics, and its length-controlled win rates with both strengths."""
     found = {}
     for row in rows_in("published.csv"):
         with gzip.open(_DATA / f"{row['model']}.jsonl.gz", "rt") as file:
@@ -157,7 +157,7 @@ def leaderboard(baselines):
 
 
 @published
-def test_raw_figures_are_the_published_ones(leaderboard):
+def test_raw_metrics_equal_the_published_ones(leaderboard):
     assert len(leaderboard) == 15
     for row, raw, length, _, _ in leaderboard.values():
         assert {name: float(row[name]) for name in raw} == pytest.approx(raw, abs=1e-8)
@@ -167,8 +167,8 @@ def test_raw_figures_are_the_published_ones(leaderboard):
 
 
 @published
-def test_length_controlled_win_rates_are_the_published_ones(leaderboard):
-    """Within 0.2 points with a strength of our own choice, median below 0.01; within 0.02 with the published one."""
+def test_length_controlled_win_rates_equal_the_published_ones(leaderboard):
+    """Within 0.2 points with a strength we choose ourselves, median below 0.01; within 0.02 with the published one."""
     off = {"own": [], "same": []}
     for row, _, _, own, same in leaderboard.values():
         off["own"].append(abs(own.win_rate - float(row["length_controlled_winrate"])))
@@ -180,14 +180,14 @@ def test_length_controlled_win_rates_are_the_published_ones(leaderboard):
 
 
 @published
-def test_models_are_in_the_published_order(leaderboard):
+def test_models_rank_as_published(leaderboard):
     ours = sorted(leaderboard, key=lambda model: leaderboard[model][3].win_rate)
     theirs = sorted(leaderboard, key=lambda model: float(leaderboard[model][0]["length_controlled_winrate"]))
     assert ours == theirs
 
 
 @published
-def test_predictions_from_published_coefficients_are_the_published_figures(baselines):
+def test_predictions_from_published_coefficients_equal_the_published_win_rates(baselines):
     for row in rows_in("published_no_annotations.csv"):
         coefficients = np.array([float(row[f"coef_{name}"]) for name in ("tanh_len", "difficulty", "model")])
         found = predicted_preferences(baselines.difficulties, coefficients)

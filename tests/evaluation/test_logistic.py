@@ -1,4 +1,4 @@
-"""The logistic fit against scipy's optimum of the same objective, and the conditions of a minimum."""
+"""The logistic fit against scipy's optimum of the same objective, and optimality conditions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def objective(w, x, y, weights, penalty):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 10.0, 1000.0])
-def test_it_is_the_minimum_that_scipy_finds(problem, penalty):
+def test_the_fit_equals_scipys_minimum(problem, penalty):
     x, y, weights = problem
     found = fit_logistic(x, y, weights, penalty=penalty)
 
-    def split(parts):  # w = positive - negative, so that the penalty is smooth
+    def split(parts):  # w = positive - negative makes the penalty smooth
         return objective(parts[:3] - parts[3:], x, y, weights, 0.0) + penalty * parts.sum()
 
     options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10_000}
@@ -38,8 +38,8 @@ def test_it_is_the_minimum_that_scipy_finds(problem, penalty):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 30.0])
-def test_the_slopes_are_those_of_a_minimum(problem, penalty):
-    """Zero without a penalty; with one, the penalty's against the sign of a coefficient that is not 0."""
+def test_the_gradient_satisfies_the_optimality_conditions(problem, penalty):
+    """Zero without a penalty; with one, the penalty opposite to the sign of each nonzero coefficient."""
     x, y, weights = problem
     w = fit_logistic(x, y, weights, penalty=penalty)
     slope = x.T @ (weights * (expit(x @ w) - y))
@@ -50,7 +50,7 @@ def test_the_slopes_are_those_of_a_minimum(problem, penalty):
             assert abs(at) <= penalty
 
 
-def test_a_start_changes_nothing_and_weights_are_repetitions(problem):
+def test_the_starting_point_does_not_matter_and_weights_act_as_repetitions(problem):
     x, y, _ = problem
     counts = np.arange(len(y)) % 3 + 1
     weighed = fit_logistic(x, y, counts.astype(float), penalty=2.0, start=np.array([3.0, -2.0, 1.0]))
@@ -63,7 +63,7 @@ def test_a_constant_alone_gives_the_mean():
     assert expit(fit_logistic(np.ones((4, 1)), y)) == pytest.approx(y.mean(), abs=1e-12)
 
 
-def test_separable_rows_end_where_the_loss_is_nothing():
+def test_separable_rows_end_with_a_loss_of_zero():
     w = fit_logistic(np.ones((20, 1)), np.ones(20))
     assert np.isfinite(w).all() and log_loss(np.ones((20, 1)), np.ones(20), w).sum() < 1e-8
 
@@ -77,6 +77,6 @@ def test_which_rows_determine_their_coefficients(problem):
     assert not is_determined(alike, fit_logistic(alike, y))
     labels = (x[:, 0] > 0).astype(float)
     assert not is_determined(x, fit_logistic(x, labels))
-    labels[x[:, 0] < -0.5] = 0.5  # a part of the rows is separated, the others are not
+    labels[x[:, 0] < -0.5] = 0.5  # part of the rows is separable
     partly = np.column_stack([np.where(x[:, 0] > 0, x[:, 0], 0), x[:, 2]])
     assert not is_determined(partly, fit_logistic(partly, np.where(x[:, 0] > 0, 1.0, y)))

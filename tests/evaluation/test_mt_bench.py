@@ -1,4 +1,4 @@
-"""MT-Bench: ratings, averages, files and what the judge is shown."""
+"""MT-Bench: ratings, averages, files, and what the judge is shown."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from simpo.evaluation.mt_bench import MTBench, Rating, RatingPrompts, rating_met
         ("", None),
     ],
 )
-def test_ratings(text, rating):
+def test_ratings_are_read_from_text(text, rating):
     assert read_rating(text) == rating
 
 
-def test_averages_by_their_definition():
+def test_averages_match_their_definition():
     given = {(1, "math"): (8.0, 4.0), (2, "math"): (6.0, None), (3, "writing"): (10.0, 9.0)}
     ratings = [
         Rating(number, category, turn, score)
@@ -66,7 +66,7 @@ def lines(path, rows):
     return path
 
 
-def test_references_count_where_answers_are_right_or_wrong(tmp_path):
+def test_only_categories_with_right_answers_use_references(tmp_path):
     file = lines(tmp_path / "question.jsonl", QUESTIONS)
     references = [question.reference for question in read_questions(file, None)]
     assert [one and one.turns for one in references] == [None, ("r1", "r2"), None]
@@ -77,7 +77,7 @@ def test_references_count_where_answers_are_right_or_wrong(tmp_path):
         read_questions(file, lines(tmp_path / "reference.jsonl", [other[0] | {"question_id": 7}]))
 
 
-def test_files_travel_both_ways(tmp_path):
+def test_files_can_be_written_and_read_back(tmp_path):
     questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
     answers = [Answer("mine", turns) for turns in (("a", "b"), ("c", "d"), ("e", ""))]
     rows = [MTBench.answer_row(*pair) for pair in zip(questions, answers, strict=True)]
@@ -95,7 +95,7 @@ def test_files_travel_both_ways(tmp_path):
         ([{"question_id": 81, "choices": [{"turns": ["a", "b"]}]}] * 2, "question_id '81' occurs twice"),
     ],
 )
-def test_answers_that_are_not_the_benchmarks(tmp_path, rows, said):
+def test_answers_not_from_the_benchmark_are_rejected(tmp_path, rows, said):
     questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
     with pytest.raises(SimpoError, match=said):
         read(lines(tmp_path / "answers.jsonl", rows), questions)
@@ -113,7 +113,7 @@ def test_the_judge_sees_the_turns_and_the_reference(tmp_path):
     assert guided.temperature == 0 and "r1" in prompts.request(math, answer, 1).messages[1]["content"]
 
 
-def test_prompts_of_ones_own(tmp_path):
+def test_custom_prompts(tmp_path):
     file = tmp_path / "judge_prompts.jsonl"
     file.write_text('{"name": "single-v1", "system_prompt": "s", "prompt_template": "{question}{answer}"}\n')
     with pytest.raises(SimpoError, match="the judge prompt single-v1-multi-turn is missing"):

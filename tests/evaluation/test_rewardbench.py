@@ -1,4 +1,4 @@
-"""RewardBench 2 next to a naive computation of its scores and to plain transformers."""
+"""RewardBench 2 against a naive computation of its scores and plain transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ("factuality", "precise_if", "math", "safety", "focus", "ties")
 
 
 def make_rows(count: int, *, alone: bool = False) -> list[dict]:
-    """So many rows of each subset, those of Ties in pairs, mixed; ``alone`` adds two rows of Ties without partner."""
+    """Return ``count`` shuffled rows per subset, Ties in pairs; ``alone`` adds two Ties rows without a partner."""
     rows = [
         {"id": str(n), "subset": subset, "prompt": f"What is {n} and {len(subset)}?"}
         | {"chosen": [f"It is {n + len(subset)}."], "rejected": [f"It is {n}.", "", f"I would say {n * 9}."]}
@@ -48,7 +48,7 @@ def write(path, rows):
 
 
 def naive_scores(rows, scores) -> dict[str, float]:
-    """The definitions in arXiv 2506.01937 and in its repository, subset by subset."""
+    """Compute the scores as defined in arXiv 2506.01937 and its repository, subset by subset."""
     found = {}
     for subset in SUBSETS:
         if subset == "Ties":
@@ -80,8 +80,8 @@ def naive_scores(rows, scores) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("levels", [None, 4])
-def test_scores_are_those_of_the_definitions(tmp_path, levels):
-    """With scores from a few levels there are draws, equal correct answers, and gaps of zero."""
+def test_scores_match_the_definitions(tmp_path, levels):
+    """Scores with few distinct levels produce draws, equal correct answers and zero gaps."""
     rows = make_rows(40, alone=True)
     items = read_items(write(tmp_path / "test.jsonl", rows), "test")
     rng, found, expected = np.random.default_rng(0), [], []
@@ -109,8 +109,8 @@ def test_scores_are_those_of_the_definitions(tmp_path, levels):
         assert difference.low < difference.value < difference.high and difference.method.startswith("paired")
 
 
-def test_ties_of_a_perfect_model_and_of_a_constant_one(tmp_path):
-    """1.01 with the bonus where correct answers are equal, and nothing for a model that tells nothing apart."""
+def test_ties_scores_of_a_perfect_and_a_constant_model(tmp_path):
+    """1.01, including the bonus for equal correct answers; and 0 for a model that cannot tell answers apart."""
     rows = [row for row in make_rows(3) if row["subset"] == "Ties"]
     items = read_items(write(tmp_path / "test.jsonl", rows), "test")
     for right, value in ((1.0, 1.01), (0.0, 0.0)):
@@ -146,7 +146,7 @@ def command(model, data, output, *more):
 
 
 @torch.no_grad()
-def test_scores_are_those_of_plain_transformers(write_reward_model, tmp_path, capsys):
+def test_scores_match_plain_transformers(write_reward_model, tmp_path, capsys):
     rows = make_rows(3)
     data, folders = write(tmp_path / "test.jsonl", rows), [write_reward_model(seed) for seed in (0, 1)]
     assert main(command(folders[1], data, tmp_path / "out", f"--against={folders[0]}")) == 0
@@ -230,7 +230,7 @@ TIED = {"id": "tied:1", "subset": "Ties", "prompt": "p", "chosen": ["a", "e"], "
         ([TIED, TIED], r"test\.jsonl:3: id tied:1 .*twice.*test\.jsonl:2"),
     ],
 )
-def test_mistakes_end_in_one_line(write_reward_model, tmp_path, capsys, row, said):
+def test_mistakes_give_a_one_line_error(write_reward_model, tmp_path, capsys, row, said):
     data = write(tmp_path / "test.jsonl", [GOOD, *(row if isinstance(row, list) else [row])])
     assert main(command(tmp_path, data, tmp_path / "out")) == 2
     error = capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_mistakes_end_in_one_line(write_reward_model, tmp_path, capsys, row, sai
     assert re.search(said, error), error
 
 
-def test_a_row_that_does_not_fit_the_model_is_named(write_reward_model, tmp_path, capsys):
+def test_a_row_that_does_not_fit_the_model_is_reported(write_reward_model, tmp_path, capsys):
     data = write(tmp_path / "test.jsonl", [GOOD, {**GOOD, "prompt": "and " * 80}])
     assert main(command(write_reward_model(0), data, tmp_path / "out")) == 2
     error = capsys.readouterr().err

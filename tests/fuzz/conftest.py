@@ -1,4 +1,4 @@
-"""Small models and files that the fuzzer works on, in a folder of its own."""
+"""Small models and files for the fuzzer, in a separate folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHATML = (
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
-    """The working directory of all examples: ``model``, ``pairs.jsonl``, ``test.jsonl``, ``prompts.jsonl`` ..."""
+    """The working directory for all examples: ``model``, ``pairs.jsonl``, ``test.jsonl``, ``prompts.jsonl``, ..."""
     folder = tmp_path_factory.mktemp("workshop")
     rows = [
         {"prompt": f"What is {a} and {b}?", "chosen": f"It is {a + b}.", "rejected": f"I would say {a * b + 9}, {a}."}
@@ -58,7 +58,7 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def inside(workshop, tmp_path_factory, monkeypatch):
-    """Work in the workshop, with caches of its own, without keys, and with short waits for servers."""
+    """Work in the workshop with separate caches, without API keys, and with short waits for servers."""
     monkeypatch.chdir(workshop)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.001)
@@ -69,7 +69,7 @@ def inside(workshop, tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory):
-    """``with scratch() as folder``: an empty folder that is removed afterwards."""
+    """``with scratch() as folder``: an empty folder, removed afterwards."""
     import shutil
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Small runs of every kind, in processes that are killed before a chosen change of their folder, and their results."""
+"""Small runs of every kind in processes killed just before a chosen change to their folder, and their results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.forked import use_own_locks
 
 from simpo import cli
 
-# A forked process has imported everything already, so that a kill falls into the run and not into imports.
+# A forked process has already imported everything, so that a kill hits the run rather than imports.
 for module in (
     *(f"cli.{module}" for module in set(cli.COMMANDS.values())),
     "training.run",
@@ -26,12 +26,12 @@ for module in (
     "analysis.plots",
 ):
     importlib.import_module(f"simpo.{module}")
-_PATIENCE = 900  # seconds until a run that hangs ends with a traceback
+_PATIENCE = 900  # seconds after which a hanging run ends with a traceback
 FORK = multiprocessing.get_context("fork")
 
 TRAIN = {
     "per_device_train_batch_size": 4,
-    "max_steps": 5,  # of six in an epoch
+    "max_steps": 5,  # an epoch has six
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "save_strategy": "steps",
@@ -74,7 +74,7 @@ def command_of(world: Path, kind: str, output: Path) -> list[str]:
 
 
 def _answers(world: Path) -> Path:
-    """``responses.jsonl`` with enough prompts for several parts."""
+    """Write ``responses.jsonl`` with enough prompts for several parts."""
     path = world / "responses.jsonl"
     if not path.exists():
         rows = [
@@ -90,19 +90,19 @@ def _answers(world: Path) -> Path:
 
 
 def _changes(folder: Path, event: str, arguments: tuple) -> bool:
-    """Whether an audit event of Python is a change of what is in or next to ``folder``, under a name that begins so."""
+    """Return whether a Python audit event changes something in ``folder``, or next to it with the same name prefix."""
     if event == "open":
         if not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return False
     elif event not in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
         return False
-    with suppress(TypeError):  # a descriptor
+    with suppress(TypeError):  # a file descriptor
         return os.fspath(arguments[0]).startswith(str(folder))
     return False
 
 
 def errors_of(folder: Path) -> Path:
-    """The file with what the last process wrote to standard error."""
+    """Return the file with the last process's standard error."""
     return folder.with_name("errors.txt")
 
 
@@ -128,8 +128,8 @@ def _child(argv: list[str], folder: Path, on_change: Callable[[], None]) -> None
 def run(
     argv: list[str], folder: Path, *, kill_at: int | None = None, kill_after: float | None = None
 ) -> tuple[int, int]:
-    """The exit code, -9 if it was killed, and the number of changes; killed before one of them, or after a time."""
-    made = FORK.Value("i", 0, lock=False)  # a process that is killed would never release it
+    """Run a command, killed at a given change or time; return its exit code (-9 if killed) and number of changes."""
+    made = FORK.Value("i", 0, lock=False)  # without a lock, because a killed process would never release it
     folder.parent.mkdir(parents=True, exist_ok=True)
 
     def on_change() -> None:
@@ -151,7 +151,7 @@ def _is_timing(key: str) -> bool:
 
 
 def result_of(folder: Path) -> dict[str, object]:
-    """What the run is for; of training also its checkpoints, logs and rollouts, of a loop every stage's products."""
+    """Return what a run produced: for training also checkpoints, logs and rollouts; for a loop, all stages' output."""
     patterns = ["model.safetensors", "adapter_model.safetensors", "results.json", "best.yaml", "examples_*.jsonl"]
     patterns += [f"{name}.jsonl" for name in ("responses", "annotated", "best", "pairs", "verdicts", "rollouts/0*")]
     found: dict[str, object] = {}

@@ -1,7 +1,7 @@
-"""The property that every input has to have: one line and exit code 2, or a result; never a traceback or a hang.
+"""The property every input must have: a result or a one-line error with exit code 2, never a traceback or a hang.
 
-``make fuzz`` sets ``SIMPO_FUZZ``: how many times the number of new examples that each test names for a campaign.
-Without it a test runs a few fixed examples, as in CI.
+``make fuzz`` sets ``SIMPO_FUZZ``, which multiplies the number of new examples each test specifies for a campaign.
+Without it, a test runs a few fixed examples, as in CI.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from simpo.cli import main
 
 CAMPAIGN = float(os.environ.get("SIMPO_FUZZ", "0"))
 START = int(os.environ.get("SIMPO_FUZZ_SEED", "0"))
-_PART = 100  # examples of one seed
-_PATIENCE = 10  # seconds of processor time for one example
-_MEMORY = 1 << 30  # bytes that one example may add to the process
+_PART = 100  # examples per seed
+_PATIENCE = 10  # seconds of CPU time for one example
+_MEMORY = 1 << 30  # bytes by which one example may grow the process
 
 
 def fuzz(
     fixed: int, campaign: int, **strategies: SearchStrategy
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Call a test with ``fixed`` draws of the strategies, or with ``campaign`` (times ``SIMPO_FUZZ``) new ones."""
+    """Run a test with ``fixed`` draws from the strategies, or with ``campaign`` (times ``SIMPO_FUZZ``) new ones."""
     common: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
@@ -52,7 +52,7 @@ def fuzz(
                 before = time.process_time()
                 try:
                     test(**fixtures, **drawn)
-                except Exception as failure:  # the first of each kind; the search goes on
+                except Exception as failure:  # keep the first of each kind and continue searching
                     if failures.setdefault(_kind(failure), failure) is failure:
                         failure.add_note(f"with {drawn!r:.3000}")
                         traceback.print_exception(failure)
@@ -77,20 +77,20 @@ def fuzz(
 
 
 def _kind(failure: Exception) -> str:
-    """The last lines of a failure without numbers, paths and quoted values: the same for the same fault."""
+    """Return the last lines of a failure without numbers, paths and quoted values, so equal faults compare equal."""
     lines = [line for line in str(failure).splitlines() if line.strip() and "this is a bug" not in line]
     return re.sub(r"[\d,]+|/[^ ':]*|'[^']*'|\(.*\)", "", " ".join(lines[-3:]))[-200:]
 
 
 def _with_parameters(function: Callable[..., None], name: str, names: Sequence[str]) -> Callable[..., None]:
-    """``function`` with the parameters that pytest reads fixtures from."""
+    """Give ``function`` the parameters from which pytest requests fixtures."""
     namespace: dict[str, Any] = {"function": function}
     exec(f"def {name}({', '.join(names)}): function({', '.join(f'{n}={n}' for n in names)})", namespace)
     return namespace[name]
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The outcome of a command."""
 
     code: int
     output: str
@@ -98,12 +98,12 @@ class Ended(NamedTuple):
 
 
 class _HangError(BaseException):
-    """Too much processor time; not an Exception, so that no library handles it."""
+    """Too much CPU time. Not an Exception, so that no library handles it."""
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fail if the body takes ten seconds of processor time or a gigabyte of memory."""
+    """Fail if the body takes ten seconds of CPU time or a gigabyte of memory."""
 
     def stop(signum: int, frame: object) -> None:
         raise _HangError(f"more than {_PATIENCE} s")
@@ -123,14 +123,14 @@ def bounded() -> Iterator[None]:
 
 
 def end(*argv: object) -> Ended:
-    """Run a command of ``simpo`` in this process, and check how it ends."""
+    """Run a ``simpo`` command in this process and check how it ends."""
     output, error = io.StringIO(), io.StringIO()
     stdin, sys.stdin = sys.stdin, io.StringIO("")
     try:
         with bounded(), redirect_stdout(output), redirect_stderr(error):
             try:
                 code = main([str(argument) for argument in argv])
-            except SystemExit as ended:  # of --help
+            except SystemExit as ended:  # from --help
                 code = int(ended.code or 0)
     finally:
         sys.stdin = stdin
@@ -145,7 +145,7 @@ def end(*argv: object) -> Ended:
 
 
 def accepted(call: Callable[[], Any]) -> Any:
-    """The value of a call, or the :class:`SimpoError` that it raised, whose message is one line."""
+    """Return a call's value or the :class:`SimpoError` it raised, whose message must be one line."""
     with bounded():
         try:
             return call()

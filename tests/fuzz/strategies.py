@@ -64,7 +64,7 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=8
 )
 
-# ---- Rows.
+# ---- rows ----
 
 roles = st.one_of(st.sampled_from(["user", "assistant", "system", "tool", "developer"]), texts)
 _message_keys = {
@@ -149,7 +149,7 @@ rows = st.one_of(
 )
 plain_rows = st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts})
 
-# ---- Damage to bytes.
+# ---- damage to bytes ----
 
 
 def _damage(content: bytes, kind: str, place: float, extra: bytes) -> bytes:
@@ -175,7 +175,7 @@ damages: SearchStrategy[Damage] = st.builds(
     | st.sampled_from([b"\xff\xfe", b"[" * 5000, b'{"a":' * 3000, b"9" * 6000, b"\r", b"NaN"]),
 )
 
-# ---- Files.
+# ---- files ----
 
 
 def _jsonl(table: Sequence[Any]) -> bytes:
@@ -202,7 +202,7 @@ def _columnar(table: Sequence[Any], kind: str) -> bytes:
                 stream.write_table(found)
         return file.getvalue()
     except (pa.ArrowException, OverflowError, UnicodeError, ValueError, TypeError):
-        return _jsonl(table)  # rows that have no common type: a file that is not what its name says
+        return _jsonl(table)  # rows without a common type: a file that is not what its name says
 
 
 _kinds: dict[str, Callable[[Sequence[Any]], bytes]] = {
@@ -214,14 +214,14 @@ _kinds: dict[str, Callable[[Sequence[Any]], bytes]] = {
     "parquet": lambda table: _columnar(table, "parquet"),
     "arrow": lambda table: _columnar(table, "arrow"),
 }
-files = st.builds(  # a suffix, and contents
+files = st.builds(  # a suffix and contents
     lambda kind, table, damage: (kind, damage(_kinds[kind](table))),
     st.sampled_from(list(_kinds)),
     st.lists(rows, min_size=1, max_size=6),
     damages,
 )
 
-# ---- Recipes.
+# ---- recipes ----
 
 _yaml_text = st.sampled_from(
     [
@@ -285,7 +285,7 @@ _yaml_values = st.one_of(
 
 
 def recipes(keys: Sequence[str]) -> Text:
-    """Recipes of some of these keys, and of others, with values of any type; some are not YAML."""
+    """Recipes with some of these keys, other keys, and values of any type; some are not valid YAML."""
     names = st.sampled_from(list(keys)) | st.sampled_from([*keys[:20]]).map(lambda key: key + "x") | texts
     lines = st.lists(st.tuples(names, _yaml_values), max_size=6).map(
         lambda pairs: "".join(f"{key}: {value.strip()}\n" for key, value in pairs)
@@ -297,7 +297,7 @@ def recipes(keys: Sequence[str]) -> Text:
     )
 
 
-# ---- Templates.
+# ---- templates ----
 
 _pieces = [
     *(
@@ -376,7 +376,7 @@ templates = st.one_of(
     ),
 )
 
-# ---- Replies of servers.
+# ---- server replies ----
 
 _choice = st.fixed_dictionaries(
     {"message": st.fixed_dictionaries({"content": texts | values}) | values},
@@ -428,7 +428,7 @@ replies = st.builds(  # status, headers, body
     _documents,
     damages,
 )
-verdicts = st.one_of(  # texts of judges
+verdicts = st.one_of(  # judges' texts
     st.text(alphabet="[]AB=<>0123456789. \n\"{}:,'rating", max_size=40),
     st.lists(
         st.sampled_from(
@@ -457,11 +457,11 @@ verdicts = st.one_of(  # texts of judges
     texts,
 )
 
-# ---- JSON documents with changes anywhere.
+# ---- JSON documents with arbitrary changes ----
 
 
 def changed_json(document: Any) -> SearchStrategy[Any]:
-    """A JSON document in which one value or key, at any depth, is replaced, removed or added."""
+    """A JSON document with one value or key, at any depth, replaced, removed or added."""
 
     @st.composite
     def draw_change(draw: Any) -> Any:

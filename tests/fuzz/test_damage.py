@@ -1,6 +1,6 @@
-"""Every file of finished and unfinished runs, of their caches, data and start models: cut, emptied, flipped, removed.
+"""Damage every file of finished and unfinished runs, and of their caches, data and models: cut, empty, flip, remove.
 
-The same command then ends in one line, or with the results of a run that nobody damaged. With ``SIMPO_FUZZ``
+The same command must then end with a one-line error, or with the results of an undamaged run. With ``SIMPO_FUZZ``,
 all files are damaged in all ways; otherwise a few.
 """
 
@@ -26,7 +26,7 @@ HARM = {
     ),
     "removed": None,
 }
-# The share of its changes after which a run is killed; None for a run that has finished.
+# The fraction of its changes after which a run is killed; None for a finished run.
 STATES = [
     *((kind, None) for kind in ("train", "dpo", "sft", "reward", "sample", "annotate", "sweep", "loop", "online")),
     *(("online", 0.5), ("online", 0.9), ("sample", 0.5), ("annotate", 0.5), ("sweep", 0.5), ("sweep", 0.9)),
@@ -36,7 +36,7 @@ CHOSEN = [("train", 0.5)]  # without SIMPO_FUZZ
 
 
 def harm(path: Path, kind: str, *, keep_time: bool) -> bool:
-    """Damage a file; returns whether it differs."""
+    """Damage a file; return whether it changed."""
     content, times = path.read_bytes(), path.stat()
     if HARM[kind] is None:
         path.unlink()
@@ -75,7 +75,7 @@ def test_damaged_files_are_detected_rebuilt_or_rejected(kind, share, chat_world,
         try:
             ended = end(*argv, *(["--verify"] if verify else []))
             if ended.code == 0:
-                # A checkpoint that had been damaged was rotated like the others, or was left for inspection.
+                # The damaged checkpoint was rotated away like the others, or kept for inspection.
                 ignored = {"folders"}
                 if "its metrics are left out of the results" in (output / "log.txt").read_text():
                     ignored |= {"results.json", "rollouts/000000.jsonl"}
@@ -85,7 +85,7 @@ def test_damaged_files_are_detected_rebuilt_or_rejected(kind, share, chat_world,
                 )
                 assert found == known, f"{name} {how}: other results"
             outcomes["rejected" if ended.code else "same results"] += 1
-        except (AssertionError, ValueError) as failure:  # the latter: a damaged file is among the results
+        except (AssertionError, ValueError) as failure:  # ValueError: a damaged file is among the results
             if not CAMPAIGN:
                 raise
             outcomes["WRONG"] += 1

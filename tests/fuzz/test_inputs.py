@@ -1,4 +1,4 @@
-"""Data, recipes, templates, replies, result files, models and command lines that are broken in any way."""
+"""Arbitrarily broken data, recipes, templates, replies, result files, models and command lines."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def write(path, table):
 
 
 @fuzz(5, 3000, table=st.lists(rows, min_size=1, max_size=20))
-def test_rows(workshop, scratch, table):
+def test_arbitrary_rows(workshop, scratch, table):
     with scratch() as folder:
         end("inspect", "model", write(folder / "rows.jsonl", table))
 
 
 @fuzz(5, 4000, row=plain_rows)
-def test_rows_of_text_become_their_own_tokens(workshop, scratch, row):
-    """Whatever the text is, the ids decode to it, or the row is refused; every row is counted."""
+def test_text_rows_become_their_own_tokens(workshop, scratch, row):
+    """Whatever the text, the ids decode to it or the row is rejected; every row is counted."""
     tokenizer = load_tokenizer("model")
     with scratch() as folder:
         found = accepted(
@@ -68,7 +68,7 @@ def test_rows_of_text_become_their_own_tokens(workshop, scratch, row):
 
 
 @fuzz(6, 2000, file=files)
-def test_files(workshop, scratch, file):
+def test_arbitrary_files(workshop, scratch, file):
     suffix, content = file
     with scratch() as folder:
         path = folder / f"data.{suffix}"
@@ -82,7 +82,7 @@ def test_files(workshop, scratch, file):
     command=st.sampled_from(["sample", "annotate", "pair", "compare"]),
     table=st.lists(rows, min_size=1, max_size=4),
 )
-def test_rows_of_other_commands(workshop, scratch, command, table):
+def test_arbitrary_rows_for_other_commands(workshop, scratch, command, table):
     with scratch() as folder:
         path, out = write(folder / "rows.jsonl", table), folder / "out"
         if command == "sample":
@@ -114,7 +114,7 @@ ANNOTATIONS = [VERDICT | {"generator_1": "a", "generator_2": "b", "preference": 
     ),
     damage=damages,
 )
-def test_result_files(workshop, scratch, changed, damage):
+def test_damaged_result_files(workshop, scratch, changed, damage):
     command, table = changed
     with scratch() as folder:
         out = folder / "out"
@@ -137,7 +137,7 @@ def test_result_files(workshop, scratch, changed, damage):
 
 
 def keys_of(command):
-    """The keys of a command, from its help."""
+    """Return the keys of a command, read from its help."""
     name, *rest = command.split()
     text = io.StringIO()
     with redirect_stdout(text), pytest.raises(SystemExit):
@@ -156,7 +156,7 @@ recipe_of_command = st.sampled_from(list(KEYS)).flatmap(
 
 
 @fuzz(8, 2500, drawn=recipe_of_command)
-def test_recipes(workshop, scratch, drawn):
+def test_arbitrary_recipes(workshop, scratch, drawn):
     command, text = drawn
     with scratch() as folder:
         path = folder / "recipe.yaml"
@@ -245,7 +245,7 @@ def command_lines(draw):
 
 
 @fuzz(8, 1500, line=command_lines())
-def test_command_lines(workshop, line):
+def test_arbitrary_command_lines(workshop, line):
     end(*line)
 
 
@@ -268,7 +268,7 @@ options = st.lists(
 
 
 @fuzz(1, 500, chosen=options, held_out=st.booleans())
-def test_settings_of_training(workshop, scratch, chosen, held_out):
+def test_arbitrary_training_settings(workshop, scratch, chosen, held_out):
     paths = {"output_dir", "logging_dir", "reference_cache", "hub_model_id", "push_to_hub"}
     words = [f"--{key}={value}" for key, value in chosen if key not in paths]
     eval_words = ["--eval_dataset_name", "test.jsonl"] if held_out else []
@@ -277,12 +277,12 @@ def test_settings_of_training(workshop, scratch, chosen, held_out):
 
 
 @fuzz(4, 100, template=templates)
-def test_templates(workshop, template):
+def test_arbitrary_templates(workshop, template):
     end("inspect", "model", "pairs.jsonl", "--chat_template", template or " ")
 
 
 @fuzz(8, 7000, reply=replies)
-def test_replies(workshop, reply):
+def test_arbitrary_server_replies(workshop, reply):
     status, headers, body = reply
     with ChatServer(lambda request: Raw(status, body, headers)) as server:
         client = ChatClient(Endpoint(server.url, "tiny", attempts=2, timeout=5), None)
@@ -293,7 +293,7 @@ def test_replies(workshop, reply):
 
 
 @fuzz(2, 500, said=verdicts, command=st.sampled_from(["annotate", "compare"]))
-def test_verdicts(workshop, scratch, said, command):
+def test_arbitrary_verdicts(workshop, scratch, said, command):
     judge = ["--judge_model", "tiny", "--yes", "--output_dir"]
     with scratch() as folder, ChatServer(lambda request: completion(said)) as server:
         common = ["--judge_url", server.url, "--cache", folder / "cache", *judge, folder / "out"]

@@ -1,4 +1,4 @@
-"""Chunks of a fake engine: their plan, their seeds and their order."""
+"""Chunks with a fake engine: plan, seeds and order."""
 
 import random
 from collections import Counter
@@ -38,7 +38,7 @@ def test_every_prompt_is_in_one_chunk_n_times(n, size):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_more_answers_than_a_chunk_holds():
+def test_more_answers_than_fit_into_a_chunk():
     chunks = plan_chunks([1, 2], n=5, chunk_size=2)
     assert chunks == [(1, 1), (1, 1), (1,), (0, 0), (0, 0), (0,)]
 
@@ -61,7 +61,7 @@ def test_order_and_interruptions_make_no_difference(changes):
     assert gather(mixed, 11) == gather(whole, 11)
 
 
-def test_another_seed_gives_other_answers():
+def test_a_different_seed_gives_different_answers():
     first, second = (gather(sample(settings(seed=seed)), 11) for seed in (1, 2))
     assert first != second
 

@@ -1,4 +1,4 @@
-"""Sampled tokens compared with transformers' unpadded ``generate``, log-probabilities with ``score_responses``."""
+"""Sampled tokens against transformers' unpadded ``generate``, and log-probabilities against ``score_responses``."""
 
 import copy
 import logging
@@ -19,7 +19,7 @@ PROMPTS = [[5, 6, 7], [9] * 11, [4], [8, 3, 8, 3, 8, 3]]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Without chat template and with EOS 1, so that a model of 61 tokens may draw every other one."""
+    """A tokenizer without a chat template and with EOS 1, so that a model with 61 tokens can sample all others."""
     tokenizer = make_tokenizer(["a few words"])
     tokenizer.chat_template = None
     return tokenizer
@@ -34,7 +34,7 @@ def settings(**changes):
     return SamplingSettings(**{"max_new_tokens": 12} | changes)
 
 
-def test_greedy_is_what_transformers_generates_without_padding(model, tokenizer):
+def test_greedy_answers_match_unpadded_generation(model, tokenizer):
     engine = TransformersEngine(model, tokenizer)
     found = engine.generate(PROMPTS, settings(temperature=0), seed=0)
     model.eval()
@@ -54,7 +54,7 @@ def test_log_probabilities_are_the_models_own(model, tokenizer, changes):
     with torch.no_grad():
         scored = score_responses(model, comparisons)
     assert torch.allclose(torch.tensor([s.logp for s in found]), scored.logp, atol=1e-4)
-    # the same object after packed forwards
+    # the same model after packed forwards
     assert TransformersEngine(model, tokenizer).generate(PROMPTS, settings(**changes), seed=3) == found
 
 
@@ -70,8 +70,8 @@ def test_rows_end_at_their_own_stop_token(make_model, tokenizer):
         assert not set(sampled.ids[:-1]) & set(engine.stop_ids)
 
 
-def test_tokens_are_drawn_with_their_probabilities(make_model, tokenizer):
-    """Temperature, top-k and top-p in closed form on the first token, 20,000 draws."""
+def test_tokens_are_sampled_with_their_probabilities(make_model, tokenizer):
+    """Temperature, top-k and top-p for the first token in closed form, with 20,000 samples."""
     model = make_model("llama", torch.float32, std=0.2)
     chosen = settings(temperature=0.7, top_p=0.8, top_k=9, max_new_tokens=1)
     draws = TransformersEngine(model, tokenizer).generate([[5, 6, 7]] * 20_000, chosen, seed=1)
@@ -111,7 +111,7 @@ def test_the_checkpoints_sampling_settings_are_reported_and_not_used(make_model,
     assert model.generation_config is own and model.training
 
 
-def test_stop_tokens_of_template_tokenizer_and_checkpoint(make_model):
+def test_stop_tokens_come_from_template_tokenizer_and_checkpoint(make_model):
     tokenizer = make_tokenizer(["a few words"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|user|>' }}{% endfor %}"
     model = make_model("llama", torch.float32)
@@ -120,7 +120,7 @@ def test_stop_tokens_of_template_tokenizer_and_checkpoint(make_model):
     assert TransformersEngine(model, tokenizer).stop_ids == sorted([tokenizer.eos_token_id, end, 40, 41])
 
 
-def test_an_adapter_samples_its_own_distribution(make_model, tokenizer):
+def test_an_adapter_samples_from_its_own_distribution(make_model, tokenizer):
     model = make_model("llama", torch.float32, std=0.15)
     base = TransformersEngine(model, tokenizer).generate(PROMPTS, settings(), seed=3)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -133,7 +133,7 @@ def test_an_adapter_samples_its_own_distribution(make_model, tokenizer):
     assert torch.allclose(torch.tensor([s.logp for s in found]), scored.logp, atol=1e-4)
 
 
-def test_a_model_in_training_samples_as_before(tokenizer):
+def test_a_model_in_training_mode_samples_the_same(tokenizer):
     """With dropout and gradient checkpointing, as a trainer leaves it."""
     model = make_world_model(tokenizer, seed=0)
     engine = TransformersEngine(model, tokenizer)
@@ -146,7 +146,7 @@ def test_a_model_in_training_samples_as_before(tokenizer):
     assert model.training
 
 
-# ---- models whose answers depend on padding or on the other prompts of a batch ----
+# ---- models whose answers depend on padding or on other prompts in a batch ----
 
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 1}
 _DECODER = _SIZES | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -154,8 +154,8 @@ _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_
 _LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 _CHUNKED = {"attention_chunk_size": 16, "no_rope_layers": [1, 0], "num_local_experts": 2}
-_RECURRENT = {"num_hidden_layers": 3, "head_dim": 8}  # two recurrent layers and one of attention
-DEPENDENT = {  # and which prompts can be generated from together
+_RECURRENT = {"num_hidden_layers": 3, "head_dim": 8}  # two recurrent layers and one attention layer
+DEPENDENT = {  # and which prompts can be generated together
     "phi3": (hf.Phi3Config, {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 24}, "equal"),
     "llama": (hf.LlamaConfig, {"rope_parameters": _DYNAMIC, "max_position_embeddings": 24}, "equal"),
     "llama4": (hf.Llama4TextConfig, _CHUNKED | {"head_dim": 8, "intermediate_size_mlp": 48}, "equal"),
@@ -163,7 +163,7 @@ DEPENDENT = {  # and which prompts can be generated from together
     "recurrent_gemma": (hf.RecurrentGemmaConfig, _RECURRENT | {"lru_width": 32, "attention_window_size": 8}, "equal"),
     "rwkv": (hf.RwkvConfig, {"attention_hidden_size": 32, "context_length": 128}, "none"),
 }
-# short ones, one that crosses 24 tokens while it is answered, and one that starts beyond
+# short ones, one that crosses 24 tokens while being answered, and one that starts beyond
 MIXED = [*PROMPTS, list(range(10, 30)), list(range(5, 40)), [6, 7, 8]]
 
 
@@ -189,7 +189,7 @@ def test_answers_equal_those_of_each_prompt_alone(name, changes, tokenizer, capl
         assert ("of equal length" if together == "equal" else "one at a time") in said[0]
     for prompt, sampled in zip(MIXED, found, strict=True):
         alone = copy.deepcopy(untouched)
-        # what it drew is forced on it, so that the log-probabilities are of the same tokens
+        # force the sampled tokens, so that log-probabilities refer to the same tokens
         step = iter(sampled.ids)
         scores = []
 
@@ -222,7 +222,7 @@ def test_other_models_generate_in_one_batch(name, dtype, make_model, tokenizer, 
     assert not [record for record in caplog.records if "generated from" in record.message]
 
 
-def test_answers_to_one_prompt_differ_without_batches(tokenizer):
+def test_answers_to_one_prompt_differ_without_batching(tokenizer):
     torch.manual_seed(0)
     model = hf.RwkvForCausalLM(hf.RwkvConfig(**_SIZES, attention_hidden_size=32, context_length=128)).eval()
     found = TransformersEngine(model, tokenizer).generate([[5, 6, 7]] * 4, settings(temperature=1.0), seed=1)

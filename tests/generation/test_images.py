@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def asked(*parts: str | None, images=()) -> dict:
-    """A row with a prompt of texts and images (None)."""
+    """Return a row whose prompt consists of texts and images (None)."""
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
     return {"prompt": [{"role": "user", "content": content}], **({"images": list(images)} if images else {})}
 
@@ -46,7 +46,7 @@ ROWS = [
 
 
 def processed(processor, row: dict, folder) -> dict:
-    """What the processor returns for a row's prompt."""
+    """Return the processor's output for a row's prompt."""
     return processor(
         text=[processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)],
         images=[Image.open(folder / name).convert("RGB") for name in row.get("images", ())] or None,
@@ -58,7 +58,7 @@ def processed(processor, row: dict, folder) -> dict:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_answers_are_the_models_own(kind, temperature, folder):
-    """Greedy tokens are the most likely ones, and log-probabilities are those of whole forwards without a cache."""
+    """Greedy tokens are the most likely ones, and log-probabilities equal those of full forwards without a cache."""
     processor = FAMILIES[kind].processor()
     model = make_vision_model(kind, processor.tokenizer)
     prompts = prepare_prompts(as_dataset(ROWS, "prompts"), processor, image_folder=str(folder)).prompts
@@ -77,14 +77,14 @@ def test_answers_are_the_models_own(kind, temperature, folder):
             total += logps[token].item()
         assert sampled.logp == pytest.approx(total, abs=1e-4)
         assert sampled.ids and (sampled.finished or len(sampled.ids) == COUNT)
-    one, other = (following(model, {}, [1, 2]) for _ in range(2))  # nothing of an image is left in the model
+    one, other = (following(model, {}, [1, 2]) for _ in range(2))  # no image state is left in the model
     assert torch.equal(one, other)
     (last,) = engine.generate([prompts[2].ids], settings, 3)
     assert temperature or last.ids == found[2].ids
 
 
-def test_prompts_and_their_rows(folder, tmp_path):
-    """Images tell prompts apart, and a written row can be read again, whether it named a file or had its bytes."""
+def test_images_are_part_of_a_prompts_identity(folder, tmp_path):
+    """A written row can be read again, whether its image was given as a file or as bytes."""
     processor = FAMILIES["gemma3"].processor()
     content = {"path": None, "bytes": (folder / "a.png").read_bytes()}
     rows = [
@@ -110,7 +110,7 @@ def test_prompts_and_their_rows(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def sampled(folder, tmp_path_factory):
-    """A folder with a model and what ``simpo sample`` wrote of its answers to :data:`ROWS`."""
+    """A folder with a model, and the output of ``simpo sample`` for :data:`ROWS`."""
     made = tmp_path_factory.mktemp("sampled")
     processor = FAMILIES["llava"].processor()
     make_vision_model("llava", processor.tokenizer).save_pretrained(made / "model")
@@ -126,8 +126,8 @@ def command(made, folder, output, *more) -> list[str]:
     return ["sample", str(made / "model"), str(made / "prompts.jsonl"), *options, *more]
 
 
-def test_sampled_answers(sampled, folder):
-    """Drawn answers, whose log-probabilities are those of whole forwards."""
+def test_sampled_log_probabilities_match_full_forwards(sampled, folder):
+    """For answers sampled at temperature 1."""
     processor, model = AutoProcessor.from_pretrained(sampled / "model"), load_model(str(sampled / "model")).eval()
     found = [json.loads(line) for line in (sampled / "out/responses.jsonl").read_text().splitlines()]
     assert [len(row.get("images", ())) for row in found] == [len(row.get("images", ())) for row in ROWS]
@@ -140,23 +140,23 @@ def test_sampled_answers(sampled, folder):
             assert logp == pytest.approx(sum(logps).item(), abs=1e-4)
 
 
-def test_a_changed_image_is_another_run(sampled, folder, tmp_path, capsys):
+def test_a_changed_image_makes_a_different_run(sampled, folder, tmp_path, capsys):
     other = tmp_path / "pictures"
     shutil.copytree(folder, other)
-    assert cli.main(command(sampled, folder, sampled / "out")) == 0  # finished
+    assert cli.main(command(sampled, folder, sampled / "out")) == 0  # already finished
     picture(40, 24, seed=1).save(other / "a.png")
     assert cli.main(command(sampled, other, sampled / "out")) == 2
     assert "prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ["vllm", "server"])
-def test_engines_that_take_no_images(engine, sampled, folder, tmp_path, capsys):
+def test_engines_without_image_support_are_rejected(engine, sampled, folder, tmp_path, capsys):
     assert cli.main(command(sampled, folder, tmp_path / "out", f"--engine={engine}")) == 2
     assert "image_folder:" in capsys.readouterr().err
 
 
-def test_images_are_not_judged(sampled, tmp_path, capsys):
-    """By nobody who would see the text alone."""
+def test_rows_with_images_are_not_judged(sampled, tmp_path, capsys):
+    """Judges would only see the text."""
     answers = str(sampled / "out/responses.jsonl")
     for number, given in enumerate(
         (

@@ -1,4 +1,4 @@
-"""``simpo sample`` in two processes, as of ``torchrun``: the same bytes as one, and failures that end both."""
+"""``simpo sample`` in two processes, as with ``torchrun``: the same bytes as one, and failures that end both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simpo.generation.sample import Processes
 
 
 def answer_thrice(folder: Path, arguments: list[str]) -> int:
-    """A run from the beginning, one that a single process began, and one in which process 1 meets a mistake."""
+    """Do a run from scratch, a run begun by a single process, and a run in which process 1 fails."""
     rank, calls, answer = os.environ["RANK"], [], TransformersEngine.generate
     for name, sabotaged in (("together", False), ("begun", False), ("failing", rank == "1")):
 
@@ -39,10 +39,10 @@ def options(world: Path, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(chat_world, tmp_path_factory):
-    """A run of one process with 12 chunks."""
+    """A single-process run with 12 chunks."""
     folder = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun's
+    torch.set_num_threads(1)  # as under torchrun
     assert cli.main(options(chat_world, output_dir=folder / "whole")) == 0
     torch.set_num_threads(threads)
     return folder / "whole"
@@ -53,7 +53,7 @@ def bytes_of(folder: Path) -> list[bytes]:
 
 
 def begin(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a run of one process after five chunks."""
+    """Leave a single-process run unfinished after five chunks."""
     calls, answer = [], TransformersEngine.generate
 
     def stopped(self, *args):
@@ -77,7 +77,7 @@ def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, 
     assert "process 0: begun ended with 0 after 4 chunks" in said
     assert "process 1: begun ended with 0 after 3 chunks" in said
     assert said.count("continuing: 20 of 48 responses") == 1
-    assert said.count(f"responses: {tmp_path}/together/responses.jsonl") == 1  # by one process
+    assert said.count(f"responses: {tmp_path}/together/responses.jsonl") == 1  # by one process only
     assert bytes_of(tmp_path / "together") == bytes_of(tmp_path / "begun") == bytes_of(alone)
     assert not list((tmp_path / "together").glob(".chunks-*"))
 
@@ -86,11 +86,11 @@ def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, 
     assert "Traceback" not in done.stderr
     left = [len((tmp_path / "failing" / f".chunks-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert left[0] > 0 and left[1] == 1
-    assert cli.main([*options(chat_world), f"--output_dir={tmp_path}/failing"]) == 0  # one process goes on
+    assert cli.main([*options(chat_world), f"--output_dir={tmp_path}/failing"]) == 0  # a single process continues
     assert bytes_of(tmp_path / "failing") == bytes_of(alone)
 
 
-def test_vllm_runs_in_one_process(chat_world, tmp_path, monkeypatch, capsys):
+def test_vllm_requires_a_single_process(chat_world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simpo.generation.sample.Processes.join", lambda: Processes(0, 2))
     assert cli.main(options(chat_world, engine="vllm", output_dir=tmp_path / "out")) == 2
     assert "engine: vllm takes all GPUs from one process" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
         ({"temperature": 0.0, "n": 2}, "n: 2 greedy answers (temperature 0) would be identical; set n to 1"),
     ],
 )
-def test_values_out_of_bounds_are_named(changes, message):
+def test_values_out_of_bounds_are_reported(changes, message):
     with pytest.raises(SimpoError) as error:
         SamplingSettings(**changes)
     assert str(error.value) == message
@@ -43,9 +43,9 @@ def test_an_answer_as_long_as_the_context_is_rejected():
         SamplingSettings(max_new_tokens=512).resolved(context=512, chunk_size=32)
 
 
-def test_seeds_differ_with_every_number():
+def test_derived_seeds_are_distinct_and_stable():
     seeds = [derived_seed(seed, number) for seed in range(50) for number in range(50)] + [derived_seed(1, 2, 3)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    # a run may be continued by a later version
+    # a later version may continue a run
     assert derived_seed(42, 0) == int(hashlib.sha256(b"42:0").hexdigest()[:16], 16) // 2 == 3042642129590909369

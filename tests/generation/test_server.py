@@ -1,4 +1,4 @@
-"""``simpo sample --engine server``: a real model behind a server, failures, and user errors in one line."""
+"""``simpo sample --engine server``: a real model behind a server, failures, and one-line errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(server, prompts, *options, output="out"):
     return [*here, "--max_new_tokens=12", *options]
 
 
-def test_greedy_answers_are_those_of_the_model(prompts, chat_world):
+def test_greedy_answers_match_the_model(prompts, chat_world):
     """The server and the transformers engine give the same texts under the same ids."""
     with ChatServer(ModelAnswers(chat_world / "model")) as server:
         assert main(command(server, prompts, "--temperature=0", "--yes")) == 0
@@ -52,7 +52,7 @@ def test_every_answer_has_its_own_seed_and_is_requested_once(prompts):
         assert len({body["seed"] for body in server.bodies[2:]}) == 12
         assert {body["top_p"] for body in server.bodies} == {0.9}
         asked = len(server.bodies)
-        assert main(command(server, prompts, "--n=3", "--top_p=0.9")) == 0  # finished: nothing to agree to
+        assert main(command(server, prompts, "--n=3", "--top_p=0.9")) == 0  # already finished: no cost to confirm
         assert len(server.bodies) == asked
         assert main(command(server, prompts, "--n=3", "--top_p=1", "--yes", output="again")) == 0
         assert "top_p" not in server.bodies[-1]
@@ -61,13 +61,13 @@ def test_every_answer_has_its_own_seed_and_is_requested_once(prompts):
     found = {metric.name: metric.value for metric in read_results(prompts.parent / "out/results.json").metrics}
     assert (found["sample/prompts"], found["sample/answers"], found["sample/distinct_answers"]) == (4, 12, 1)
     assert found["data/prompts/dropped/repeated_prompt"] == 1
-    # The seeds come from the prompts: another order gives each prompt the same answers.
+    # Seeds depend on the prompts, so in a different order each prompt gets the same answers.
     again = {row["id"]: row["responses"] for row in read_lines(prompts.parent / "again/responses.jsonl")}
     assert again == {row["id"]: row["responses"] for row in rows}
 
 
 def test_received_answers_are_kept(prompts, capsys):
-    """After a server begins to refuse, the next run requests only the rest, and the file is the same."""
+    """After a server starts to refuse, the next run only requests the rest, and the file is the same."""
     with ChatServer(lambda body: completion(f"answer {body['seed']}")) as server:
         assert main(command(server, prompts, "--n=2", "--yes", output="alone")) == 0
         first = len(server.bodies)
@@ -87,7 +87,7 @@ def test_received_answers_are_kept(prompts, capsys):
     alone, out = prompts.parent / "alone", prompts.parent / "out"
     assert (alone / "responses.jsonl").read_bytes() == (out / "responses.jsonl").read_bytes()
     assert not list(out.glob(".replies*"))
-    (out / ".replies").mkdir()  # as a kill leaves it that comes last
+    (out / ".replies").mkdir()  # left by a kill at the very end
     assert main(command(server, prompts, "--n=2", "--yes")) == 0
     assert not list(out.glob(".replies*"))
 
@@ -105,7 +105,7 @@ def test_received_answers_are_kept(prompts, capsys):
         (["--engine=transformers"], "base_url: engine transformers does not use it"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(options, said, prompts, capsys):
+def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(options, said, prompts, capsys):
     with ChatServer(lambda body: completion("never")) as server:
         assert main(command(server, prompts, *options, "--yes")) == 2
     printed = capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line_and_leave_nothing(options, said, prompts, capsys)
     assert not (prompts.parent / "out").exists() and not server.bodies
 
 
-def test_a_server_is_sampled_from_by_one_process(prompts, capsys, monkeypatch):
+def test_a_server_is_sampled_from_a_single_process(prompts, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with ChatServer(lambda body: completion("never")) as server:
         assert main(command(server, prompts, "--yes")) == 2
@@ -121,7 +121,7 @@ def test_a_server_is_sampled_from_by_one_process(prompts, capsys, monkeypatch):
     assert not server.bodies
 
 
-def test_no_server_and_no_prompts(prompts, capsys):
+def test_a_missing_server_and_missing_prompts_are_reported(prompts, capsys):
     here = ["sample", "tiny", str(prompts), "--engine=server", f"--output_dir={prompts.parent / 'out'}"]
     assert main(here) == 2
     assert "--base_url" in capsys.readouterr().err

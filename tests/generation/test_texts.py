@@ -20,7 +20,7 @@ def byte_level():
 
 @pytest.fixture
 def metaspace():
-    """Like sentencepiece: words begin with their space, and decoding strips the first one."""
+    """A tokenizer like sentencepiece: words begin with their space, and decoding strips the first one."""
     words = ["<s>", "</s>", "<unk>", "▁Hi", "▁Paris", "▁is", "▁[INST]", "▁[/INST]", "▁"]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -40,7 +40,7 @@ def test_the_text_is_what_was_encoded(byte_level, text):
 
 
 @pytest.mark.parametrize("template", [None, SPACED])
-def test_the_rendered_text_gives_the_sampled_tokens(byte_level, template):
+def test_sampled_tokens_decode_to_the_rendered_text(byte_level, template):
     byte_level.chat_template = template or byte_level.chat_template
     user = {"role": "user", "content": "Hi"}
     whole = byte_level.apply_chat_template([user, {"role": "assistant", "content": "a few words"}], tokenize=False)
@@ -51,21 +51,21 @@ def test_the_rendered_text_gives_the_sampled_tokens(byte_level, template):
     assert ResponseText(byte_level).decode(before, ids) == "a few words"
 
 
-def test_special_tokens_are_not_text(byte_level):
+def test_special_tokens_are_not_part_of_the_text(byte_level):
     user = byte_level.convert_tokens_to_ids("<|user|>")
     ids = [*byte_level("one").input_ids, user, *byte_level(" two").input_ids, byte_level.eos_token_id]
     assert ResponseText(byte_level).decode([user], ids) == "one two"
 
 
-def test_an_end_of_turn_token_that_is_not_marked_special(byte_level):
+def test_an_end_of_turn_token_not_marked_as_special(byte_level):
     byte_level.add_tokens(["<turn_end>"])
     byte_level.chat_template = "{% for m in messages %}{{ m['content'] + '<turn_end>' }}{% endfor %}"
     end = byte_level.convert_tokens_to_ids("<turn_end>")
     assert ResponseText(byte_level).decode([5], [*byte_level("yes").input_ids, end]) == "yes"
 
 
-def test_spaces_of_the_template_are_not_text(metaspace):
-    """The template writes them again when the text is rendered; without a template they are text."""
+def test_spaces_added_by_the_template_are_not_part_of_the_text(metaspace):
+    """The template adds them again when the text is rendered; without a template they belong to the text."""
     prompt = metaspace("<s>▁[INST] Hi [/INST]", add_special_tokens=False).input_ids
     paris, there, space, end = (metaspace.convert_tokens_to_ids(w) for w in ("▁Paris", "▁is", "▁", "</s>"))
     assert ResponseText(metaspace).decode(prompt, [paris, there, space, end]) == "Paris is"

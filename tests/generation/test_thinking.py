@@ -1,4 +1,4 @@
-"""Thinking in a judge's reply never decides; thinking in answers is counted, and shown to judges or not."""
+"""Reasoning in a judge's reply never decides; reasoning in answers is counted, and shown to judges on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpo.judging.pairwise import read_verdict
 from simpo.judging.protocol import ShownAnswers
 from simpo.world.pairs import make_tokenizer
 
-# Replies with thinking @ and conclusion $, in the marks of many models.
+# Replies with reasoning @ and conclusion $, in the formats of many models.
 WHOLE = {
     "think": "<think>@</think>\n\n$",
     "thinking": "<thinking>\n@\n</thinking>$",
@@ -51,9 +51,9 @@ UNFINISHED = [
     "<|channel|>analysis<|message|>@",
     "analysisWell, @",
     "<think>",
-    "$<think>@</think>",  # thought again, and said nothing
+    "$<think>@</think>",  # reasoned again and said nothing
 ]
-# For each reader of conclusions: thinking that would lead it astray, a conclusion, and what it says.
+# For each reader: misleading reasoning, a conclusion, and what the conclusion means.
 READERS = {
     "pairwise": (lambda text: read_verdict(ChatReply(text, finish_reason="stop")), "Hm: [[B]], [[C]]", "[[A]]", 1.0),
     "arena v0.1": (lambda text: arena_verdict(text, "v0.1"), "Hm: [[B>A]]", "[[A>>B]]", "A>>B"),
@@ -70,33 +70,33 @@ def filled(form, thinking, conclusion):
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("form", WHOLE.values(), ids=WHOLE)
-def test_the_text_after_the_thinking_decides(reader, form):
+def test_the_text_after_the_reasoning_decides(reader, form):
     read, thinking, conclusion, expected = READERS[reader]
     assert read(filled(form, thinking, conclusion)) == expected
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("form", UNFINISHED)
-def test_thinking_without_an_end_has_no_verdict(reader, form):
+def test_unfinished_reasoning_has_no_verdict(reader, form):
     read, thinking, conclusion, _ = READERS[reader]
     assert read(filled(form, thinking, conclusion)) is None
 
 
 @pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "model_length", "content_filter"])
-def test_a_reply_that_was_cut_off_has_no_verdict(reason):
+def test_a_truncated_reply_has_no_verdict(reason):
     reply = ChatReply("[[A]] is what I thought until", finish_reason=reason)
     assert read_verdict(reply) is None and reply.cut_off and reply.complete_text == ""
-    assert read_verdict(ChatReply("[[A]]")) == 1.0  # a server that gives no reason
+    assert read_verdict(ChatReply("[[A]]")) == 1.0  # a server that gives no finish reason
 
 
-def test_a_quoted_verdict_before_the_last_one_does_not_count():
+def test_a_quoted_verdict_before_the_last_one_is_ignored():
     assert read_verdict(ChatReply('<think>x</think>B says "[[B]]" itself. [[A]]')) == 1.0
 
 
 @pytest.mark.parametrize(
     "form", [form for name, form in WHOLE.items() if name not in ("nested", "late beginning", "twice")]
 )
-def test_answers_without_the_thinking_that_they_begin_with(form):
+def test_reasoning_at_the_start_of_an_answer_is_removed(form):
     text = filled(form, "Hm.", "It is 4.\n")
     thinking, answer = split_thinking(text)
     assert answer.strip() == "It is 4." and text.startswith(thinking) and bool(thinking) == (form != "$")
@@ -112,12 +112,12 @@ def test_answers_without_the_thinking_that_they_begin_with(form):
         "",
     ],
 )
-def test_answers_about_thinking_are_left_as_they_are(text):
+def test_answers_that_mention_reasoning_tags_are_left_alone(text):
     assert split_thinking(text) == ("", text)
     assert ShownAnswers(True)(text) == text
 
 
-def test_thinking_in_answers_is_counted_and_reported():
+def test_reasoning_in_answers_is_counted_and_reported():
     texts = ["<think>a</think> one", "two", "<think>never", "x</think>three"]
     said = []
     for strip, expected in ((True, ["one", "two", "", "three"]), (False, texts)):
@@ -135,8 +135,8 @@ def test_thinking_in_answers_is_counted_and_reported():
     assert show.metrics("x/", said.append) == [] and len(said) == 2
 
 
-def test_special_tokens_that_mark_thinking_stay_in_sampled_texts():
-    """Without them the thinking could not be separated from the answer."""
+def test_special_tokens_that_mark_reasoning_are_kept_in_sampled_texts():
+    """Without them, the reasoning could not be separated from the answer."""
     tokenizer = make_tokenizer(["a few words"])
     tokenizer.add_special_tokens({"extra_special_tokens": ["[THINK]", "[/THINK]", "<|other|>"]})
     ids = tokenizer("[THINK]a[/THINK]few<|other|>").input_ids

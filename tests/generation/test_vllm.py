@@ -1,4 +1,4 @@
-"""Calls of vLLM and its outputs, with a fake; benchmarks/vllm_cpu.sh runs the real engine."""
+"""Calls to vLLM and its outputs, with a fake; benchmarks/vllm_cpu.sh runs the real engine."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ STOP = 9
 
 
 class LLM:
-    """Answers every prompt with its reverse and a stop token, if there is room for it."""
+    """Answers every prompt with its reverse and, if there is room, a stop token."""
 
     def __init__(self, **options):
         if options.get("gpu_memory_utilization", 0) > 1:
@@ -51,7 +51,7 @@ class LLM:
 
 @dataclasses.dataclass
 class EngineArgs:
-    """A few of the real ones."""
+    """A few of the real engine arguments."""
 
     model: str = ""
     dtype: str = ""
@@ -76,7 +76,7 @@ def engine(vllm):
     return VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP])
 
 
-def test_vllm_outputs(engine):
+def test_outputs_are_read_from_vllm(engine):
     settings = SamplingSettings(max_new_tokens=3)
     first, second = engine.generate([[1, 2], [3, 4, 5]], settings, seed=7)
     assert first == Sampled([2, 1, STOP], True, pytest.approx(-1.2))
@@ -92,7 +92,7 @@ def test_every_request_has_its_own_seed(engine):
     assert engine._llm.seeds == seeds[:2]
 
 
-def test_other_weights_are_read_and_nothing_computed_remains(engine, tmp_path, monkeypatch):
+def test_new_weights_are_loaded_and_caches_are_reset(engine, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
         LLM, "collective_rpc", lambda self, name, *, kwargs: calls.append((name, kwargs)), raising=False
@@ -102,12 +102,12 @@ def test_other_weights_are_read_and_nothing_computed_remains(engine, tmp_path, m
     assert calls == [("reload_weights", {"weights_path": str(tmp_path)})]
     with pytest.raises(SimpoError, match="engine: vLLM keeps what it computed"):
         engine.reload(tmp_path)
-    monkeypatch.setattr(LLM, "collective_rpc", lambda self, name: None)  # of an older vLLM
+    monkeypatch.setattr(LLM, "collective_rpc", lambda self, name: None)  # as in an older vLLM
     with pytest.raises(SimpoError, match=r"engine: vLLM 0\.0 cannot load other weights: .*kwargs"):
         engine.reload(tmp_path)
 
 
-def test_its_processes_end_with_one_that_is_killed(vllm, monkeypatch, tmp_path):
+def test_its_processes_end_with_a_killed_parent(vllm, monkeypatch, tmp_path):
     class Starting(LLM):
         def __init__(self, **options):
             super().__init__(**options)
@@ -138,13 +138,13 @@ def test_the_checkpoints_sampling_settings_are_not_used(engine):
     assert engine._llm.options["dtype"] == "bfloat16"
 
 
-def test_an_adapter_has_to_be_merged_first(engine, tmp_path):
+def test_an_adapter_must_be_merged_first(engine, tmp_path):
     LoraConfig(base_model_name_or_path="some/model").save_pretrained(tmp_path)
     with pytest.raises(SimpoError, match="'simpo merge' the adapter first"):
         VllmEngine(ModelArguments(str(tmp_path)), [STOP])
 
 
-def test_without_vllm(monkeypatch):
+def test_a_missing_vllm_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SimpoError, match=r"vLLM is not installed; pip install 'simpo\[vllm\]'"):
         VllmEngine(ModelArguments("some/model"), [STOP])
@@ -159,7 +159,7 @@ def test_without_vllm(monkeypatch):
         ({"tensor_parallel_size": 16}, "'tensor_parallel_size': 16.*Engine core initialization failed"),
     ],
 )
-def test_unusable_engine_arguments_are_one_line(vllm, given, said):
+def test_unusable_engine_arguments_give_a_one_line_error(vllm, given, said):
     with pytest.raises(SimpoError, match=said) as raised:
         VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP], given)
     assert "\n" not in str(raised.value)
@@ -172,7 +172,7 @@ def sample(chat_world, tmp_path, *options):
     return main(["sample", str(chat_world / "model"), str(prompts), f"--output_dir={tmp_path / 'out'}", *options])
 
 
-def test_engine_arguments_of_the_command_reach_vllm_and_the_record(vllm, chat_world, tmp_path, monkeypatch):
+def test_the_commands_engine_arguments_reach_vllm_and_the_record(vllm, chat_world, tmp_path, monkeypatch):
     started = []
 
     class Seen(LLM):
@@ -204,7 +204,7 @@ def test_engine_arguments_of_the_command_reach_vllm_and_the_record(vllm, chat_wo
         (["--engine=vllm", "--max_model_len=64", "--engine_args", "max_model_len=8"], "max_model_len is given twice"),
     ],
 )
-def test_invalid_engine_arguments(options, said, vllm, chat_world, tmp_path, capsys):
+def test_invalid_engine_arguments_are_rejected(options, said, vllm, chat_world, tmp_path, capsys):
     assert sample(chat_world, tmp_path, *options) == 2
     printed = capsys.readouterr().err
     assert said in printed and printed.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Several annotators as one: scores compared with numpy and scipy, missing scores, and mistakes."""
+"""Several annotators combined: scores against numpy and scipy, missing scores, and mistakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GENERATOR = np.random.default_rng(0)
 
 
 class Table(Scorer):
-    """Scores by the answers' texts."""
+    """Looks up scores by the answers' texts."""
 
     identity: ClassVar = {"judge": "table"}
 
@@ -32,7 +32,7 @@ class Table(Scorer):
 @pytest.mark.parametrize(
     "scores", [GENERATOR.normal(3, 20, 7).tolist(), [1.0, 5.0, 1.0, 4.0, 4.0], [0.1, 0.1, 0.1], [2.0]]
 )
-def test_normalization(scores):
+def test_normalization_matches_numpy_and_scipy(scores):
     differ, n = len(set(scores)) > 1, len(scores)
     assert normalize(scores, "none") == scores
     expected = zscore(scores, ddof=1) if differ else np.zeros(n)
@@ -41,13 +41,13 @@ def test_normalization(scores):
     assert normalize(scores, "rank") == pytest.approx(expected, abs=1e-12)
 
 
-def test_scores_that_hardly_differ_are_equal():
+def test_scores_that_hardly_differ_count_as_equal():
     assert normalize([0.0] * 8 + [5e-324], "zscore") == [0.0] * 9  # their standard deviation rounds to 0
 
 
 @pytest.mark.parametrize("how", ["none", "zscore", "rank"])
-def test_the_weighted_sum_of_each_prompts_normalized_scores(how):
-    """Prompts of different sizes, alone and together, and whatever the order of the annotators."""
+def test_scores_are_weighted_sums_of_per_prompt_normalized_scores(how):
+    """For prompts of different sizes, alone and together, and annotators in any order."""
     texts = [f"t{k}" for k in range(9)]
     tables = {
         name: Table(dict(zip(texts, GENERATOR.normal(0, size, 9), strict=True)))
@@ -72,8 +72,8 @@ def test_the_weighted_sum_of_each_prompts_normalized_scores(how):
     assert turned.score(rows) == found
 
 
-def test_an_answer_that_one_annotator_does_not_score():
-    """It has no score, and the others are those of the prompt without it."""
+def test_an_answer_unscored_by_one_annotator_has_no_score():
+    """The other scores are those of the prompt without that answer."""
     tables = {
         "a": Table({"x": 1.0, "y": None, "z": 4.0, "u": 9.0}),
         "b": Table({"x": 2.0, "y": 7.0, "z": math.nan, "u": 1.0}),
@@ -89,7 +89,7 @@ def test_an_answer_that_one_annotator_does_not_score():
     ) == {"a": 1, "b": 1}
 
 
-def test_the_identity_has_all_that_determines_the_scores():
+def test_the_identity_covers_everything_that_affects_the_scores():
     options = JudgeOptions()
     found = [
         make_annotator({"exact": weight}, options, how).identity
@@ -112,6 +112,6 @@ def test_the_identity_has_all_that_determines_the_scores():
         ({"exact": 1.0, "api": 1.0}, None, "judge_url"),
     ],
 )
-def test_mistakes_are_named(annotator, how, named):
+def test_mistakes_are_reported_by_name(annotator, how, named):
     with pytest.raises(SimpoError, match=named):
         make_annotator(annotator, JudgeOptions(), how)

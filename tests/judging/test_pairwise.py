@@ -1,4 +1,4 @@
-"""The pairwise judge behind a server: both orders, its verdicts, its prompt."""
+"""The pairwise judge behind a server: both orders, verdicts and prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIRS = [
 
 
 def shown(body):
-    """The two answers in the order of the request."""
+    """Return the two answers in the order of the request."""
     text = body["messages"][0]["content"]
     return [re.search(f"<answer_{name}>\n(.*)\n</answer_{name}>", text, re.DOTALL)[1] for name in "AB"]
 
@@ -51,7 +51,7 @@ def test_every_pair_is_sent_in_both_orders():
 
 
 @pytest.mark.parametrize("favorite", ["A", "B"])
-def test_a_judge_that_prefers_a_position_gives_ties(favorite):
+def test_a_judge_that_prefers_a_position_produces_ties(favorite):
     with ChatServer(lambda body: completion(f"[[{favorite}]]")) as server:
         judge = judge_at(server)
         assert judge.compare(PAIRS) == [0.5] * 4
@@ -90,13 +90,13 @@ def test_the_verdict_is_the_mean_of_both_orders(replies, expected):
         ("", None),
     ],
 )
-def test_verdicts(text, verdict):
+def test_verdicts_are_read_from_text(text, verdict):
     assert read_verdict(ChatReply(text, finish_reason="stop")) == verdict
     assert read_verdict(ChatReply(text, finish_reason="length")) is None
 
 
 def test_answers_are_shown_unchanged():
-    """Placeholders inside a text are not replaced, and a conversation is shown completely."""
+    """Placeholders inside a text are not replaced, and a conversation is shown in full."""
     prompt = [{"role": "user", "content": "one {answer_a}"}, {"role": "assistant", "content": "two"}]
     prompt.append({"role": "user", "content": "three"})
     with ChatServer(fair) as server:
@@ -106,7 +106,7 @@ def test_answers_are_shown_unchanged():
     assert all("user: one {answer_a}\n\nassistant: two\n\nuser: three" in text for text in texts)
 
 
-def test_a_judge_prompt_from_a_file(tmp_path):
+def test_a_judge_prompt_can_come_from_a_file(tmp_path):
     path = tmp_path / "prompt.md"
     path.write_text("{question}? A: {answer_a} B: {answer_b} {other}")
     with ChatServer(fair) as server:
@@ -129,8 +129,8 @@ def test_a_missing_key_is_reported_before_any_work(monkeypatch):
         make_judge("api", JudgeOptions())
 
 
-def test_a_random_model_as_judge_has_no_verdicts(chat_world, tmp_path):
-    """A random model behind a server gives no verdicts, which is not a score; the second run sends nothing."""
+def test_a_random_model_as_judge_gives_no_verdicts(chat_world, tmp_path):
+    """Missing verdicts are not scores, and the second run sends nothing."""
     prompt = tmp_path / "short.md"
     prompt.write_text("{question} {answer_a} {answer_b}")
     with ChatServer(ModelAnswers(chat_world / "model")) as server:

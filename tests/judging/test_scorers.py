@@ -1,4 +1,4 @@
-"""Scorers compared with plain transformers, and their errors."""
+"""Scorers against plain transformers, and their errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROWS = [
 
 
 def ids_of(tokenizer, row, response):
-    """The conversation rendered by transformers alone, and where the answer starts."""
+    """Return the conversation rendered by transformers alone, and where the answer starts."""
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
     response = response.strip().removesuffix("<|end|>")
@@ -55,8 +55,8 @@ def test_a_policys_score_is_its_mean_log_probability(chat_world):
 
 
 @torch.no_grad()
-def test_reasoning_that_was_cut_off_is_scored_as_it_is(chat_world, tmp_path):
-    """Though a template that knows reasoning makes it a bad row of training data."""
+def test_truncated_reasoning_is_scored_unchanged(chat_world, tmp_path):
+    """Even though a template that supports reasoning makes it a bad row of training data."""
     folder = shutil.copytree(chat_world / "model", tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template += "{# <think> </think> #}"
@@ -72,7 +72,7 @@ def test_reasoning_that_was_cut_off_is_scored_as_it_is(chat_world, tmp_path):
 
 @pytest.fixture(scope="module")
 def write_classifier(chat_world, tmp_path_factory):
-    """``write_classifier(labels)``: a folder with a random sequence classifier whose padding is its end of turn."""
+    """``write_classifier(labels)``: the folder of a random sequence classifier that pads with its end-of-turn token."""
 
     def write(labels: int):
         folder = tmp_path_factory.mktemp("reward")
@@ -97,10 +97,10 @@ def test_a_reward_is_read_at_the_end_of_turn(write_classifier):
         for response, score in zip(row.responses, given, strict=True):
             hidden = model.transformer(torch.tensor([ids_of(tokenizer, row, response)[0]])).last_hidden_state
             assert score == pytest.approx(model.score(hidden[0, -1]).item(), abs=1e-6)
-    assert len({score for given in scores for score in given}) == 6  # the two empty answers are one
+    assert len({score for given in scores for score in given}) == 6  # the two empty answers are equal
 
 
-def test_models_that_are_not_reward_models(chat_world, write_classifier):
+def test_models_that_are_not_reward_models_are_rejected(chat_world, write_classifier):
     with pytest.raises(SimpoError, match=r"not a reward model: its files contain no score\.weight"):
         make_scorer(f"reward:{chat_world / 'model'}", JudgeOptions()).score(ROWS)
     with pytest.raises(SimpoError, match="3 labels"):
@@ -150,7 +150,7 @@ class GatedReward(LlamaPreTrainedModel):
 
 @pytest.fixture
 def write_gated(chat_world, tmp_path):
-    """``write_gated(weighs=True)``: a reward model of 19 objectives with its own code, like ArmoRM."""
+    """``write_gated(weighs=True)``: a reward model with 19 objectives and its own code, like ArmoRM."""
 
     def write(**changes):
         folder = tmp_path / "gated"
@@ -164,7 +164,7 @@ def write_gated(chat_world, tmp_path):
             num_hidden_layers=2,
             num_attention_heads=2,
             num_labels=19,
-            pad_token_id=tokenizer.eos_token_id,  # with which answers end, too
+            pad_token_id=tokenizer.eos_token_id,  # answers end with this token as well
             gate_token=tokenizer.convert_tokens_to_ids("<|assistant|>"),
             architectures=["GatedReward"],
             auto_map={"AutoModelForSequenceClassification": "code_of_gated.GatedReward"},
@@ -183,7 +183,7 @@ def write_gated(chat_world, tmp_path):
 
 
 @torch.no_grad()
-def test_a_model_of_several_objectives_uses_its_own_score(write_gated):
+def test_a_model_with_several_objectives_uses_its_own_score(write_gated):
     """The interface of ArmoRM, the paper's annotator, whose code was written for transformers 4."""
     folder, backbone, weights = write_gated(weighs=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -201,7 +201,7 @@ def test_a_model_of_several_objectives_uses_its_own_score(write_gated):
         make_scorer(f"reward:{folder}", JudgeOptions()).score(ROWS)
 
 
-def test_several_objectives_without_a_score_are_refused(write_gated):
+def test_several_objectives_without_a_score_are_rejected(write_gated):
     folder, *_ = write_gated(weighs=False)
     with pytest.raises(SimpoError, match="it has 19 labels and its code returns no single score"):
         make_scorer(f"reward:{folder}", JudgeOptions(trust_remote_code=True)).score(ROWS)
@@ -213,13 +213,13 @@ def test_a_model_is_identified_by_its_weights(chat_world, tmp_path):
     assert first.identity == second.identity != make_scorer(f"logp:{tmp_path / 'copy'}", JudgeOptions(dtype="float64"))
 
 
-def test_a_row_that_does_not_fit_a_model(chat_world):
+def test_a_row_that_does_not_fit_the_model_is_reported(chat_world):
     scorer = make_scorer(f"logp:{chat_world / 'model'}", JudgeOptions())
     with pytest.raises(SimpoError, match="prompt x: 128 tokens with its answer; the model has room for 64"):
         scorer.score([Answers("x", "What? " * 40, ("It is 3.",))])
 
 
-def test_the_exact_judge():
+def test_the_exact_judge_scores_answers():
     prompts = [row["prompt"] for row in make_prompts(20, 0)]
     rows = [Answers(str(i), prompt, ("It is 7.", "7.", "")) for i, prompt in enumerate(prompts)]
     scores = make_scorer("exact", JudgeOptions()).score(rows)
@@ -247,7 +247,7 @@ def functions(tmp_path, monkeypatch):
     return JudgeOptions(trust_remote_code=True)
 
 
-def test_a_function(functions):
+def test_a_function_scores_answers(functions):
     scorer = make_scorer("function:mine:shortest", functions)
     assert scorer.score(ROWS) == [[-8, -18, 0, -8], [-8], [-16, -8]]
     pairs = [Pair("p", "q", ("ab", "abc")), Pair("p", "q", ("abc", "ab")), Pair("p", "q", ("ab", "cd"))]
@@ -267,18 +267,18 @@ def test_a_function(functions):
         ("nowhere:f", "'nowhere' cannot be imported"),
     ],
 )
-def test_functions_that_cannot_judge(functions, name, said):
+def test_unusable_functions_are_rejected(functions, name, said):
     with pytest.raises(SimpoError, match=said):
         make_judge(f"function:{name}", functions).compare([Pair("p", "q", ("a", "b"))])
 
 
-def test_code_runs_only_if_that_is_allowed(functions):
+def test_local_code_only_runs_with_permission(functions):
     with pytest.raises(SimpoError, match="--trust_remote_code"):
         make_scorer("function:mine:shortest", JudgeOptions())
 
 
 @pytest.mark.parametrize("kind", [Answers, Pair])
-def test_one_text_is_no_sequence_of_responses(kind):
+def test_a_single_text_is_not_a_sequence_of_responses(kind):
     with pytest.raises(TypeError, match="responses"):
         kind("1", "What is 1 plus 2?", "3.", "It is 4.")
 
@@ -306,7 +306,7 @@ def test_an_answer_in_several_pairs_is_scored_once():
         ([[1.0] * 4, [float("inf")], [1.0, 2.0]], "prompt q: .* not all numbers"),
     ],
 )
-def test_scores_are_checked(scores, said):
+def test_scores_are_validated(scores, said):
     with pytest.raises(SimpoError, match=f"mine: {said}"):
         check_scores(scores, ROWS, "mine")
 
@@ -316,7 +316,7 @@ def write_verdicts(path, *rows):
     return make_judge(f"human:{path}", JudgeOptions())
 
 
-def test_human_verdicts(tmp_path):
+def test_human_verdicts_are_read_from_a_file(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     judge = write_verdicts(
         path, *({"id": key, "winner": winner} for key, winner in zip("xyz", ("a", "b", "tie"), strict=True))
@@ -336,12 +336,12 @@ def test_human_verdicts(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["exakt", "human", "human:", "reward", "logp:", "function:", "api:x", ""])
-def test_unknown_judges(name):
+def test_unknown_judges_are_rejected(name):
     with pytest.raises(SimpoError, match=r"is not known.*the judges are exact, "):
         make_judge(name, JudgeOptions())
 
 
-def test_no_model_of_that_name():
+def test_a_missing_model_is_reported():
     for kind in ("reward", "logp"):
         with pytest.raises(SimpoError, match=r"\./nowhere"):
             make_scorer(f"{kind}:./nowhere", JudgeOptions())

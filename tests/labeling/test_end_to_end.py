@@ -1,4 +1,4 @@
-"""Answers of two models, judged on the page, exported, and read by the commands that use human judgments."""
+"""Answers from two models, judged on the page, exported, and read by the commands that use human judgments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRONG = [f"{n} plus 1 is {n}." for n in range(6)]
 
 
 def labeled(folder, items, ranks_of) -> None:
-    """A labeling run in which ann judges every item: ``ranks_of`` its answers as they are shown; None skips it."""
+    """Write a run in which ann judges every item: ``ranks_of`` ranks the answers as shown, or returns None to skip."""
     write_lines(folder / "items.jsonl", [item.row() for item in items])
     RunRecord("label", {"seed": "0"}).write(folder)
     with closing(Store(folder / "judgments.sqlite")) as store:
@@ -34,7 +34,7 @@ def labeled(folder, items, ranks_of) -> None:
 
 
 def trained_on(folder, tmp_path) -> dict[str, float | None]:
-    """The metrics of a reward model after a step on the exported preferences."""
+    """Train a reward model for one step on the exported preferences and return its metrics."""
     write_model(tmp_path / "model", seed=0)
     data = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(folder / "preferences.jsonl")]
     options = ["--max_steps", "1", "--max_length", "128", "--save_strategy", "no", "--report_to", "none"]
@@ -44,7 +44,7 @@ def trained_on(folder, tmp_path) -> dict[str, float | None]:
 
 @pytest.fixture
 def answers(tmp_path):
-    """Two files of answers to the same prompts: the first model's are right, but for the last two."""
+    """Two files of answers to the same prompts; the first model's are right except for the last two."""
     mine = [*RIGHT[:4], *WRONG[4:]]
     theirs = [*WRONG[:4], RIGHT[4], WRONG[5] + " Yes."]
     for name, texts in (("a", mine), ("b", theirs)):
@@ -59,7 +59,7 @@ def test_pairs_become_verdicts_and_a_reward_model(answers, tmp_path) -> None:
     items, _ = pair_items(*answers)
 
     def ranks(shown: list[str]) -> list[int] | None:
-        """The first prompt is skipped, and two wrong answers are a tie."""
+        """Skip the first prompt, and rank two wrong answers as a tie."""
         if any(text.startswith("0 ") for text in shown):
             return None
         return [1 if text in RIGHT or not set(shown) & set(RIGHT) else 2 for text in shown]

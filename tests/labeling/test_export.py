@@ -1,4 +1,4 @@
-"""Judgments to files, and what is printed about their reliability."""
+"""Exporting judgments to files, and the printed reliability statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _judged(labeler: str, item: str, what: str, *, shown: tuple[int, ...] = (0, 
     return Judgment(labeler, item, kind, ranks, shown, f"note on {item}", seconds)
 
 
-def test_pairs_verdicts_and_agreement(tmp_path: Path):
+def test_pairs_verdicts_and_agreement_are_exported(tmp_path: Path):
     items = [*make_items(5), Item("same", "Q", ("x", "x"))]
     judgments = [
         *(_judged("ann", f"p{n}", what, shown=(1, 0)) for n, what in enumerate(["a", "b", "a", "tie", "skip"])),
@@ -50,8 +50,8 @@ def test_pairs_verdicts_and_agreement(tmp_path: Path):
         "items": 5, "items_judged": 4, "labelers": 2, "preferences": 2, "items_judged_without_a_preference": 2,
         "judgments_ranked": 6, "judgments_tie": 1, "judgments_both_bad": 1, "judgments_skip": 1,
     }  # fmt: skip
-    # Of four items, three are agreed on. Ratings: 3 for a, 3 for b, 2 for neither, so two of different items differ
-    # with 1 - (3*2 + 3*2 + 2*1) / (8*7) = 0.75; and kappa by hand: chance is (2*1 + 1*2 + 1*1) / 16.
+    # Three of four items are agreed on. Ratings: 3 for a, 3 for b, 2 for neither, so ratings of different items differ
+    # with 1 - (3*2 + 3*2 + 2*1) / (8*7) = 0.75. Kappa by hand: chance agreement is (2*1 + 1*2 + 1*1) / 16.
     assert metrics["krippendorff_alpha"].value == pytest.approx(1 - 0.25 / 0.75)
     assert metrics["agreement/ann+ben"].value == 0.75
     assert metrics["kappa/ann+ben"].value == pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16))
@@ -60,8 +60,8 @@ def test_pairs_verdicts_and_agreement(tmp_path: Path):
     assert metrics["seconds_per_item_median/ben"].value == 4.0
 
 
-def test_names_of_labelers_that_contain_the_separator(tmp_path: Path):
-    """The pairs (a, b+c) and (a+b, c) have metrics of their own."""
+def test_labeler_names_may_contain_the_separator(tmp_path: Path):
+    """The pairs (a, b+c) and (a+b, c) have separate metrics."""
     items = [Item("p0", "?", ("x", "y"))]
     judgments = [Judgment(name, "p0", "ranked", (1, 2), (0, 1), "", 1.0) for name in ("a", "b+c", "a+b", "c")]
     metrics = export(items, judgments, tmp_path, seed=0)
@@ -70,7 +70,7 @@ def test_names_of_labelers_that_contain_the_separator(tmp_path: Path):
     write_results(tmp_path, command="label", fingerprint="", metrics=metrics)
 
 
-def test_the_command_to_train_is_printed_only_if_there_are_preferences(tmp_path: Path, capsys):
+def test_the_train_command_is_only_printed_if_there_are_preferences(tmp_path: Path, capsys):
     items = [Item("p0", "?", ("x", "y"))]
     write_lines(tmp_path / "items.jsonl", [item.row() for item in items])
     RunRecord("label", {"seed": "0"}).write(tmp_path)
@@ -82,7 +82,7 @@ def test_the_command_to_train_is_printed_only_if_there_are_preferences(tmp_path:
         assert bool((tmp_path / "preferences.jsonl").read_text()) == trains
 
 
-def test_rankings(tmp_path: Path):
+def test_rankings_are_exported(tmp_path: Path):
     items = [*make_items(2, k=3), *make_items(3)[2:]]
     judgments = [
         Judgment("ann", "p0", "ranked", (1, 3, 2), (2, 0, 1), "", 5.0),
@@ -96,12 +96,12 @@ def test_rankings(tmp_path: Path):
     assert [(row["id"], row["scores"]) for row in rows] == [("p0", [2.0, 0.25, 0.75]), ("p2", [0.0, 1.0])]
     assert read_comparison(rows[0], "here").responses == ("answer 0.0", "answer 0.2", "answer 0.1")
     assert [row["id"] for row in read_lines(tmp_path / "verdicts.jsonl")] == ["p2"]
-    # Three pairs of answers of p0, agreed on in two; ratings: 4 for the first, 1 for the second, 1 for neither.
+    # Three pairs of answers to p0, two agreed on; ratings: 4 for the first, 1 for the second, 1 for neither.
     assert metrics["krippendorff_alpha"] == pytest.approx(1 - (1 / 3) / (1 - (4 * 3) / (6 * 5)))
     assert metrics["first_shown_preferred"] == pytest.approx((2 / 3 + 1 + 0) / 3)  # ann saw ranks 2, 1, 3
 
 
-def test_human_verdicts_follow_their_answers(tmp_path: Path):
+def test_human_verdicts_are_matched_by_their_answers(tmp_path: Path):
     export(make_items(2), [_judged("ann", "p0", "a"), _judged("ann", "p1", "tie")], tmp_path, seed=0)
     judge = HumanJudge(tmp_path / "verdicts.jsonl")
     pairs = [Pair(f"p{n}", f"Question {n}?", (f"answer {n}.0", f"answer {n}.1")) for n in range(3)]

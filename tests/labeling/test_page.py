@@ -1,4 +1,4 @@
-"""The label page in a real browser: keys, two labelers, a killed server, hostile text, sizes and color schemes."""
+"""The label page in a real browser: keyboard, two labelers, a killed server, hostile text, sizes and color schemes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _is_clean(page: Page) -> bool:
-    """Whether the page complained about nothing, asked only its own server, and is not wider than the window."""
+    """Return whether there were no complaints, only requests to its own server, and no horizontal overflow."""
     assert not page.complaints
     assert {urlsplit(url).hostname for url in page.requests if not url.startswith("data:")} == {"127.0.0.1"}
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth && !window.hacked")
@@ -55,7 +55,7 @@ def test_fifty_pairs_by_keyboard_alone(browser: Browser, page_of):
             page.type("both answers are in the wrong language")
             page.press("Escape")
         page.press(keys[number % 5])
-        if number == 20:  # take the last one back, and judge it again
+        if number == 20:  # undo the last one and judge it again
             page.wait(f"{_PROGRESS}.includes('21 done')")
             page.press("u")
             page.wait(f"{_PROGRESS}.includes('20 done')")
@@ -68,7 +68,7 @@ def test_fifty_pairs_by_keyboard_alone(browser: Browser, page_of):
     assert len({one.item for one in found}) == len(found) == 50
     assert Counter(one.kind for one in found) == {"ranked": 20, "tie": 10, "both_bad": 10, "skip": 10}
     assert [one.note for one in found if one.note] == ["both answers are in the wrong language"]
-    for number, one in enumerate(found):  # what was on the screen is what is stored
+    for number, one in enumerate(found):  # what is stored is what was on the screen
         texts = [f"answer {one.item[1:]}.{place}" for place in one.shown]
         assert shown[f"Question {one.item[1:]}?"] == texts
         if one.kind == "ranked":
@@ -89,9 +89,9 @@ def test_two_labelers_and_a_server_killed_during_a_vote(browser: Browser, page_o
         page.wait(f"{_PROGRESS}.includes('{name} · 2 done')")
     served.kill()
     for page in pages.values():
-        page.press("2")  # nobody answers
+        page.press("2")  # the server is down
         page.wait("document.getElementById('status').textContent.includes('Nothing is lost')")
-    pages["ann"].send("Page.navigate", url="about:blank")  # her vote waits in the page's storage
+    pages["ann"].send("Page.navigate", url="about:blank")  # her vote is kept in the page's storage
     served.start_process()
     pages["ann"].send("Page.navigate", url=f"{served.url}&labeler=ann")
     for name, page in pages.items():
@@ -105,11 +105,11 @@ def test_two_labelers_and_a_server_killed_during_a_vote(browser: Browser, page_o
     found = served.judgments()
     assert len({(one.labeler, one.item) for one in found}) == len(found)
     times = Counter(one.item for one in found)
-    assert sorted(times.values()) == [1] * 6 + [2] * 4  # four items shared; nothing lost, nothing counted twice
+    assert sorted(times.values()) == [1] * 6 + [2] * 4  # four items shared; nothing lost or counted twice
 
 
-def test_a_server_that_fails_is_reported_and_the_item_can_be_judged_again(browser: Browser, page_of, monkeypatch):
-    """Starlette answers an internal error with a status of 500 and plain text."""
+def test_a_server_error_is_reported_and_the_item_can_be_judged_again(browser: Browser, page_of, monkeypatch):
+    """Starlette answers an internal error with status 500 and plain text."""
     served = page_of(make_items(2))
     served.start()
     judge, failed = Session.judge, []
@@ -141,7 +141,7 @@ def test_hostile_text_is_only_text(browser: Browser, page_of, width: int, dark: 
     assert sorted(texts) == sorted(_HOSTILE)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(").rstrip(")")
     assert (sum(map(int, ground.split(","))) < 200) == dark
-    for key in "31=2":  # a ranking with a tie; the two that are left share the last place
+    for key in "31=2":  # a ranking with a tie; the remaining two share last place
         page.press(key)
     page.press("Enter")
     page.wait("document.getElementById('status').textContent.includes('Rank 1 more')")

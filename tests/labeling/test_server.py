@@ -1,4 +1,4 @@
-"""What the server refuses, who is asked what, and the command around it."""
+"""Requests the server rejects, who is asked what, and the command around it."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def served(page_of) -> Served:
     return found
 
 
-def test_only_who_knows_the_token_on_this_machine(served: Served):
+def test_access_requires_the_token_and_this_machine(served: Served):
     base = served.url.partition("?")[0]
     with httpx.Client(base_url=base, trust_env=False) as client:
         assert client.get("/?token=wrong").status_code == client.get("/").status_code == 403
         page = client.get(f"/?token={TOKEN}")
         assert page.status_code == 200
         assert "default-src 'none'" in page.headers["content-security-policy"]
-        # A page of another site: it cannot add the header without asking, and its name is not this machine's.
+        # A page on another site cannot add the header without a preflight, and its host name is not this machine's.
         assert client.post("/api/next", json={"labeler": "ann"}).status_code == 403
         preflight = client.options(
             "/api/next", headers={"origin": "http://evil", "access-control-request-method": "POST"}
@@ -67,13 +67,13 @@ def test_only_who_knows_the_token_on_this_machine(served: Served):
         (_vote("p0", labeler=" "), "labeler"),
         (_vote("p0", note="x" * 10_001), "note"),
         (_vote("p0", key="k"), "key"),
-        (_vote("p0", note="a \ud83d"), "note"),  # half of an emoji, which no database can store
+        (_vote("p0", note="a \ud83d"), "note"),  # half an emoji, which no database can store
         (_vote("p0", key="key-1234\ud83d"), "key"),
         ([], "object"),
         (_vote("p0", note="x" * 200_000), "bytes"),
     ],
 )
-def test_votes_that_are_refused(served: Served, body: object, named: str):
+def test_invalid_votes_are_rejected(served: Served, body: object, named: str):
     address, content = served.url.partition("?")[0] + "api/judge", json.dumps(body)
     answer = httpx.post(address, content=content, headers=_HEADERS, trust_env=False)
     assert answer.status_code == 400
@@ -81,9 +81,9 @@ def test_votes_that_are_refused(served: Served, body: object, named: str):
     assert served.judgments() == []
 
 
-def test_a_request_that_is_sent_again_counts_once(served: Served):
+def test_a_repeated_request_counts_once(served: Served):
     with httpx.Client(base_url=served.url.partition("?")[0], headers=_HEADERS, trust_env=False) as client:
-        for key in ("first-key", "first-key", "other-key"):  # sent twice; then judged again, as in a second window
+        for key in ("first-key", "first-key", "other-key"):  # sent twice, then judged again as in a second window
             client.post("/api/judge", json=_vote("p0", key))
         assert len(served.judgments()) == 1
         client.post("/api/judge", json=_vote("p1", "third-key"))
@@ -94,7 +94,7 @@ def test_a_request_that_is_sent_again_counts_once(served: Served):
         assert client.post("/api/undo", json={"key": "undo-key-2", "labeler": "ben"}).json()["progress"]["done"] == 0
 
 
-def test_half_of_a_character_in_an_answer_is_shown(page_of):
+def test_a_lone_surrogate_in_an_answer_is_shown(page_of):
     served = page_of([Item("p0", "Why?", ("so \ud83d", "because"))])
     served.start()
     with httpx.Client(base_url=served.url.partition("?")[0], headers=_HEADERS, trust_env=False) as client:
@@ -102,8 +102,8 @@ def test_half_of_a_character_in_an_answer_is_shown(page_of):
         assert sorted(json.loads(found.text)["item"]["answers"]) == ["because", "so \ud83d"]
 
 
-def test_a_name_is_the_same_however_it_was_typed(served: Served):
-    """Composed and decomposed, and with other spaces; not in another case, which may be somebody else."""
+def test_names_are_normalized(served: Served):
+    """Composed or decomposed, with any spaces. Case matters, because it may be a different person."""
     names = ["Jos\u00e9 A", " Jose\u0301  A", "Jos\u00e9\u00a0A", "jos\u00e9 A"]
     with httpx.Client(base_url=served.url.partition("?")[0], headers=_HEADERS, trust_env=False) as client:
         for number, name in enumerate(names):
@@ -111,12 +111,12 @@ def test_a_name_is_the_same_however_it_was_typed(served: Served):
     assert [one.labeler for one in served.judgments()] == ["Jos\u00e9 A", "jos\u00e9 A"]
 
 
-def test_shared_items_reach_everybody_and_others_one_labeler(tmp_path: Path):
+def test_shared_items_go_to_everyone_and_others_to_one_labeler(tmp_path: Path):
     with closing(Store(tmp_path / "judgments.sqlite")) as store:
         session = Session(make_items(40), store, seed=0, overlap=0.25)
         seen: dict[str, list[str]] = {"ann": [], "ben": [], "eve": []}
         while open_items := {name: item for name in seen if (item := session.next(name)["item"])}:
-            assert len({item["id"] for item in open_items.values()}) >= len(open_items) - 1  # at once
+            assert len({item["id"] for item in open_items.values()}) >= len(open_items) - 1  # at the same time
             for name, item in open_items.items():
                 seen[name].append(item["id"])
                 kind = "skip" if name == "ann" and len(seen[name]) % 2 else "tie"
@@ -125,7 +125,7 @@ def test_shared_items_reach_everybody_and_others_one_labeler(tmp_path: Path):
     times = Counter(item for several in seen.values() for item in several)
     everybody = {item for item, count in times.items() if count == 3}
     assert len(everybody) == 10
-    assert len(times) == len(set(judged)) == 40  # what ann skipped, somebody else judged
+    assert len(times) == len(set(judged)) == 40  # what ann skipped was judged by somebody else
     assert {judged.count(item) for item in times.keys() - everybody} == {1}
     assert seen["ann"] != seen["ben"]
 
@@ -135,10 +135,10 @@ def _rows(path: Path, responses: list[list[str]]) -> Path:
     return path
 
 
-def test_what_is_on_a_screen_is_nobody_elses_also_after_a_restart(tmp_path: Path, monkeypatch):
+def test_an_item_on_a_screen_goes_to_nobody_else_even_after_a_restart(tmp_path: Path, monkeypatch):
     items, path = make_items(2), tmp_path / "judgments.sqlite"
     shown = []
-    for name in ("ann", "ben"):  # the server is started anew in between
+    for name in ("ann", "ben"):  # the server is restarted in between
         with closing(Store(path)) as store:
             shown.append(Session(items, store, seed=0, overlap=0).next(name)["item"]["id"])
     assert sorted(shown) == [item.id for item in items]
@@ -150,7 +150,7 @@ def test_what_is_on_a_screen_is_nobody_elses_also_after_a_restart(tmp_path: Path
         assert session.next("cid")["item"] is not None
 
 
-def test_items_of_files(tmp_path: Path):
+def test_items_are_made_from_answer_files(tmp_path: Path):
     one = _rows(tmp_path / "one.jsonl", [["x", "y", "x", "z"], ["x", "x"], ["x", "y"]])
     items, dropped = read_items(one, pairs=False)
     assert [(item.id, item.responses) for item in items] == [("p0", ("x", "y", "z")), ("p2", ("x", "y"))]
@@ -174,7 +174,7 @@ def _error(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return line
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_mistakes_give_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture):
     single = _rows(tmp_path / "single.jsonl", [["x"], ["y"]])
     good = _rows(tmp_path / "good.jsonl", [["x", "y"]])
     out = ("--output_dir", tmp_path / "out")
@@ -230,4 +230,4 @@ def test_the_command_from_page_to_preferences(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((out / "results.json").read_text())["command"] == "label"
     assert main(["label", "--export", str(out)]) == 0
     assert "krippendorff_alpha" in capsys.readouterr().out
-    assert "seed: " in _error(capsys, *arguments, "--seed", 1)  # another order would not continue this run
+    assert "seed: " in _error(capsys, *arguments, "--seed", 1)  # a different order would not continue this run

@@ -1,4 +1,4 @@
-"""Model folders that are damaged or that hold code: one line that names the model, and nothing runs."""
+"""Damaged model folders, and folders with code: a one-line error that names the model, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_code_in_a_pickle_never_runs(model, tmp_path, allowed):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_every_file_that_a_result_depends_on_is_part_of_the_identity(model, name):
+def test_every_file_that_affects_a_result_is_part_of_the_identity(model, name):
     if not (model / name).exists():
         (model / name).write_text('{"version": "1.0"}')
     (model / "notes.txt").write_text("not a part")
@@ -75,7 +75,7 @@ def test_pickled_weights_are_part_of_the_identity(model):
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"x"', '{"eos_token_id": "x"}', '{"eos_token_id": [1, "x"]}', "[" * 9999])
-def test_damaged_generation_settings(model, text):
+def test_damaged_generation_settings_are_reported(model, text):
     (model / "generation_config.json").write_text(text)
     with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
         assert generation_config(str(model), "main") is None
@@ -84,7 +84,7 @@ def test_damaged_generation_settings(model, text):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b'"x"', b"\xff\x00", b"[" * 9999, b"\x00" * 4 + b"\x01" * 60])
-def test_damaged_files(model, name, content):
+def test_damaged_files_are_reported(model, name, content):
     (model / name).write_bytes(content)
     load = load_tokenizer if name.startswith("tokenizer") else load_model
     with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
@@ -107,7 +107,7 @@ def test_damaged_files(model, name, content):
         {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
     ],
 )
-def test_damaged_adapters(make_model, model, tmp_path, change):
+def test_damaged_adapters_are_reported(make_model, model, tmp_path, change):
     adapter = tmp_path / "adapter"
     get_peft_model(
         make_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
@@ -119,13 +119,13 @@ def test_damaged_adapters(make_model, model, tmp_path, change):
         load_model(str(adapter))
 
 
-def test_attention_from_the_hub_is_code():
+def test_an_attention_implementation_from_the_hub_counts_as_code():
     with pytest.raises(SimpoError, match=r"attn_implementation: .*trust_remote_code"):
         ModelArguments("x", attn_implementation="org/kernel")
     ModelArguments("x", attn_implementation="org/kernel", trust_remote_code=True)
 
 
-def test_a_tokenizer_with_settings_of_other_types(chat_world, tmp_path):
+def test_a_tokenizer_with_settings_of_the_wrong_type_is_reported(chat_world, tmp_path):
     folder = shutil.copytree(chat_world / "model", tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": []}))

@@ -1,4 +1,4 @@
-"""``simpo push`` against a local stand-in for the hub: byte for byte, broken off, and what is refused."""
+"""``simpo push`` to a local stand-in for the hub: exact contents, interrupted uploads, and rejections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hub(monkeypatch):
     with Hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in has the LFS protocol only
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in only supports the LFS protocol
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
         yield server
 
@@ -52,7 +52,7 @@ def push(run: Path, *options: str) -> None:
     command.push([str(run), "someone/model", *options])
 
 
-def test_the_repository_has_the_model_byte_for_byte_and_nothing_else(run, hub, capsys):
+def test_the_repository_contains_exactly_the_models_files(run, hub, capsys):
     push(run, "--private")
     assert hub.files == PUBLIC
     assert "private" in (hub.created[0].get("visibility"), *hub.created[0])
@@ -65,14 +65,14 @@ def test_the_repository_has_the_model_byte_for_byte_and_nothing_else(run, hub, c
     assert len(hub.puts) == 2  # the model and the tokenizer were not sent again
 
 
-def test_a_public_repository_gets_nothing_that_is_to_be_private(run, hub):
+def test_a_public_repository_gets_nothing_meant_to_be_private(run, hub):
     hub.private = False
     with pytest.raises(SimpoError, match="someone/model: private: this repository already exists and is public"):
         push(run, "--private")
     assert (hub.puts, hub.commits) == ([], 0)
 
 
-def test_a_dry_run_lists_the_files_without_the_hub(run, capsys, monkeypatch):
+def test_a_dry_run_lists_the_files_without_contacting_the_hub(run, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     push(run, "--dry_run")
     lines = capsys.readouterr().out.splitlines()
@@ -88,10 +88,10 @@ def test_an_interrupted_upload_commits_nothing_and_continues(run, hub):
     assert (hub.files, hub.commits, len(hub.puts)) == ({}, 0, 1)
     hub.broken = None
     push(run)
-    assert (hub.files, hub.commits, len(hub.puts)) == (PUBLIC, 1, 2)  # what had arrived was not sent again
+    assert (hub.files, hub.commits, len(hub.puts)) == (PUBLIC, 1, 2)  # files already received were not sent again
 
 
-def test_a_token_without_permission(run, hub, monkeypatch):
+def test_a_token_without_permission_is_reported(run, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     with pytest.raises(SimpoError, match=r"someone/model: the token has no write access \(403\)") as error:
         push(run)
@@ -108,20 +108,20 @@ def test_a_token_without_permission(run, hub, monkeypatch):
         (["someone/model", "--include", "/etc/passwd"], "include: '/etc/passwd' does not name files inside"),
     ],
 )
-def test_what_is_refused(arguments, message, run, monkeypatch):
+def test_invalid_arguments_are_rejected(arguments, message, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     with pytest.raises(SimpoError, match=message):
         command.push([str(run), *arguments])
 
 
-def test_without_a_token(run, monkeypatch, tmp_path):
+def test_a_missing_token_is_reported(run, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(SimpoError, match="no token for the hub; set HF_TOKEN"):
         push(run)
 
 
-def test_folders_that_are_not_models(run, tmp_path):
+def test_folders_that_are_not_models_are_rejected(run, tmp_path):
     with pytest.raises(SimpoError, match="no such folder"):
         files_to_push(tmp_path / "absent")
     (run / "model.safetensors").write_bytes(b"changed")
@@ -132,14 +132,14 @@ def test_folders_that_are_not_models(run, tmp_path):
         files_to_push(tmp_path / "empty")
 
 
-def test_an_adapter_whose_base_nobody_else_has(run, tmp_path):
+def test_an_adapter_with_a_local_base_model_is_rejected(run, tmp_path):
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
     with pytest.raises(SimpoError, match="its base model is a local folder"):
         files_to_push(run)
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"base_model_name_or_path": 3}', b"\xff\xfe", "[" * 100_000])
-def test_the_configuration_of_an_adapter_that_is_damaged(damaged, run, capsys):
+def test_a_damaged_adapter_configuration_is_reported(damaged, run, capsys):
     path = run / "adapter_config.json"
     path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
     assert cli.main(["push", str(run), "someone/model", "--dry_run"]) == 2
@@ -147,8 +147,8 @@ def test_the_configuration_of_an_adapter_that_is_damaged(damaged, run, capsys):
     assert str(path) in line
 
 
-def test_a_trained_model_is_uploaded_at_its_end(hub, chat_world, tmp_path, monkeypatch):
-    """With ``push_to_hub``; the card has the held-out results in the hub's format, and no path of this machine."""
+def test_a_trained_model_is_uploaded_at_the_end(hub, chat_world, tmp_path, monkeypatch):
+    """With ``push_to_hub``; the card has the held-out results in the hub's format, and no local paths."""
     from simpo.cli import main
 
     out = tmp_path / "out"
@@ -171,5 +171,5 @@ def test_a_trained_model_is_uploaded_at_its_end(hub, chat_world, tmp_path, monke
     assert {result.metric_type: result.metric_value for result in results} == stored
     assert {result.task_type for result in results} == {"text-generation"}
     commits = hub.commits
-    assert main(arguments) == 0  # finished: only the upload is looked at again
+    assert main(arguments) == 0  # already finished: only the upload is checked again
     assert hub.commits == commits

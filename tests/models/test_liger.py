@@ -1,4 +1,4 @@
-"""Which of Liger's kernels are used; that it runs needs a GPU."""
+"""Which of Liger's kernels are used; running them needs a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Whether or not Liger and triton are."""
+    """Return a function that pretends Liger and Triton are installed, or not."""
     found = importlib.util.find_spec
     fakes = ("liger_kernel", "triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name in fakes or found(name, *rest))
@@ -31,24 +31,24 @@ def installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
 
 
-def test_losses_are_off_and_layers_as_given(installed):
+def test_losses_are_off_and_layers_as_configured(installed):
     off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert devices.liger_config(None, GPU) == off
     assert devices.liger_config({"rope": False, "cross_entropy": False}, GPU) == {"rope": False} | off
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "fused_linear_cross_entropy"])
-def test_a_loss_is_refused(installed, loss):
+def test_liger_losses_are_rejected(installed, loss):
     with pytest.raises(SimpoError, match=f"liger_kernel_config: {loss}"):
         devices.liger_config({loss: True}, GPU)
 
 
-def test_a_cpu_is_refused(installed):
+def test_a_cpu_is_rejected(installed):
     with pytest.raises(SimpoError, match=r"use_liger_kernel: .*cpu"):
         devices.liger_config(None, CPU)
 
 
-def test_what_liger_would_pass_over_is_refused(installed, make_model):
+def test_settings_liger_would_ignore_are_rejected(installed, make_model):
     config = devices.liger_config({"rope": False, "swiglu": True}, GPU)
     devices.check_liger(make_model("llama"), config)
     with pytest.raises(SimpoError, match=r"use_liger_kernel: .*'gpt2'"):

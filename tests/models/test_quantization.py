@@ -1,4 +1,4 @@
-"""QLoRA on a CPU with bitsandbytes' own layers: gradients, runs that are killed, merged, sampled and read by peft."""
+"""QLoRA on a CPU with bitsandbytes' own layers: gradients, killed runs, merging, sampling, and loading by peft."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def world(chat_world, tmp_path_factory):
-    """The chat world's data, with a Llama wide enough for blocks of 4-bit numbers."""
+    """The chat world's data with a Llama wide enough for 4-bit quantization blocks."""
     folder = tmp_path_factory.mktemp("qlora")
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text((chat_world / name).read_text())
@@ -40,7 +40,7 @@ def world(chat_world, tmp_path_factory):
 
 
 def quantized(world, **changes) -> PeftModel:
-    """The 4-bit model under an adapter that is not at its start."""
+    """Return the 4-bit model with an adapter that is no longer at its initial values."""
     name = str(world / "model")
     torch.manual_seed(0)
     model = load_model(ModelArguments(name, use_peft=True, load_in_4bit=True, lora_r=4, lora_dropout=0, **changes))
@@ -52,7 +52,7 @@ def quantized(world, **changes) -> PeftModel:
 
 
 def replace_by_whole_weights(model) -> int:
-    """Put ordinary linear layers with the numbers that the 4-bit ones stand for in their place; how many."""
+    """Replace 4-bit layers with linear layers holding the dequantized weights; return how many."""
     replaced = 0
     for module in list(model.modules()):
         layer = getattr(module, "base_layer", None)
@@ -65,10 +65,8 @@ def replace_by_whole_weights(model) -> int:
 
 
 @pytest.mark.parametrize("changes", [{}, {"bnb_4bit_quant_type": "fp4"}, {"use_bnb_nested_quant": True}])
-def test_gradients_are_those_of_the_numbers_that_four_bits_stand_for(
-    changes, world, random_comparisons, naive_logprobs
-):
-    """Also after scores were computed in evaluation mode, for which bitsandbytes repacks weights on some CPUs."""
+def test_gradients_equal_those_of_the_dequantized_weights(changes, world, random_comparisons, naive_logprobs):
+    """Even after scoring in evaluation mode, for which bitsandbytes repacks weights on some CPUs."""
     comparisons = random_comparisons((11, (7, 19)), (3, (4, 2)))
     model = quantized(world, **changes)
     model.eval()
@@ -110,11 +108,11 @@ def options(world, output, objective) -> list[str]:
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone."""
+    """Stands in for a killed process."""
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
-def test_a_run_is_resumed_merged_sampled_and_read_by_peft(objective, world, tmp_path, monkeypatch, capsys):
+def test_a_run_is_resumed_merged_sampled_and_loaded_by_peft(objective, world, tmp_path, monkeypatch, capsys):
     through, output = tmp_path / "through", tmp_path / "run"
     assert cli.main(options(world, through, objective)) == 0
     metrics = {one["name"]: one for one in json.loads((through / "results.json").read_text())["metrics"]}

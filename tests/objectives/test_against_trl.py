@@ -1,4 +1,4 @@
-"""TRL's own loss functions on the same log-probabilities; where its definition differs, the test says how."""
+"""TRL's loss functions on the same log-probabilities; where its definitions differ, the test explains how."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pairs() -> tuple[Responses, Responses]:
 
 
 def bare(trainer_class: type, **attributes):
-    """A trainer of TRL's with only the attributes that its loss reads."""
+    """Return a TRL trainer with only the attributes its loss reads."""
     trainer = object.__new__(trainer_class)
     accelerator = Accelerator(cpu=True)
     for name, value in ({"accelerator": accelerator, "aux_loss_enabled": False} | attributes).items():
@@ -50,7 +50,7 @@ def cpo_loss(w: Responses, y: Responses, averages: bool, **attributes):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_simpo(pairs, label_smoothing):
+def test_simpo_matches_trl(pairs, label_smoothing):
     theirs, rewards = cpo_loss(
         *pairs, True, loss_type="simpo", beta=2.0, simpo_gamma=0.7, label_smoothing=label_smoothing
     )
@@ -61,7 +61,7 @@ def test_simpo(pairs, label_smoothing):
 
 
 @pytest.mark.parametrize("alpha", [0.25, -0.5, 0.0])
-def test_alphapo(pairs, alpha):
+def test_alphapo_matches_trl(pairs, alpha):
     theirs, rewards = cpo_loss(*pairs, True, loss_type="simpo", beta=2.5, simpo_gamma=0.25, alpha=alpha)
     settings = OBJECTIVES["alphapo"].resolve({"alpha": alpha, "beta": 2.5, "gamma": 0.25})
     torch.testing.assert_close(OBJECTIVES["alphapo"].loss(*pairs, **settings), theirs, **TOLERANCE)
@@ -70,9 +70,9 @@ def test_alphapo(pairs, alpha):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_cpos_pair_term(pairs, label_smoothing):
-    """TRL's SFT term is the mean over all chosen tokens of the device batch; the row's, as in the SimPO paper's table,
-    is the sum over the response's tokens, pair by pair."""
+def test_cpos_pair_term_matches_trl(pairs, label_smoothing):
+    """TRL's SFT term is the mean over all chosen tokens in the device batch; ours, as in the SimPO paper's table, is
+    the sum over a response's tokens, pair by pair."""
     theirs, rewards = cpo_loss(*pairs, False, loss_type="sigmoid", beta=0.1, label_smoothing=label_smoothing)
     row = OBJECTIVES["cpo"]
     torch.testing.assert_close(
@@ -83,17 +83,17 @@ def test_cpos_pair_term(pairs, label_smoothing):
 
 
 @pytest.mark.parametrize("link", ["simpo", "slic_hf"])
-def test_hinges(pairs, link):
-    """TRL has one hinge, ``relu(1 - beta * difference)``: of averages without SimPO's margin, or of sums, which is
+def test_hinges_match_trl(pairs, link):
+    """TRL has one hinge, ``relu(1 - beta * difference)``: on averages it is ours without SimPO's margin, on sums it is
     SLiC-HF's with delta 1 at beta 1."""
     theirs, _ = cpo_loss(*pairs, link == "simpo", loss_type="hinge", beta=1.0)
     settings = {"link": "hinge", "beta": 1.0, "gamma_beta_ratio": 0.0} if link == "simpo" else {"delta": 1.0}
     torch.testing.assert_close(OBJECTIVES[link].with_hyperparameters(**settings).pair(*pairs), theirs, **TOLERANCE)
 
 
-def test_orpo(pairs):
-    """TRL computes in fp32 and returns the pair term with the opposite sign. Its SFT term is over the prompt, too, and
-    its logged reward is lam times the average log-probability, which orders responses as the log-odds do."""
+def test_orpo_matches_trl(pairs):
+    """TRL computes in fp32 and returns the pair term with the opposite sign. Its SFT term includes the prompt, and its
+    logged reward is lam times the average log-probability, which ranks responses like the log-odds do."""
     from trl.experimental.orpo import ORPOTrainer
 
     w, y = pairs
@@ -106,11 +106,11 @@ def test_orpo(pairs):
 
 
 class Scored(nn.Module):
-    """Answers a batch with given per-token log-probabilities: the logps of its rows, spread over their tokens."""
+    """A model that returns given log-probabilities: each row's total, spread over its tokens."""
 
     def __init__(self, logps: dict[int, torch.Tensor]) -> None:
         super().__init__()
-        self.logps = logps  # by the first id of a batch
+        self.logps = logps  # keyed by the first id of a batch
 
     def forward(self, input_ids, labels, **_):
         mask = labels[:, 1:] != -100
@@ -121,7 +121,7 @@ class Scored(nn.Module):
 
 
 def rows(length: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
-    """Padded rows of one prompt token, ``first``, and ``length`` completion tokens."""
+    """Return padded rows of one prompt token, ``first``, and ``length`` completion tokens."""
     position = torch.arange(int(length.max()) + 1)
     completion = (position >= 1) & (position <= length[:, None])
     return {
@@ -147,9 +147,9 @@ def rows(length: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
         (("sigmoid", "alpha_divergence"), "f_dpo", {"divergence": "alpha", "alpha": 0.3}, 0.1),
     ],
 )
-def test_dpo_family(pairs, loss_type, name, settings, beta):
-    """One pair at a time, for TRL returns means. Its IPO divides by lengths; ours does if asked. Its BCO has no reward
-    shift, and the order of its alpha divergence is one minus the paper's."""
+def test_the_dpo_family_matches_trl(pairs, loss_type, name, settings, beta):
+    """One pair at a time, because TRL returns means. Its IPO divides by lengths; ours does so on request. Its BCO has
+    no reward shift, and the order of its alpha divergence is one minus the paper's."""
     from trl import DPOTrainer
 
     loss_type, divergence = (loss_type, "reverse_kl") if isinstance(loss_type, str) else loss_type
@@ -161,7 +161,7 @@ def test_dpo_family(pairs, loss_type, name, settings, beta):
         _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0,
     )  # fmt: skip
     w, y = pairs
-    if divergence == "alpha_divergence":  # in single precision only
+    if divergence == "alpha_divergence":  # TRL only computes it in single precision
         w, y = (Responses(side.logp.float(), side.length.float(), side.ref_logp.float()) for side in pairs)
     theirs = []
     for i in range(len(w.logp)):
@@ -173,9 +173,9 @@ def test_dpo_family(pairs, loss_type, name, settings, beta):
 
 
 @pytest.mark.parametrize("mismatched", [2.0, -2.0])
-def test_kto(pairs, mismatched):
-    """TRL takes the mean over responses, chosen and rejected; the paired row adds a pair's two terms, twice as much.
-    Its reference point is a log-ratio and ours has beta in it."""
+def test_kto_matches_trl(pairs, mismatched):
+    """TRL averages over responses, chosen and rejected; our paired version adds a pair's two terms, which is twice as
+    much. Its reference point is a log-ratio; ours includes beta."""
     from trl import KTOTrainer
 
     trainer = bare(

@@ -1,4 +1,4 @@
-"""Every row against its closed form, worked out here in plain Python: losses, rewards, and gradients by differences."""
+"""Every objective against its closed form in plain Python: losses, rewards, and gradients by finite differences."""
 
 # ruff: noqa: E741 - the papers' w and l
 
@@ -16,7 +16,7 @@ from simpo.objectives import OBJECTIVES, Responses
 
 @dataclass(frozen=True)
 class Point:
-    """One response: its log-probability, the reference's, and its length."""
+    """A response: its log-probability, the reference's log-probability, and its length."""
 
     logp: float
     ref: float
@@ -36,7 +36,7 @@ class Point:
         return self.avg - (math.log(-math.expm1(self.avg)) if self.avg > -0.7 else math.log1p(-math.exp(self.avg)))
 
 
-# chosen and rejected: equal, usual, decided either way, far apart, nearly certain, chosen below and above its reference
+# chosen and rejected: equal, typical, decided either way, far apart, nearly certain, chosen below and above reference
 PAIRS = [
     (Point(-3.5, -3.5, 7), Point(-3.5, -3.5, 7)),
     (Point(-41.25, -43.0, 33), Point(-38.5, -37.25, 20)),
@@ -168,7 +168,7 @@ def sppo(w, l, beta=0.001, label_smoothing=0.0):
 
 @dataclass(frozen=True)
 class Golden:
-    """A row's loss and reward, and settings to try in addition to its defaults, which are written out above."""
+    """An objective's loss and reward, and settings to try besides its defaults, which are written out above."""
 
     loss: Callable[..., float]
     reward: Callable[..., float]
@@ -261,12 +261,12 @@ def context(name: str) -> dict:
     return {name: torch.tensor(values[name], dtype=torch.float64) for name in needed}
 
 
-def test_every_row_has_a_closed_form():
+def test_every_objective_has_a_closed_form():
     assert GOLDENS.keys() == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_losses(name, settings):
+def test_losses_match_the_closed_forms(name, settings):
     row = OBJECTIVES[name]
     w, y = (side(points) for points in zip(*PAIRS, strict=True))
     expected = [GOLDENS[name].loss(*pair, **settings) for pair in PAIRS]
@@ -279,7 +279,7 @@ def test_losses(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_rewards(name, settings):
+def test_rewards_match_the_closed_forms(name, settings):
     for points in zip(*PAIRS, strict=True):
         rewards = OBJECTIVES[name].reward(side(points), **settings, **context(name))
         expected = [GOLDENS[name].reward(point, **settings) for point in points]
@@ -287,7 +287,7 @@ def test_rewards(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_pair_and_anchor_are_the_loss(name, settings):
+def test_pair_term_plus_anchor_is_the_loss(name, settings):
     row = OBJECTIVES[name]
     w, y = (side(points) for points in zip(*PAIRS, strict=True))
     objective = row.with_hyperparameters(**settings)
@@ -298,8 +298,8 @@ def test_pair_and_anchor_are_the_loss(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_gradients_by_differences(name, settings):
-    """At points away from the corners of the hinges."""
+def test_gradients_match_finite_differences(name, settings):
+    """At points away from the kinks of the hinges."""
     sides = [side(points) for points in zip(*(PAIRS[i] for i in (1, 2, 7)), strict=True)]
 
     def loss(a, b):

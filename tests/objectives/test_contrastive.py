@@ -1,4 +1,4 @@
-"""NCA and InfoNCA of scored responses, against float64 sums written from the authors' code, forward and backward."""
+"""NCA and InfoNCA for scored responses, against float64 sums following the authors' code, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from simpo.objectives import OBJECTIVES, Mixture, Responses
 from simpo.training.batches import OrderedPairs
 
-# Two, three and four responses, the last with two equal scores, and a pair without scores.
+# Two, three and four responses, the last with two tied scores, and a pair without scores.
 COUNTS = [2, 3, 4, 2]
 SCORES = [2.0, 1.0, 5.0, 3.0, 1.0, 4.0, 3.0, 3.0, 0.5, 0.0, -math.inf]
 BETA, TEMPERATURE = 0.3, 1.7
@@ -28,7 +28,7 @@ def comparisons() -> OrderedPairs:
 
 
 def naive(name: str, logps: list[float], refs: list[float], scores: list[float], temperature: float) -> float:
-    """The loss of one prompt, one response after the other."""
+    """Return the loss of one prompt, one response at a time."""
     rewards = [BETA * (logp - ref) for logp, ref in zip(logps, refs, strict=True)]
     exponentials = [math.exp((score - max(scores)) / temperature) for score in scores]
     labels = [one / sum(exponentials) for one in exponentials]
@@ -43,7 +43,7 @@ def naive(name: str, logps: list[float], refs: list[float], scores: list[float],
 
 @pytest.mark.parametrize("temperature", [TEMPERATURE, 1e-3])
 @pytest.mark.parametrize("name", ["listwise_nca", "info_nca"])
-def test_scored_responses(name, temperature, responses):
+def test_scored_responses_match_the_naive_loss(name, temperature, responses):
     row = OBJECTIVES[name].with_hyperparameters(beta=BETA, score_temperature=temperature)
     scores = torch.tensor(SCORES, dtype=torch.float64)
     found = row.comparisons(responses, comparisons(), scores=scores)
@@ -62,7 +62,7 @@ def test_scored_responses(name, temperature, responses):
 
 
 @pytest.mark.parametrize("name", ["listwise_nca", "info_nca"])
-def test_a_pair_without_scores_is_a_pair(name, responses):
+def test_a_pair_without_scores_equals_the_paired_loss(name, responses):
     row, pairs = OBJECTIVES[name].with_hyperparameters(beta=BETA), OrderedPairs.of(torch.tensor([2] * 5))
     y = responses.take(torch.arange(10))
     expected = row.pair(y.take(pairs.better), y.take(pairs.worse))
@@ -72,8 +72,8 @@ def test_a_pair_without_scores_is_a_pair(name, responses):
     torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_the_labels_are_where_the_gradient_vanishes():
-    """InfoNCA is least where the softmax of the rewards is that of the scores over the temperature."""
+def test_the_gradient_vanishes_at_the_soft_labels():
+    """InfoNCA is minimal where the softmax of the rewards equals that of the scores over the temperature."""
     scores = torch.tensor([3.0, 1.0, -2.0], dtype=torch.float64)
     logp = (scores / TEMPERATURE / BETA - 50).requires_grad_()
     y = Responses(logp, torch.ones(3, dtype=torch.float64), torch.full((3,), -45.0, dtype=torch.float64))
@@ -84,7 +84,7 @@ def test_the_labels_are_where_the_gradient_vanishes():
 
 
 @pytest.mark.parametrize("name", ["listwise_nca", "info_nca"])
-def test_extreme_rewards_are_finite(name):
+def test_extreme_rewards_give_finite_losses(name):
     logp = torch.tensor([-1e6, -1.0, -5e5], requires_grad=True)
     y, scores = Responses(logp, torch.ones(3), torch.zeros(3)), torch.tensor([9.0, 5.0, 1.0], dtype=torch.float64)
     row = OBJECTIVES[name].with_hyperparameters(score_temperature=1e-4)
@@ -93,7 +93,7 @@ def test_extreme_rewards_are_finite(name):
     assert loss.isfinite().all() and gradient.isfinite().all()
 
 
-def test_a_mixture_gives_scores_to_the_part_that_needs_them(responses):
+def test_a_mixture_passes_scores_to_the_part_that_needs_them(responses):
     scores, mixture = torch.tensor(SCORES, dtype=torch.float64), Mixture.of({"dpo": 0.5, "info_nca": 2.0})
     found = mixture.comparisons(responses, comparisons(), scores=scores)
     own = OBJECTIVES["info_nca"].comparisons(responses, comparisons(), scores=scores)

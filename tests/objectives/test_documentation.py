@@ -1,4 +1,4 @@
-"""The pages on objectives: every row is there with its hyperparameters, and the example of a new one works."""
+"""The pages on objectives: every objective and hyperparameter is documented, and the example of a new one works."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PAGE = (DOCS / "objectives.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", PAGE, flags=re.MULTILINE | re.DOTALL))
 
 
-def test_every_row_has_its_section_and_its_line_in_the_table():
+def test_every_objective_has_a_section_and_a_table_row():
     assert list(SECTIONS) == list(OBJECTIVES)
     assert re.findall(r"^\| \[`(\w+)`\]\(#\1\)", PAGE, flags=re.MULTILINE) == list(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_section_is_complete(name):
+def test_each_section_is_complete(name):
     row, section = OBJECTIVES[name], SECTIONS[name]
     for part in ("**What it does.**", "**When to use it.**", "**Pitfall.**", "**Hyperparameters.**"):
         assert part in section
@@ -38,8 +38,8 @@ def test_a_section_is_complete(name):
         assert f"`{key}`" in hyperparameters
 
 
-def test_the_example_of_a_new_row(monkeypatch):
-    """The page's own code: objective, golden value and recipe."""
+def test_the_example_of_a_new_objective_works(monkeypatch):
+    """Runs the page's own code: objective, golden value and recipe."""
     page = (DOCS / "adding-an-objective.md").read_text(encoding="utf-8")
     objective, closed_form, entry = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)

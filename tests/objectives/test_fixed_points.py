@@ -1,7 +1,7 @@
-"""Where online training ends: the policy against ``pi_ref * exp(r / beta) / Z``, in an answer space that can be listed.
+"""Fixed points of online training: the policy against ``pi_ref * exp(r / beta) / Z`` in an enumerable answer space.
 
-A policy is a table of logits for every context, and there are 1,111 answers: at most three of eleven tokens, the first
-of which ends an answer. Answers are sampled from the policy at every step, and advantages and losses are those of the
+A policy is a table of logits for every context. There are 1,111 answers: up to three of eleven tokens, the first of
+which ends an answer. Answers are sampled from the policy at every step, and advantages and losses come from the
 package. docs/online.md derives the fixed points.
 """
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from benchmarks.answer_space import (
     AnswerSpace,
-    distance,
     fixed_point_with_kl_in_the_loss,
     group_advantages,
     optimum,
+    total_variation,
 )
 from tests.sampled import sampled
 
@@ -41,7 +41,7 @@ def world():
 
 
 def trained(start, step_loss):
-    """Logits after training; ``step_loss(logits, answers)`` is the loss of sampled ``answers``, ``[GROUPS * K]``."""
+    """Return the logits after training; ``step_loss(logits, answers)`` is the loss of ``[GROUPS * K]`` samples."""
     torch.manual_seed(1)
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1, betas=(0.9, 0.99))
@@ -81,7 +81,7 @@ def policy_gradient_loss(name, beta, start, rewards, *, kl_in="reward", estimato
 
 
 def ppo_loss(beta, start, rewards):
-    """With the defaults of the package and a table of values, which an optimizer of its own trains."""
+    """Return PPO's loss with the package's defaults and a table of values that has its own optimizer."""
     ppo, row, reference = PPO(), POLICY_GRADIENTS["ppo"], ANSWERS.token_logps(start)
     table = torch.zeros(len(start), dtype=start.dtype, requires_grad=True)
     optimizer = torch.optim.Adam([table], lr=0.05)
@@ -103,7 +103,7 @@ def ppo_loss(beta, start, rewards):
 
 
 def dpo_loss(beta, start, rewards):
-    """Pairs of answers of the policy, preferred with the probabilities of the Bradley-Terry model."""
+    """Return DPO's loss on pairs of sampled answers, preferred with Bradley-Terry probabilities."""
     objective = OBJECTIVES["dpo"].with_hyperparameters(beta=beta)
     reference, lengths = ANSWERS.token_logps(start).sum(-1), ANSWERS.mask.sum(-1).double()
 
@@ -118,20 +118,20 @@ def dpo_loss(beta, start, rewards):
 
 
 def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
-    """From the last token to the first: the policy of each context from the mean rewards of its continuations."""
+    """Compute each context's policy from the mean rewards of its continuations, from the last token to the first."""
     reference, policy = torch.softmax(start, -1), torch.zeros_like(start)
     value = {}
     for prefix in sorted(CONTEXTS, key=len, reverse=True):
         means = torch.stack(
             [
-                rewards[ANSWERS.number[answer]] if answer in ANSWERS.number else value[answer]
+                rewards[ANSWERS.index_of[answer]] if answer in ANSWERS.index_of else value[answer]
                 for answer in ((*prefix, token) for token in range(TOKENS))
             ]
         )
         own = reference[CONTEXTS[prefix]]
         if estimator == "k2":
             found = torch.softmax(own.log() + means / beta, 0)
-        else:  # k3: beta * own / (c - means) with the c, above all means, at which this is a distribution
+        else:  # k3: beta * own / (c - means), with the c above all means for which this is a distribution
             low, high = means.max().item(), means.max().item() + beta * TOKENS
             for _ in range(200):
                 middle = (low + high) / 2
@@ -144,36 +144,36 @@ def optimum_with_kl_in_the_loss(start, rewards, beta, estimator):
 @pytest.mark.parametrize(
     ("name", "beta"), itertools.product(["reinforce", "rloo", "dr_grpo", "dpo", "ppo"], [0.5, 1.0, 2.0])
 )
-def test_the_trained_policy_is_the_closed_form(world, name, beta):
+def test_the_trained_policy_reaches_the_closed_form(world, name, beta):
     start, rewards = world
     expected = optimum(ANSWERS, start, rewards, beta)
-    assert distance(ANSWERS.probabilities(start), expected) > 0.1
+    assert total_variation(ANSWERS.probabilities(start), expected) > 0.1
     losses = {"dpo": dpo_loss, "ppo": ppo_loss}
     loss = losses[name](beta, *world) if name in losses else policy_gradient_loss(name, beta, *world)
-    # at the optimum all advantages and gradients are 0, so that sampling adds no noise
-    assert distance(ANSWERS.probabilities(trained(start, loss)), expected) < 0.01
+    # at the optimum, all advantages and gradients are 0, so sampling adds no noise
+    assert total_variation(ANSWERS.probabilities(trained(start, loss)), expected) < 0.01
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-def test_with_the_kl_in_the_loss_the_policy_ends_elsewhere(world, estimator, beta):
+def test_kl_in_the_loss_leads_to_a_different_policy(world, estimator, beta):
     start, rewards = world
     expected = optimum_with_kl_in_the_loss(start, rewards, beta, estimator)
     assert expected.sum() == pytest.approx(1)
     found = trained(start, policy_gradient_loss("dr_grpo", beta, *world, kl_in="loss", estimator=estimator))
-    assert distance(ANSWERS.probabilities(found), expected) < 0.05
+    assert total_variation(ANSWERS.probabilities(found), expected) < 0.05
 
 
 @pytest.mark.parametrize(("name", "beta"), sampled([("grpo", 0.5), ("gspo", 1.0), ("grpo", 2.0)], kept=[("grpo", 0.5)]))
-def test_advantages_over_their_standard_deviation_end_at_their_own_fixed_point(world, name, beta):
+def test_standardized_advantages_lead_to_their_own_fixed_point(world, name, beta):
     start, rewards = world
     advantage = group_advantages(rewards, K, draws=500)
     expected = ANSWERS.probabilities(
         fixed_point_with_kl_in_the_loss(ANSWERS, start, advantage, beta, "k3", by_length=True)
     )
     found = trained(start, policy_gradient_loss(name, beta, *world, kl_in="loss", estimator="k3"))
-    assert distance(ANSWERS.probabilities(found), expected) < 0.05
-    assert distance(optimum(ANSWERS, start, rewards, beta), expected) > 0.05
+    assert total_variation(ANSWERS.probabilities(found), expected) < 0.05
+    assert total_variation(optimum(ANSWERS, start, rewards, beta), expected) > 0.05
 
 
 def test_the_fixed_points_differ(world):
@@ -181,6 +181,6 @@ def test_the_fixed_points_differ(world):
     soft = optimum(ANSWERS, start, rewards, 0.5)
     for estimator in ("k2", "k3"):
         other = optimum_with_kl_in_the_loss(start, rewards, 0.5, estimator)
-        assert distance(soft, other) > 0.02
+        assert total_variation(soft, other) > 0.02
         iterated = fixed_point_with_kl_in_the_loss(ANSWERS, start, lambda _: rewards, 0.5, estimator, iterations=40)
-        assert distance(ANSWERS.probabilities(iterated), other) < 1e-6
+        assert total_variation(ANSWERS.probabilities(iterated), other) < 1e-6

@@ -16,7 +16,7 @@ def responses(*ratios: float) -> Responses:
 
 
 @pytest.mark.parametrize(("mean", "expected"), [(3.0, 0.6), (0.0, 0.0), (-3.0, 0.0)])
-def test_reference_point(mean, expected):
+def test_reference_point_is_the_clamped_mean(mean, expected):
     ratio = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
     point = reference_point(ratio, beta=0.2)
     assert point.shape == ()
@@ -24,7 +24,7 @@ def test_reference_point(mean, expected):
     assert not point.requires_grad
 
 
-def test_a_pair_is_its_two_responses():
+def test_a_pair_equals_its_two_responses():
     w, y, z_ref = responses(2.0, -1.0, 0.3), responses(-2.0, 1.5, 0.3), torch.tensor(0.25, dtype=torch.float64)
     every = torch.tensor([True] * 3)
     apart = [KTO.unpaired(s, label, z_ref=z_ref) for s, label in ((w, every), (y, ~every))]
@@ -35,16 +35,16 @@ def test_a_pair_is_its_two_responses():
     assert torch.equal(KTO.unpaired(mixed, label), expected)
 
 
-def test_labels_point_opposite_ways():
+def test_labels_have_opposite_gradients():
     y = responses(-0.4, -0.4)
     losses = KTO.unpaired(y, torch.tensor([True, False]), z_ref=torch.tensor(0.1, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(losses.sum(), y.logp)
     slope = torch.sigmoid(torch.tensor(-0.18, dtype=torch.float64))
-    slope = 0.2 * slope * (1 - slope)  # the same for both: the sigmoid is symmetric
+    slope = 0.2 * slope * (1 - slope)  # the same for both, because the sigmoid is symmetric
     assert gradient.tolist() == pytest.approx([-1.33 * slope.item(), 0.5 * slope.item()], rel=1e-12)
 
 
-def test_the_reference_point_gets_no_gradient():
+def test_the_reference_point_has_no_gradient():
     ratio = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     w, y = responses(1.0), responses(-1.0)
     KTO.loss(w, y, z_ref=reference_point(ratio, 0.1)).sum().backward()

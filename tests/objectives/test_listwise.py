@@ -1,4 +1,4 @@
-"""Plackett-Luce: the likelihood of a ranking, against a naive product over its places."""
+"""Plackett-Luce: the likelihood of a ranking against a naive product over positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from simpo.objectives import OBJECTIVES, Responses
 from simpo.training.batches import OrderedPairs
 
-# Two, three and four responses, the last with two equal scores.
+# Two, three and four responses, the last with two tied scores.
 COUNTS = [2, 3, 4]
 SCORES = [2.0, 1.0, 5.0, 3.0, 1.0, 4.0, 3.0, 3.0, 0.5]
 NAMES = ["listwise", "listwise_dpo"]
@@ -24,7 +24,7 @@ def responses() -> Responses:
 
 
 def naive(rewards: list[float], scores: list[float]) -> float:
-    """Each response against itself and all that are worse."""
+    """Return the loss with each response against itself and everything worse."""
     total = 0.0
     for reward, score in zip(rewards, scores, strict=True):
         worse = [other for other, lower in zip(rewards, scores, strict=True) if lower < score]
@@ -33,7 +33,7 @@ def naive(rewards: list[float], scores: list[float]) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rankings(name, responses):
+def test_rankings_match_the_naive_likelihood(name, responses):
     row = OBJECTIVES[name].with_hyperparameters(beta=0.7)
     pairs = OrderedPairs.of(torch.tensor(COUNTS), torch.tensor(SCORES))
     found = row.comparisons(responses, pairs)
@@ -43,11 +43,11 @@ def test_rankings(name, responses):
         start += count
     assert found.tolist() == pytest.approx(expected, rel=1e-11, abs=0)
     (gradient,) = torch.autograd.grad(found.sum(), responses.logp)
-    assert (gradient[[0, 2, 5]] < 0).all()  # the best response is raised, the worst lowered
+    assert (gradient[[0, 2, 5]] < 0).all()  # the best response is raised and the worst lowered
     assert (gradient[[1, 4, 8]] > 0).all()
 
 
-def test_by_hand():
+def test_a_ranking_worked_out_by_hand():
     """Rewards ln 6, ln 3 and ln 1: 6/10 * 3/4 = 0.45."""
     logp = torch.tensor([math.log(6), math.log(3), 0.0], dtype=torch.float64) - 10
     y = Responses(logp, torch.ones(3, dtype=torch.float64), torch.full((3,), -10.0, dtype=torch.float64))
@@ -58,7 +58,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pair_is_a_ranking_of_two(name, responses):
+def test_a_pair_equals_a_ranking_of_two(name, responses):
     row, pairs = OBJECTIVES[name], OrderedPairs.of(torch.tensor([2, 2, 2, 2]))
     y = responses.take(torch.arange(8))
     expected = row.pair(y.take(pairs.better), y.take(pairs.worse))
@@ -66,7 +66,7 @@ def test_a_pair_is_a_ranking_of_two(name, responses):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_extreme_rewards_are_finite(name):
+def test_extreme_rewards_give_finite_losses(name):
     logp = torch.tensor([-1e4, -1.0, -5e3], requires_grad=True)
     y = Responses(logp, torch.ones(3), torch.zeros(3))
     loss = OBJECTIVES[name].comparisons(y, OrderedPairs.of(torch.tensor([3])))

@@ -1,4 +1,4 @@
-"""Policy gradients against references written token by token in float64, from the papers."""
+"""Policy gradients against float64 references written token by token from the papers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def naive_loss(name: str, rollout: Rollout, denominator: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", POLICY_GRADIENTS)
-def test_losses_and_gradients_of_every_row(name, rollout):
+def test_losses_and_gradients_match_the_papers(name, rollout):
     found = POLICY_GRADIENTS[name].loss(rollout, denominator=3.5)
     expected = naive_loss(name, rollout, 3.5)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -66,7 +66,7 @@ def test_losses_and_gradients_of_every_row(name, rollout):
 
 
 @pytest.mark.parametrize("name", POLICY_GRADIENTS)
-def test_at_the_behavior_policy_nothing_is_clipped_and_the_gradient_is_that_of_reinforce(name, rollout):
+def test_at_the_behavior_policy_nothing_is_clipped_and_the_gradient_is_reinforces(name, rollout):
     same = Rollout(
         rollout.behavior_logp.clone().requires_grad_(),
         rollout.behavior_logp,
@@ -90,7 +90,7 @@ def test_the_clip_fraction_counts_tokens_without_a_gradient(rollout):
     assert row.clipped(rollout).double().mean() == pytest.approx(share.item())
 
 
-def test_advantages_of_each_baseline():
+def test_advantages_for_each_baseline():
     rewards = torch.tensor([1.0, 4.0, 2.5, -1.0, 0.5, 0.25], dtype=torch.float64)
     group = torch.tensor(GROUP)
     assert advantages(rewards, group, "batch").tolist() == pytest.approx((rewards - rewards.mean()).tolist(), abs=1e-12)
@@ -105,7 +105,7 @@ def test_advantages_of_each_baseline():
         assert scaled.tolist() == pytest.approx(((mine - mine.mean()) / (mine.std() + 1e-6)).tolist(), abs=1e-12)
 
 
-def test_equal_rewards_give_no_advantage():
+def test_equal_rewards_give_zero_advantage():
     found = advantages(
         torch.full((4,), 0.7, dtype=torch.float64), torch.tensor([0, 0, 1, 1]), "group", scale_by_std=True
     )
@@ -113,13 +113,13 @@ def test_equal_rewards_give_no_advantage():
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "group"])
-def test_one_response_has_no_group_baseline(baseline):
+def test_a_single_response_has_no_group_baseline(baseline):
     with pytest.raises(ValueError, match=baseline):
         advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), baseline)
 
 
-def test_estimators_of_the_divergence_and_their_gradients():
-    """Over a whole distribution: k1 and k3 have the exact value, and k2 as a loss has the exact gradient."""
+def test_kl_estimators_and_their_gradients():
+    """Over a whole distribution: k1 and k3 give the exact value, and k2 as a loss gives the exact gradient."""
     generator = torch.Generator().manual_seed(0)
     logits, ref_logits = torch.randn(2, 50, generator=generator, dtype=torch.float64)
     logits.requires_grad_()
@@ -129,17 +129,19 @@ def test_estimators_of_the_divergence_and_their_gradients():
     for name in ("k1", "k3"):
         assert (probabilities * kl_estimate(logp, ref, name)).sum().item() == pytest.approx(exact.item(), rel=1e-12)
     (wanted,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    samples = (probabilities.detach() * kl_estimate(logp, ref, "k2")).sum()  # gradient of the loss, not of the sampling
+    samples = (
+        probabilities.detach() * kl_estimate(logp, ref, "k2")
+    ).sum()  # the gradient of the loss, not of the sampling
     (found,) = torch.autograd.grad(samples, logits, retain_graph=True)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     (none,) = torch.autograd.grad((probabilities.detach() * kl_estimate(logp, ref, "k1")).sum(), logits)
-    assert none.abs().max() < 1e-12  # k1 in a loss has no effect on average
+    assert none.abs().max() < 1e-12  # on average, k1 in a loss has no effect
 
 
-def test_whitening():
+def test_whitening_standardizes_values():
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
     expected = [(value - 4) / math.sqrt((9 + 4 + 0 + 25) / 4) for value in values.tolist()]
     assert whiten(values).tolist() == pytest.approx(expected)
-    # of values whose deviation is the 1e-6 that keeps the quotient finite
+    # values with a standard deviation of 1e-6, the epsilon that keeps the quotient finite
     close = whiten(torch.tensor([0.0, 2e-6], dtype=torch.float64))
     assert close.tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])

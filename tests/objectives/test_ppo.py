@@ -1,4 +1,4 @@
-"""PPO's formulas against references written token by token in float64, from the papers."""
+"""PPO's formulas against float64 references written token by token from the papers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(*shape, seed=1):
 
 
 def naive_advantages(rewards, values, discount, lam):
-    """Equation 16 of the GAE paper: the discounted sum of all later one-step differences."""
+    """Equation 16 of the GAE paper: the discounted sum of all later TD residuals."""
     found = {}
     for tokens in PLACES:
         deltas = {}
@@ -48,14 +48,14 @@ def test_generalized_advantage_estimation(discount, lam):
     torch.testing.assert_close(returns, found + values, rtol=1e-12, atol=1e-12)
 
 
-def test_with_lambda_one_an_advantage_is_the_discounted_return_minus_the_value():
+def test_with_lambda_1_an_advantage_is_the_discounted_return_minus_the_value():
     rewards = torch.ones(len(SEGMENT), dtype=torch.float64)
     found, _ = gae(rewards, torch.zeros_like(rewards), SEGMENT, discount=0.5, lam=1.0)
     for tokens in PLACES:
         assert found[tokens[0]].item() == pytest.approx(2 * (1 - 0.5 ** len(tokens)))
 
 
-def test_the_score_is_paid_at_the_last_token_and_every_token_pays_the_penalty():
+def test_the_last_token_gets_the_score_and_every_token_the_penalty():
     scores, penalty = torch.arange(6.0, dtype=torch.float64), draw(len(SEGMENT))
     found = token_rewards(scores, penalty, SEGMENT)
     for score, tokens in zip(scores.tolist(), PLACES, strict=True):
@@ -65,10 +65,10 @@ def test_the_score_is_paid_at_the_last_token_and_every_token_pays_the_penalty():
 
 
 @pytest.mark.parametrize("whitened", [False, True])
-def test_from_scores_to_advantages_and_returns(whitened):
+def test_scores_become_advantages_and_returns(whitened):
     scores, (penalty, values) = draw(6, seed=2), draw(2, len(SEGMENT), seed=3)
     rewards = token_rewards(scores, penalty, SEGMENT)
-    if whitened:  # around the mean, which stays
+    if whitened:  # whitening here keeps the mean
         mean = rewards.mean()
         rewards = mean + (rewards - mean) / ((rewards - mean) ** 2).mean().sqrt()
     found, returns = PPO(0.9, 0.8, whiten_rewards=whitened).estimate(scores, penalty, values, SEGMENT)
@@ -91,7 +91,7 @@ def test_whitening_can_keep_the_mean():
     assert whiten(values, keep_mean=True).tolist() == pytest.approx(expected)
 
 
-def test_clipped_value_loss_and_its_gradient():
+def test_the_clipped_value_loss_and_its_gradient():
     old, returns = torch.zeros(5), torch.tensor([1.0, 1.0, -1.0, 0.1, math.nan])
     values = torch.tensor([0.5, 0.1, 0.5, 0.05, 3.0], requires_grad=True)
     found = value_loss(values, old, returns, clip=0.2)
@@ -113,8 +113,8 @@ def test_explained_variance():
     assert math.isnan(explained_variance(values[4:], returns[4:]))
 
 
-def test_the_adaptive_coefficient_moves_towards_its_target():
-    raised = adapt_kl_coefficient(0.2, 12.0, 256, target=6.0, horizon=10_000)  # an error of 1 counts as 0.2
+def test_the_adaptive_kl_coefficient_moves_towards_its_target():
+    raised = adapt_kl_coefficient(0.2, 12.0, 256, target=6.0, horizon=10_000)  # an error of 1 is clipped to 0.2
     assert raised == pytest.approx(0.2 * (1 + 0.2 * 256 / 10_000), rel=1e-12)
     assert adapt_kl_coefficient(raised, 5.4, 256, target=6.0, horizon=10_000) == pytest.approx(
         raised * (1 - 0.1 * 0.0256)
@@ -122,15 +122,15 @@ def test_the_adaptive_coefficient_moves_towards_its_target():
     assert adapt_kl_coefficient(0.2, -5.0, 100, target=1.0, horizon=1000) == pytest.approx(0.2 * (1 - 0.02))
 
 
-def test_scores_are_scaled_by_the_start_models_and_clipped():
+def test_scores_are_normalized_by_the_start_models_and_clipped():
     scale = ScoreScale.of(torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64))
     std = math.sqrt((9 + 4 + 0 + 25) / 4)
     assert [scale.apply(score) for score in (4.0, 9.0)] == pytest.approx([0, 5 / std], abs=1e-12)
     assert [scale.apply(score, clip=1.0) for score in (-9.0, 5.0, 9.0)] == pytest.approx([-1, 1 / std, 1])
-    with pytest.raises(ValueError, match=r"0\.1"):  # the mean of which is not exactly 0.1
+    with pytest.raises(ValueError, match=r"0\.1"):  # their mean is not exactly 0.1
         ScoreScale.of(torch.full((3,), 0.1, dtype=torch.float64))
 
 
-def test_a_value_baseline_is_not_one_of_whole_answers():
+def test_a_value_baseline_does_not_work_on_whole_answers():
     with pytest.raises(ValueError, match="value"):
         advantages(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]), "value")

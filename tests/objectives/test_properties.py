@@ -1,4 +1,4 @@
-"""What must hold of every row, whatever its formula: direction, finite extremes, the first step of a run."""
+"""Properties of every objective, whatever its formula: direction, finite extremes, the first step of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from simpo.objectives import OBJECTIVES, Responses
 
 POINTS = 2000
-# in addition to the defaults; anchors of weight 0 leave hinges flat where they are satisfied
+# besides the defaults; with anchors of weight 0, satisfied hinges are flat
 SETTINGS = {
     "simpo": [{"beta": 10.0, "gamma_beta_ratio": 0.3}],
     "dpo": [{"beta": 0.01}],
@@ -40,7 +40,7 @@ CASES = [(name, settings) for name in OBJECTIVES for settings in ({}, *SETTINGS.
 
 @pytest.fixture(scope="module")
 def pairs() -> tuple[Responses, Responses]:
-    """Random responses of 1 to 200 tokens, each near its reference."""
+    """Random responses of 1 to 200 tokens, each close to its reference."""
     generator = torch.Generator().manual_seed(0)
 
     def side() -> Responses:
@@ -56,7 +56,7 @@ def pairs() -> tuple[Responses, Responses]:
 def test_the_loss_falls_with_chosen_and_never_with_rejected(name, settings, pairs):
     w, y = pairs
     row = OBJECTIVES[name]
-    step = 0.01 * w.length, 0.01 * y.length  # a hundredth of a nat a token; averages stay below 0
+    step = 0.01 * w.length, 0.01 * y.length  # 0.01 nats per token; averages stay below 0
 
     def loss(a: Responses, b: Responses) -> torch.Tensor:
         return row.loss(a, b, **settings)
@@ -69,17 +69,17 @@ def test_the_loss_falls_with_chosen_and_never_with_rejected(name, settings, pair
         scale = (w.length, y.length) if settings.get("length_normalized") else (1.0, 1.0)
         counted = (w.ratio + step[0]) / scale[0] - y.ratio / scale[1] < 1 / (2 * settings.get("tau", 0.1))
         assert counted.sum() > POINTS / 2
-    if name == "repo":  # a pair that is won by gamma has no gradient
+    if name == "repo":  # a pair won by more than gamma has no gradient
         counted = w.avg - y.avg < settings.get("gamma", 0.4)
-    if name == "chi_po":  # nor has one whose margin is clipped
+    if name == "chi_po":  # nor does one with a clipped margin
         margin = row.reward(w, **settings) - row.reward(y, **settings)
         counted = margin.abs() < 2 * settings.get("r_max", 2.0)
     if name in ("nca", "listwise_nca"):  # a chosen response with a reward above ln 2 is pulled back
         counted = row.reward(replace(w, logp=w.logp + step[0]), **settings) < math.log(2)
-    if name == "sppo":  # responses are pulled to their targets, from both sides
+    if name == "sppo":  # responses are pulled to their targets from both sides
         target = 0.5 / settings.get("beta", 0.001)
         counted = (w.ratio + step[0] < target) & (y.ratio > -target)
-    if name == "apo_down":  # it lowers chosen responses, too, but rejected ones more
+    if name == "apo_down":  # it lowers chosen responses too, but rejected ones more
         assert (rejected_up > before).all()
         both_up = loss(replace(w, logp=w.logp + 0.01), replace(y, logp=y.logp + 0.01))
         assert (both_up > before).all()
@@ -97,8 +97,8 @@ def test_the_reward_rises_with_the_log_probability(name, settings, pairs):
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo_norm", "dpop"])
-def test_policy_is_reference(name, pairs):
-    """ln 2, whatever beta: the check of a run's first step."""
+def test_the_loss_is_ln_2_when_policy_equals_reference(name, pairs):
+    """Whatever beta; this is the sanity check of a run's first step."""
     w, y = (replace(side, ref_logp=side.logp.clone()) for side in pairs)
     for beta in (0.01, 0.1, 5.0):
         losses = OBJECTIVES[name].loss(w, y, beta=beta)
@@ -107,7 +107,7 @@ def test_policy_is_reference(name, pairs):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extremes_are_finite(name, dtype):
+def test_extreme_inputs_give_finite_results(name, dtype):
     """Average log-probabilities of -1e-7 and -50, either way round."""
     length = torch.tensor([3.0, 5.0], dtype=dtype)
     logps = [torch.tensor(avgs, dtype=dtype) * length for avgs in ([-1e-7, -50.0], [-50.0, -1e-7])]
@@ -122,7 +122,7 @@ def test_extremes_are_finite(name, dtype):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_single_precision_is_close(name, pairs):
+def test_single_precision_is_accurate(name, pairs):
     w, y = pairs
     single = [Responses(s.logp.float(), s.length.float(), s.ref_logp.float()) for s in (w, y)]
     torch.testing.assert_close(

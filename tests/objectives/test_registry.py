@@ -1,4 +1,4 @@
-"""Hyperparameters: the fields of an objective, checked by name."""
+"""Hyperparameters: the fields of an objective, validated by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIMPO = OBJECTIVES["simpo"]
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_fields_are_the_schema(name):
-    """Every field is a hyperparameter with a help text, and every number has bounds that its default is within."""
+    """Every field is a hyperparameter with a help text, and every number has bounds that include its default."""
     row = OBJECTIVES[name]
     assert row.name == name
     assert list(row.hyperparameters) == [field.name for field in dataclasses.fields(row)]
@@ -33,7 +33,7 @@ def test_the_fields_are_the_schema(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_reward_take_all_hyperparameters_and_no_others(name):
+def test_loss_and_reward_accept_exactly_the_hyperparameters(name):
     row = OBJECTIVES[name]
     y = Responses(torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([-1.5]))
     for function, arguments in ((row.loss, (y, y)), (row.reward, (y,))):
@@ -42,8 +42,8 @@ def test_loss_and_reward_take_all_hyperparameters_and_no_others(name):
             function(*arguments, bta=1.0)
 
 
-def test_an_objective_can_need_more_of_a_batch():
-    """A margin per pair, for example: it is an argument of the pair term and not a hyperparameter."""
+def test_an_objective_can_need_more_from_a_batch():
+    """A margin per pair, for example, is an argument of the pair term rather than a hyperparameter."""
 
     class WithMargin(type(SIMPO)):
         name = "simpo_margin"
@@ -61,7 +61,7 @@ def test_an_objective_can_need_more_of_a_batch():
 
 
 @pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.needs_reference])
-def test_a_missing_reference_is_named(name):
+def test_a_missing_reference_is_reported(name):
     y = Responses(torch.tensor([-1.0]), torch.tensor([2.0]))
     for function, arguments in ((OBJECTIVES[name].loss, (y, y)), (OBJECTIVES[name].reward, (y,))):
         with pytest.raises(ValueError, match="ref_logp is missing"):
@@ -69,7 +69,7 @@ def test_a_missing_reference_is_named(name):
 
 
 @pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if not row.needs_reference])
-def test_rows_without_reference_do_not_look_at_it(name):
+def test_reference_free_objectives_ignore_the_reference(name):
     row = OBJECTIVES[name]
     plain = Responses(torch.tensor([-1.0]), torch.tensor([2.0]))
     referenced = Responses(plain.logp, plain.length, torch.tensor([-7.0]))
@@ -111,7 +111,7 @@ def test_gamma_is_the_absolute_margin(gamma, beta):
         ({"bta": 2.0}, r"bta is not a hyperparameter of objective 'simpo'.*beta, gamma_beta_ratio"),
     ],
 )
-def test_bad_values_are_named(given, message):
+def test_bad_values_are_reported_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         SIMPO.resolve(given)
 
@@ -139,7 +139,7 @@ def test_bad_values_are_named(given, message):
         ("r_dpo", {"alpha": -0.1}, r"alpha must be >= 0, not -0.1"),
     ],
 )
-def test_bad_values_of_other_rows_are_named(name, given, message):
+def test_bad_values_for_other_objectives_are_reported_by_name(name, given, message):
     with pytest.raises(ValueError, match=message):
         OBJECTIVES[name].resolve(given)
 
@@ -147,30 +147,30 @@ def test_bad_values_of_other_rows_are_named(name, given, message):
 @pytest.mark.parametrize(
     "name", [name for name, row in OBJECTIVES.items() if "label_smoothing" not in row.hyperparameters]
 )
-def test_label_smoothing_is_refused_where_labels_have_no_likelihood(name):
+def test_label_smoothing_is_rejected_where_labels_have_no_likelihood(name):
     with pytest.raises(ValueError, match=rf"label_smoothing is not .* '{name}' \(it belongs to simpo, dpo"):
         OBJECTIVES[name].resolve({"label_smoothing": 0.1})
 
 
 @pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if "label_smoothing" in row.hyperparameters])
-def test_label_smoothing_elsewhere(name):
+def test_label_smoothing_is_accepted_elsewhere(name):
     assert OBJECTIVES[name].resolve({"label_smoothing": 0.1})["label_smoothing"] == 0.1
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0.5\), not 0.5"):
         OBJECTIVES[name].resolve({"label_smoothing": 0.5})
 
 
-def test_which_take_single_responses_and_need_more_than_log_probabilities():
+def test_which_objectives_take_single_responses_or_need_more_than_log_probabilities():
     assert [name for name, row in OBJECTIVES.items() if "z_ref" in row.needs] == ["kto"]
     assert [name for name, row in OBJECTIVES.items() if "reward_shift" in row.needs] == ["bco"]
     assert [name for name, row in OBJECTIVES.items() if row.takes_unpaired] == ["kto", "bco"]
 
 
-def test_ktos_other_spellings():
+def test_alternative_spellings_of_ktos_weights():
     resolved = OBJECTIVES["kto"].resolve({"desirable_weight": 1.33, "undesirable_weight": 0.5})
     assert resolved == {"beta": 0.1, "lam_w": 1.33, "lam_l": 0.5}
 
 
-def test_objectives_import_torch_only():
+def test_objectives_only_import_torch():
     others = ("transformers", "datasets", "accelerate", "peft")
     code = f"import simpo.objectives, sys; print([name for name in {others} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

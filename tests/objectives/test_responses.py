@@ -1,4 +1,4 @@
-"""Derived quantities of a response, in 60-digit arithmetic where floats need care."""
+"""Quantities derived from a response, in 60-digit arithmetic where floats need care."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AVERAGES = [-1e-7, -1e-3, -0.1, -0.69, -0.6931471805599453, -0.7, -1.0, -5.0, -5
 
 
 def exact_log_odds(avg: float) -> tuple[float, float]:
-    """``log(p / (1 - p))`` and its derivative ``1 / (1 - p)`` with ``p = exp(avg)``."""
+    """Return ``log(p / (1 - p))`` and its derivative ``1 / (1 - p)`` for ``p = exp(avg)``."""
     getcontext().prec = 60
     p = Decimal(avg).exp()
     return float(Decimal(avg) - (1 - p).ln()), float(1 / (1 - p))
@@ -22,7 +22,7 @@ def exact_log_odds(avg: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("avg", AVERAGES)
-def test_log_odds(avg, dtype, tolerance):
+def test_log_odds_are_accurate(avg, dtype, tolerance):
     logp = torch.tensor([avg, -0.5], dtype=dtype, requires_grad=True)
     y = Responses(logp, torch.ones(2, dtype=dtype))
     value, slope = exact_log_odds(logp[0].item())
@@ -33,8 +33,8 @@ def test_log_odds(avg, dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_whole_batch_of_extremes_is_finite(dtype):
-    """One row's branch must not reach another's gradient."""
+def test_a_batch_of_extremes_is_finite(dtype):
+    """The branch taken by one row must not affect another's gradient."""
     logp = torch.tensor(AVERAGES, dtype=dtype, requires_grad=True)
     y = Responses(logp, torch.ones(len(AVERAGES), dtype=dtype))
     for values in (y.avg, y.log_odds):
@@ -44,8 +44,8 @@ def test_a_whole_batch_of_extremes_is_finite(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_log_odds_of_a_certain_response(dtype):
-    """A probability can round to 1, whose log-odds are infinite: they are large and finite, and leave others alone."""
+def test_log_odds_of_a_certain_response_are_finite(dtype):
+    """If a probability rounds to 1, its log-odds are large but finite, and other rows are unaffected."""
     logp = torch.tensor([0.0, -1e-11, -0.5], dtype=dtype, requires_grad=True)
     odds = Responses(logp, torch.ones(3, dtype=dtype)).log_odds
     assert odds[0].item() == pytest.approx(12 * math.log(10), rel=1e-6)
@@ -56,8 +56,8 @@ def test_log_odds_of_a_certain_response(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_orpo_of_certain_responses(dtype):
-    """Slopes are finite; that of a certain chosen one is the limit, ``lam`` times the odds of the rejected one."""
+def test_orpo_gradients_of_certain_responses_are_finite(dtype):
+    """For a certain chosen response, the gradient is the limit: ``lam`` times the odds of the rejected one."""
     row, length = OBJECTIVES["orpo"], torch.ones(2, dtype=dtype)
     certain, other = (torch.tensor([avg, 0.0], dtype=dtype, requires_grad=True) for avg in (0.0, -2.0))
     for w, l in ((certain, other), (other, certain)):  # noqa: E741
@@ -83,7 +83,7 @@ def test_integer_lengths():
     assert Responses(torch.tensor([-6.0]), torch.tensor([4])).avg.item() == -1.5
 
 
-def test_a_ratio_without_reference_is_an_error():
+def test_a_ratio_without_a_reference_is_an_error():
     with pytest.raises(ValueError, match="ref_logp is missing"):
         Responses(torch.zeros(1), torch.ones(1)).ratio  # noqa: B018
     with pytest.raises(ValueError, match="ref_logp is missing"):

@@ -1,4 +1,4 @@
-"""SimPO in detail: the worked example, links, label smoothing, gradients by their formula."""
+"""SimPO in detail: the worked example, links, label smoothing, and analytic gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from simpo.objectives import OBJECTIVES, Responses, sft_term
 
 SIMPO = OBJECTIVES["simpo"]
-# averages of chosen and rejected; equal, usual, decided either way, far apart
+# averages of chosen and rejected: equal, typical, decided either way, far apart
 AVERAGES = [(-0.5, -0.5), (-0.25, -0.6), (-1.2, -0.3), (-1e-7, -50.0), (-50.0, -1e-7), (-0.1, -8.0)]
 BETAS = [0.1, 2.0, 10.0]
 RATIOS = [0.0, 0.5, 1.6]
@@ -26,7 +26,7 @@ def responses(*averages: float, lengths=(3, 7, 250)) -> Responses:
 
 
 def test_the_worked_example():
-    """Eight tokens and beta 2 make the reward -0.6436; rewards -0.5 and -1.2 with gamma 0.5 make the loss 0.598."""
+    """Eight tokens at beta 2 give the reward -0.6436; rewards -0.5 and -1.2 with gamma 0.5 give the loss 0.598."""
     tokens = torch.tensor([0.7, 0.8, 0.9, 0.6, 0.5, 0.9, 0.8, 0.7], dtype=torch.float64)
     y = Responses(tokens.log().sum()[None], torch.tensor([8.0]))
     assert SIMPO.reward(y, beta=2.0).item() == pytest.approx(-0.6436, abs=5e-5)
@@ -43,7 +43,7 @@ def test_the_worked_example():
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
-def test_simpo(beta, ratio, smoothing):
+def test_losses_and_gradients_match_the_formula(beta, ratio, smoothing):
     w, y = responses(*(a for a, _ in AVERAGES)), responses(*(b for _, b in AVERAGES), lengths=(5, 1, 80))
     losses = SIMPO.loss(w, y, beta=beta, gamma_beta_ratio=ratio, label_smoothing=smoothing)
     assert losses.shape == (len(AVERAGES),)
@@ -63,7 +63,7 @@ def test_simpo(beta, ratio, smoothing):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_simpo_hinge(beta, ratio):
+def test_the_hinge_matches_the_formula(beta, ratio):
     w, y = responses(*(a for a, _ in AVERAGES)), responses(*(b for _, b in AVERAGES))
     losses = SIMPO.loss(w, y, beta=beta, gamma_beta_ratio=ratio, link="hinge")
     margins = [beta * (a - b - ratio) for a, b in AVERAGES]
@@ -79,13 +79,13 @@ def test_defaults_are_the_papers():
     assert SIMPO.reward(w).item() == pytest.approx(2.0 * -0.3, rel=1e-11)
 
 
-def test_the_reward_takes_all_of_the_losss_hyperparameters():
+def test_the_reward_accepts_all_loss_hyperparameters():
     y = responses(-0.3, -4.0)
     reward = SIMPO.reward(y, beta=3.0, gamma_beta_ratio=0.7, link="hinge", label_smoothing=0.0)
     assert reward.tolist() == pytest.approx([-0.9, -12.0], rel=1e-11)
 
 
-def test_sft_term():
+def test_the_sft_term_is_added():
     w = responses(-0.5, -3.0)
     losses = sft_term(w)
     assert losses.tolist() == pytest.approx([0.5, 3.0], rel=1e-11)

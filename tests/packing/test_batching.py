@@ -1,4 +1,4 @@
-"""Properties of the plan, over seeded random cases."""
+"""Properties of batch plans, over seeded random cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORLDS = [1, 2, 3, 4]
 
 
 def packed(lengths) -> RowSizes:
-    """Rows of these lengths, with nothing padded."""
+    """Return sizes of rows with these lengths and no padding."""
     return RowSizes.unpadded(np.asarray(lengths, dtype=int))
 
 
@@ -33,14 +33,14 @@ def random_plan(seed: int, world_size: int, **changes) -> StepPlan:
 
 
 def shares(plan: StepPlan, epoch: int = 0):
-    """For every step, the share of each rank."""
+    """Return each rank's share of every step."""
     order = plan.order(epoch)
     return [[plan.step(order, number, rank) for rank in range(plan.world_size)] for number in range(plan.steps)]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("seed", range(40))
-def test_properties(seed, world_size):
+def test_every_plan_covers_its_rows_within_the_budget(seed, world_size):
     plan = random_plan(seed, world_size)
     trained: list[int] = []
     for number, ranks in enumerate(shares(plan, epoch=seed % 3)):
@@ -53,14 +53,14 @@ def test_properties(seed, world_size):
         ]
         expected = min(plan.rows_per_step, len(plan.lengths) - number * plan.rows_per_step)
         assert len(here) == expected
-        assert {rank.weight for rank in ranks} == {expected}  # the loss's denominator, on every rank
+        assert {rank.weight for rank in ranks} == {expected}  # every rank divides the loss by the same number
         assert len({len(rank.micro_batches) for rank in ranks}) == 1
         for micro in itertools.chain.from_iterable(rank.micro_batches for rank in ranks):
             assert micro.rows
             assert plan.lengths[list(micro.rows)].sum() <= plan.max_batch_tokens
             assert set(micro.weights) <= {0.0, 1.0}
             assert len(set(micro.weights)) == 1
-            assert 1.0 in micro.weights or len(micro.rows) == 1  # a filler is one row, and costs little
+            assert 1.0 in micro.weights or len(micro.rows) == 1  # a filler is a single, cheap row
             assert 1.0 in micro.weights or plan.lengths[micro.rows[0]] == plan.lengths[here].min()
         trained += here
     assert sorted(trained) == list(range(len(plan.lengths)))
@@ -69,7 +69,7 @@ def test_properties(seed, world_size):
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("seed", range(10))
 def test_tokens_are_balanced(seed, world_size):
-    """No rank, and no micro-batch of a rank, is above the mean by more than one row."""
+    """No rank, and no micro-batch on a rank, exceeds the mean by more than one row."""
     plan = random_plan(seed, world_size)
     for ranks in shares(plan):
         loads = [
@@ -84,8 +84,8 @@ def test_tokens_are_balanced(seed, world_size):
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_as_few_micro_batches_as_tokens_allow(world_size):
-    """Equal rows: exactly ceil(tokens / budget) forwards, and one where everything fits."""
+def test_the_number_of_micro_batches_is_minimal(world_size):
+    """For rows of equal length: exactly ceil(tokens / budget) forwards, and one if everything fits."""
     lengths = np.full(24, 10)
     order = np.arange(24)
     for budget, rows_each in ((10, 1), (35, 3), (60, 6), (10_000, 24)):
@@ -96,7 +96,7 @@ def test_as_few_micro_batches_as_tokens_allow(world_size):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_every_rank_computes_the_same_plan(world_size):
-    """Only the arguments matter: a new plan is the same, and numpy's global state is not changed."""
+    """Rebuilding a plan from the same arguments gives the same plan and leaves numpy's global state alone."""
     first, second = random_plan(3, world_size), random_plan(3, world_size)
     before = shares(first, epoch=2)
     np.random.seed(1)
@@ -105,7 +105,7 @@ def test_every_rank_computes_the_same_plan(world_size):
     assert np.random.get_state()[1].tolist() == state
 
 
-def test_orders():
+def test_row_orders():
     lengths = np.arange(1, 101)
     plan = StepPlan(packed(lengths), 4, 1000, seed=7)
     orders = [plan.order(epoch).tolist() for epoch in range(3)]
@@ -118,7 +118,7 @@ def test_orders():
 @pytest.mark.parametrize(
     ("rows", "drop", "steps"), [(8, False, 2), (9, False, 3), (9, True, 2), (3, False, 1), (3, True, 0)]
 )
-def test_steps_of_an_epoch(rows, drop, steps):
+def test_number_of_steps_per_epoch(rows, drop, steps):
     plan = StepPlan(packed(np.ones(rows)), 4, 10, drop_last=drop)
     assert plan.steps == steps
     parts = [plan.step(plan.order(0), number).micro_batches for number in range(steps)]
@@ -126,7 +126,7 @@ def test_steps_of_an_epoch(rows, drop, steps):
     assert sorted(taken) == list(range(rows if not drop else steps * 4))
 
 
-def test_a_row_above_the_budget_is_named():
+def test_a_row_above_the_budget_is_reported():
     with pytest.raises(SimpoError, match=r"max_batch_tokens: 30 .*row 2, 31 tokens"):
         StepPlan(packed([5, 30, 31, 6]), 2, 30)
     with pytest.raises(SimpoError, match="row 0, 9 tokens"):
@@ -136,7 +136,7 @@ def test_a_row_above_the_budget_is_named():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fill(seed):
+def test_fill_opens_a_new_group_only_when_a_row_does_not_fit(seed):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, 20, size=int(draw.integers(1, 40))).tolist()
     budget = int(draw.integers(20, 60))
@@ -144,13 +144,13 @@ def test_fill(seed):
     assert [row for group in groups for row in group] == list(range(len(lengths)))
     sums = [sum(lengths[row] for row in group) for group in groups]
     assert max(sums) <= budget
-    for number, following in itertools.pairwise(range(len(groups))):  # no group could have taken the next row
+    for number, following in itertools.pairwise(range(len(groups))):  # no group had room for the next row
         assert sums[number] + lengths[groups[following][0]] > budget
     assert fill(packed([]), [], budget) == []
 
 
 def tokens(path: str, rows: list[tuple[int, list[int]]]) -> int:
-    """Elements of the tensors that a forward of these rows gets, by the definition of the path."""
+    """Return the number of tokens a forward of these rows computes, by the definition of the path."""
     if path == "padded":
         lines = [prompt + response for prompt, responses in rows for response in responses]
         return len(lines) * max(prompt + max(responses) for prompt, responses in rows)
@@ -162,7 +162,7 @@ def tokens(path: str, rows: list[tuple[int, list[int]]]) -> int:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(10))
 def test_plans_of_padded_batches(seed, world_size, path):
-    """Padding counts towards the budget; every row is trained once, and ranks make equally many forwards."""
+    """Padding counts towards the budget, every row is trained once, and all ranks make the same number of forwards."""
     draw = np.random.default_rng(seed)
     rows = [
         (int(draw.integers(1, 60)), draw.integers(1, 40, size=int(draw.integers(1, 5))).tolist()) for _ in range(50)
@@ -187,8 +187,8 @@ def test_plans_of_padded_batches(seed, world_size, path):
     assert sorted(trained) == list(range(50))
 
 
-def test_rows_of_similar_widths_share_a_padded_batch():
-    """Four long and four short rows in two forwards: one for each kind, and nothing is padded."""
+def test_rows_of_similar_length_share_a_padded_batch():
+    """Four long and four short rows take two forwards, one for each kind, without padding."""
     prompts = np.array([100, 10] * 4)
     ones = np.ones(8, dtype=int)
     plan = StepPlan(RowSizes.of("cached", prompts, 2 * ones, 5 * ones, prompts + 10), 8, 450)

@@ -1,4 +1,4 @@
-"""Prompts that are shared through a model's own cache: values, gradients, neighbors, checkpointing, LoRA."""
+"""Sharing prompts through a model's own cache: values, gradients, neighbors, checkpointing, LoRA."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from simpo.packing.cached import NotShareableError, install_scans, outputs_at_sc
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import choose_path, policy_logprobs, prepare_policy, state_of, token_logprobs
 
-# Gated DeltaNet, short convolutions, Mamba 1 and 2, with and without attention, experts, and attention of other kinds.
+# Gated DeltaNet, short convolutions, Mamba 1 and 2, with and without attention and experts, and other attention kinds.
 STATES = [
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "falcon_h1", "nemotron_h", "granitemoehybrid",
     "bamba", "jamba", "zamba2", "olmo_hybrid", "mamba", "mamba2", "falcon_mamba",
 ]  # fmt: skip
-# Nemotron-H in older versions of transformers keeps less in its cache than its layers need.
+# In older versions of transformers, Nemotron-H caches less than its layers need.
 PATHS = dict.fromkeys(STATES, "cached")
 if Version(transformers.__version__) < Version("5.23"):
     PATHS["nemotron_h"] = "padded"
 ATTENTION = ["bloom", "falcon", "gptj", "stablelm", "nemotron", "phimoe", "afmoe", "jetmoe", "llama4_text", "mpt"]
-for name in (*STATES, *ATTENTION):  # modules that name torch.float32 in defaults, before a fixture changes it
+for name in (*STATES, *ATTENTION):  # import modules with torch.float32 as a default before a fixture changes it
     MODEL_FOR_CAUSAL_LM_MAPPING[type(toy_config(name))]
 
 
@@ -44,8 +44,8 @@ def assert_equal(found, expected, model, tolerance):
 
 
 @pytest.mark.parametrize("name", [*STATES, *ATTENTION])
-def test_log_probabilities_and_gradients_are_the_models_own(name, float64_everywhere):
-    """K = 1, 2 and 5, responses of one token, and a prompt shorter than a convolution's window."""
+def test_log_probabilities_and_gradients_match_the_models_own(name, float64_everywhere):
+    """K = 1, 2 and 5, responses of one token, and a prompt shorter than the convolution window."""
     model, rows = build(name, torch.float64), comparisons()
     expected = naive_logprobs(model, rows)
     found = policy_logprobs(model, PackedBatch.build(rows))
@@ -54,7 +54,7 @@ def test_log_probabilities_and_gradients_are_the_models_own(name, float64_everyw
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_in_single_precision(name):
+def test_single_precision_matches_too(name):
     model, rows = build(name), comparisons(seed=1)
     expected = naive_logprobs(model, rows)
     found = policy_logprobs(model, PackedBatch.build(rows))
@@ -76,8 +76,8 @@ def test_gradient_checkpointing_changes_nothing(name, float64_everywhere):
     assert model.is_gradient_checkpointing
 
 
-def test_a_checkpoint_is_one_comparison(monkeypatch):
-    """What is kept for the backward pass does not grow with the activations of a batch."""
+def test_checkpoints_are_one_comparison_long(monkeypatch):
+    """What is stored for backward does not grow with the activations of a batch."""
     model, rows = build("lfm2"), comparisons()
     choose_path(model, PackedBatch.build(rows))
     model.gradient_checkpointing_enable()
@@ -92,14 +92,14 @@ def test_a_checkpoint_is_one_comparison(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3_5_text", "bamba", "gptj"])
 @pytest.mark.parametrize("neighbor", ["other", "broken"])
 def test_a_row_does_not_depend_on_its_neighbors(name, neighbor):
-    """Bit-equal next to another row of the same size, also if that one's numbers are not finite."""
+    """Bit-identical next to another row of the same size, even if that row produces non-finite values."""
     model = build(name).eval()
     first, second = comparisons(seed=2)[0], comparisons(seed=3)[0]
     rows = [first, second]
     prepare_policy(model)
     install_scans(model)
     with torch.no_grad():
-        model.get_input_embeddings().weight[2] = float("nan")  # a token that no row has yet
+        model.get_input_embeddings().weight[2] = float("nan")  # a token that no row contains yet
         expected = model(packed_batch=PackedBatch.build(rows), path="cached", compute=token_logprobs)
         if neighbor == "broken":
             second = TokenizedComparison([2] * len(second.prompt_ids), second.response_ids)
@@ -113,7 +113,7 @@ def test_a_row_does_not_depend_on_its_neighbors(name, neighbor):
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1"])
-def test_adapters(name, float64_everywhere):
+def test_adapters_train_through_the_cached_path(name, float64_everywhere):
     model = build(name, torch.float64)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "in_proj"])).double()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_adapters(name, float64_everywhere):
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_only_some_tokens_are_scored(scored, float64_everywhere):
+def test_only_scored_tokens_are_returned(scored, float64_everywhere):
     model, (row, *_) = build("mamba2", torch.float64), comparisons()
     marks = [[(place % 2 == 0) == scored for place in range(len(ids))] for ids in row.response_ids]
     expected = naive_logprobs(model, [row])[torch.tensor([mark for each in marks for mark in each])]
@@ -136,7 +136,7 @@ def test_only_some_tokens_are_scored(scored, float64_everywhere):
     assert_equal(found, expected, model, 1e-9)
 
 
-def test_prompts_are_computed_once():
+def test_each_prompt_is_computed_once():
     """C * P + R * W tokens: three prompts padded to 37, eight responses padded to 12."""
     model, batch = build("lfm2"), PackedBatch.build(comparisons())
     choose_path(model, batch)
@@ -146,8 +146,8 @@ def test_prompts_are_computed_once():
     assert seen == [3 * 37, 8 * 12]
 
 
-def test_a_state_without_gradient_is_noticed(monkeypatch):
-    """The log-probabilities are right, so only the backward pass can show it."""
+def test_a_state_without_gradient_is_detected(monkeypatch):
+    """The log-probabilities are right, so only the backward pass reveals it."""
     model = build("mamba2")
     own = type(model.backbone.layers[0].mixer).forward
 
@@ -163,8 +163,8 @@ def test_a_state_without_gradient_is_noticed(monkeypatch):
     assert "gradients" in state_of(model).reasons[-1]
 
 
-def test_a_layer_that_keeps_nothing_is_noticed():
-    model = build("recurrent_gemma")  # keeps its states itself
+def test_a_layer_that_caches_nothing_is_detected():
+    model = build("recurrent_gemma")  # keeps its states outside the cache
     prepare_policy(model)
     with pytest.raises(NotShareableError, match="cache"):
         model(packed_batch=PackedBatch.build(comparisons()), path="cached", compute=token_logprobs)

@@ -34,7 +34,7 @@ def head_of(given, style):
 
 
 def naive(policy, reference, style):
-    """KL(policy || reference) from the whole ``[S, V]``."""
+    """Return KL(policy || reference) from the full ``[S, V]`` logits."""
     logps = []
     for given in (policy, {name: tensor.detach() for name, tensor in reference.items()}):
         logits = given["hidden"] @ given["weight"].T
@@ -63,7 +63,7 @@ def gradients(divergences, given, **options):
     ("head", "frozen"),
     [(head, ()) for head in HEADS] + [("all", ("weight", "bias")), ("plain", ("hidden",)), ("bias", ("bias",))],
 )
-def test_equals_its_definition(head, frozen, chunk):
+def test_kl_matches_its_definition(head, frozen, chunk):
     style = HEADS[head]
     policy, reference = tensors(0, frozen=frozen, **style), tensors(1, **style)
     expected, found = naive(policy, reference, style), fused(policy, reference, style, chunk)
@@ -87,8 +87,8 @@ def test_gradcheck(chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_policy_is_reference(chunk):
-    """0, and at its minimum."""
+def test_kl_is_zero_when_policy_equals_reference(chunk):
+    """The gradient is zero as well, because this is the minimum."""
     policy = tensors(0, **HEADS["all"])
     divergences = fused(policy, policy, HEADS["all"], chunk)
     assert divergences.tolist() == [0.0] * ROWS
@@ -104,14 +104,14 @@ def test_the_reference_gets_no_gradient(chunk):
     assert all(tensor.grad is None for tensor in reference.values())
 
 
-def test_a_reference_of_another_width():
+def test_the_reference_can_have_a_different_width():
     policy, reference = tensors(0), tensors(1)
     wider = {name: torch.cat([tensor, torch.zeros_like(tensor)], dim=-1) for name, tensor in reference.items()}
     torch.testing.assert_close(fused(policy, wider, {}, "three rows"), naive(policy, reference, {}))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_a_second_backward_gives_the_same(chunk):
+def test_a_second_backward_gives_the_same_gradients(chunk):
     policy, reference = tensors(0), tensors(1)
     divergences = fused(policy, reference, {}, chunk)
     for a, b in zip(gradients(divergences, policy, retain_graph=True), gradients(divergences, policy), strict=True):
@@ -120,8 +120,8 @@ def test_a_second_backward_gives_the_same(chunk):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision(autocast, chunk):
-    """bf16 weights, and bf16 products of fp32 weights: the divergence in fp32, gradients in the weights' types."""
+def test_half_precision_inputs_give_an_fp32_divergence(autocast, chunk):
+    """bf16 weights, and bf16 products of fp32 weights; gradients have the weights' dtypes."""
     dtype = torch.float32 if autocast else torch.bfloat16
     policy, reference = tensors(0, dtype=dtype), tensors(1, dtype=dtype)
     exact = {name: tensor.detach().bfloat16().double().requires_grad_() for name, tensor in policy.items()}
@@ -137,7 +137,7 @@ def test_half_precision(autocast, chunk):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("head", HEADS)
-def test_entropy_equals_its_definition(head, chunk):
+def test_entropy_matches_its_definition(head, chunk):
     style, policy = HEADS[head], tensors(0, **HEADS[head])
     logits = head_of(policy, style).logits(policy["hidden"], torch.float64)
     expected = torch.distributions.Categorical(logits=logits).entropy()
@@ -149,7 +149,7 @@ def test_entropy_equals_its_definition(head, chunk):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("head", HEADS)
-def test_log_collision_equals_its_definition(head, chunk):
+def test_log_collision_matches_its_definition(head, chunk):
     style, policy = HEADS[head], tensors(0, **HEADS[head])
     logits = head_of(policy, style).logits(policy["hidden"], torch.float64)
     found = fused_log_collision(policy["hidden"], head_of(policy, style), chunk_bytes=CHUNKS[chunk])
@@ -158,7 +158,7 @@ def test_log_collision_equals_its_definition(head, chunk):
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that is created."""
+    """Records the number of elements in the largest tensor created."""
 
     elements = 0
 
@@ -169,7 +169,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_made():
+def test_no_token_by_vocabulary_tensor_is_materialized():
     rows = 100
     policy, reference = tensors(0, rows=rows), tensors(1, rows=rows)
     with Largest() as largest:
@@ -180,4 +180,4 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
     assert largest.elements <= max(3 * VOCABULARY, VOCABULARY * WIDTH, rows * WIDTH)
     with Largest() as largest:
         fused(policy, reference, {}, "all rows")
-    assert largest.elements == rows * VOCABULARY  # the measure sees it where it is
+    assert largest.elements == rows * VOCABULARY  # proves that the recorder detects it

@@ -1,4 +1,4 @@
-"""Images in packed batches against the model's own forward on its own processor's output, one sequence at a time."""
+"""Images in packed batches against the model's own forward on its processor's output, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class Row(NamedTuple):
-    """What the processor returns for a prompt, and the responses to it."""
+    """The processor's output for a prompt, and the responses to it."""
 
     inputs: hf.BatchFeature
     comparison: TokenizedComparison
@@ -36,7 +36,7 @@ def make_row(processor, text: str, pictures: list, responses: list[str]) -> Row:
 
 @pytest.fixture(scope="module")
 def rows():
-    """``rows(processor)``: K = 3 with a picture, K = 2 without one, and K = 2 with two pictures of other sizes."""
+    """``rows(processor)``: K = 3 with an image, K = 2 without, and K = 2 with two images of different sizes."""
 
     def make(processor) -> list[Row]:
         image = processor.image_token
@@ -71,7 +71,7 @@ def gradients(logps: torch.Tensor, model) -> dict[str, torch.Tensor]:
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Relative to each gradient's norm; a key's bias has none, because it changes no softmax."""
+    """Compare relative to each gradient's norm. A key's bias has a zero gradient, because softmax cancels it."""
     total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, exact in expected.items():
         assert (found[name] - exact).norm() <= 1e-3 * max(exact.norm(), 1e-4 * total), name
@@ -81,7 +81,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("path", ["auto", "padded"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_equal_to_the_models_own_forward(kind, path, rows):
+def test_packed_images_match_the_models_own_forward(kind, path, rows):
     processor = FAMILIES[kind].processor()
     model, several = make_vision_model(kind, processor.tokenizer), rows(processor)
     expected = naive(model, several)
@@ -92,8 +92,8 @@ def test_equal_to_the_models_own_forward(kind, path, rows):
 
 
 @pytest.mark.parametrize("path", ["auto", "padded"])
-def test_rewards(path, rows):
-    """Scores and gradients of a sequence classifier, by its own forward on the processor's output."""
+def test_rewards_match_the_models_own_forward(path, rows):
+    """Scores and gradients of a sequence classifier on the processor's output."""
     processor = FAMILIES["gemma3"].processor()
     model = make_vision_model("gemma3", processor.tokenizer, kind=hf.Gemma3ForSequenceClassification)
     several = rows(processor)
@@ -102,7 +102,7 @@ def test_rewards(path, rows):
     assert (state_of(model).path, state_of(model).reasons, state_of(model).fused_head) == ("packed", [], True)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert_close(gradients(found, model), gradients(expected, model))
-    state_of(model).fused_head = False  # such as of a model whose head is more than a layer
+    state_of(model).fused_head = False  # as for a model whose head is more than one layer
     own = reward_forward(model, PackedBatch.build([row.comparison for row in several]))
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
 
@@ -120,8 +120,8 @@ def naive_rewards(model, rows: list[Row]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_comparison_does_not_feel_its_neighbors(kind, rows):
-    """Bit for bit, whether its neighbors' pictures, prompts or responses change."""
+def test_a_comparison_does_not_depend_on_its_neighbors(kind, rows):
+    """Bit for bit, whichever of its neighbors' images, prompts or responses change."""
     processor = FAMILIES[kind].processor()
     model, several = make_vision_model(kind, processor.tokenizer), [row.comparison for row in rows(processor)]
     before = policy_logprobs(model, PackedBatch.build(several))
@@ -138,7 +138,7 @@ def test_an_image_is_encoded_once_for_all_responses(kind, rows):
     processor = FAMILIES[kind].processor()
     model, several = make_vision_model(kind, processor.tokenizer), rows(processor)
     batch = PackedBatch.build([row.comparison for row in several])
-    policy_logprobs(model, batch)  # which checks the path
+    policy_logprobs(model, batch)  # runs the self-check first
     tower = getattr(model.model, "visual", None) or model.model.vision_tower
     encoded = []
     hook = tower.register_forward_pre_hook(
@@ -163,8 +163,8 @@ def test_gradient_checkpointing_changes_nothing(kind, rows):
         torch.testing.assert_close(found[name], exact, rtol=1e-4, atol=1e-5)
 
 
-def test_the_check_sees_attention_that_is_not_the_models(rows, caplog):
-    """Gemma's images see themselves in both directions; without that the packed path is wrong and must not be taken."""
+def test_the_self_check_detects_wrong_attention_to_images(rows, caplog):
+    """Gemma's image tokens attend to each other in both directions; without that, the packed path must be rejected."""
     processor = FAMILIES["gemma3"].processor()
     model, several = make_vision_model("gemma3", processor.tokenizer), rows(processor)
     expected = naive(model, several)
@@ -184,7 +184,7 @@ def _without_blocks(_, args, kwargs):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_inputs_are_those_of_the_processor(kind):
+def test_inputs_match_the_processors(kind):
     processor = FAMILIES[kind].processor()
     model = make_vision_model(kind, processor.tokenizer)
     one = make_row(processor, processor.image_token, [picture(40, 24)], ["a"])
@@ -194,13 +194,13 @@ def test_inputs_are_those_of_the_processor(kind):
         check_image_inputs(model, one.comparison.images[0], {**twice, "pixel_mask": torch.ones(2, 2)})
 
 
-def test_a_model_of_text_takes_no_images(make_model):
+def test_a_text_model_rejects_images(make_model):
     with pytest.raises(SimpoError, match="LlamaForCausalLM takes no images"):
         check_image_inputs(make_model("llama"), {}, {})
 
 
-def test_images_of_different_sizes_are_padded_with_zeros():
-    """At the ends, as processors pad several images; the first dimension counts images."""
+def test_images_of_different_sizes_are_zero_padded():
+    """At the end, as processors pad several images; the first dimension counts images."""
     model = make_vision_model("llava", FAMILIES["llava"].processor().tokenizer)
     images = [{"pixel_values": torch.full((count, 3, h, w), float(count))} for count, h, w in ((1, 2, 5), (2, 4, 3))]
     expected = torch.zeros(3, 3, 4, 5)
@@ -209,8 +209,8 @@ def test_images_of_different_sizes_are_padded_with_zeros():
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_kernels_let_images_see_themselves(window):
-    """Both against a mask that is written down for each pair of tokens."""
+def test_kernels_let_image_tokens_attend_to_each_other(window):
+    """Both kernels against an explicit mask over all pairs of tokens."""
     layout = AttentionLayout((Span(9, (4, 2)), Span(3, (5,))))
     blocks = torch.full((layout.total,), -1)
     blocks[1:4], blocks[5:8], blocks[15:17] = 0, 1, 2
@@ -232,7 +232,7 @@ def _places(span: Span):
 
 
 def _sees(a, b, i, j, blocks, window) -> bool:
-    """Whether the token at ``a`` = (comparison, part, position) sees the one at ``b``."""
+    """Return whether the token at ``a`` = (comparison, part, position) attends to the one at ``b``."""
     if a[0] != b[0] or b[1] not in (0, a[1]):
         return False
     same_image = blocks[i] >= 0 and blocks[i] == blocks[j]

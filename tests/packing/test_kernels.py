@@ -1,4 +1,4 @@
-"""Attention over a packed batch: the definition against a dense mask, and the kernels against the definition."""
+"""Attention over a packed batch: the definition against a dense mask, and kernels against the definition."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def style_of(name: str, dtype=torch.float64) -> AttentionStyle:
 
 
 def dense(query, key, value, layout, style):
-    """One softmax per query and head over the visible keys, found by a loop over the tokens."""
+    """Apply one softmax per query and head over its visible keys, which a loop over tokens determines."""
     places = []  # (comparison, part, position)
     for c, span in enumerate(layout.spans):
         places += [(c, 0, i) for i in range(span.prompt)]
@@ -78,7 +78,7 @@ def with_gradients(kernel, tensors, layout, style):
 
 @every_style
 @every_grouping
-def test_segments_equal_the_dense_definition(style, kv_heads):
+def test_by_segment_equals_the_dense_definition(style, kv_heads):
     tensors, chosen = inputs(kv_heads), style_of(style)
     found = with_gradients(by_segment, tensors, LAYOUT, chosen)
     for a, b in zip(found, with_gradients(dense, tensors, LAYOUT, chosen), strict=True):
@@ -87,8 +87,8 @@ def test_segments_equal_the_dense_definition(style, kv_heads):
 
 @every_style
 @every_grouping
-def test_flex_equals_segments(style, kv_heads):
-    """Forward only: FlexAttention has no backward on a CPU."""
+def test_flex_equals_by_segment(style, kv_heads):
+    """Forward only, because FlexAttention has no backward on a CPU."""
     with torch.no_grad():
         chosen = style_of(style, torch.float32)
         tensors = [tensor.detach() for tensor in inputs(kv_heads, torch.float32)]
@@ -99,7 +99,7 @@ def test_flex_equals_segments(style, kv_heads):
 def documented_varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
 ):
-    """``varlen_attn`` as documented: per sequence, aligned bottom-right, ``(left, right)`` windows."""
+    """Stand in for ``varlen_attn`` as documented: per sequence, bottom-right aligned, ``(left, right)`` windows."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert query.is_contiguous()
     assert enable_gqa or query.shape[1] == key.shape[1] or not kernels._GROUPED
@@ -127,7 +127,7 @@ def documented_varlen_attn(
 
 @pytest.mark.parametrize("style", ["plain", "window", "window of one"])
 @every_grouping
-def test_varlen_computes_what_segments_compute(style, kv_heads, monkeypatch):
+def test_varlen_equals_by_segment(style, kv_heads, monkeypatch):
     monkeypatch.setattr(torch_varlen, "varlen_attn", documented_varlen_attn)
     tensors, chosen = inputs(kv_heads), style_of(style)
     found = with_gradients(kernels.varlen, tensors, LAYOUT, chosen)
@@ -135,17 +135,17 @@ def test_varlen_computes_what_segments_compute(style, kv_heads, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-# ---- the check before use ----
+# ---- the check before a kernel is used ----
 
 
 def leaking(query, key, value, layout, style):
-    """A comparison as one causal sequence: the second response sees the first."""
+    """Treat a comparison as one causal sequence, so that the second response sees the first."""
     whole = AttentionLayout(tuple(Span(span.prompt, (sum(span.responses),)) for span in layout.spans))
     return by_segment(query, key, value, whole, style)
 
 
 def top_left(query, key, value, layout, style):
-    """The causal mask aligned with the keys' start: a response sees its prompt's first tokens and not itself."""
+    """Align the causal mask top-left, so that a response sees the start of its prompt but not itself."""
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1)[:, :, layout.index.key_index] for states in (key, value))
     queries = query.split(layout.query_sizes, 2)
@@ -166,7 +166,7 @@ def sinkless(query, key, value, layout, style):
 
 
 def half_a_gradient(query, key, value, layout, style):
-    """The forward is right; half of the keys lose their gradient."""
+    """Compute the right forward but drop the gradient of half the keys."""
     kept = torch.arange(key.shape[2])[:, None] % 2 == 0
     return by_segment(query, torch.where(kept, key, key.detach()), value, layout, style)
 
@@ -186,7 +186,7 @@ def agrees(kernel, dtype=torch.float32, window=16, softcap=None, sinks=False) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (16, None, False), (16, 2.0, True)])
-def test_the_definition_agrees_with_itself(dtype, window, softcap, sinks, caplog):
+def test_the_definition_passes_its_own_check(dtype, window, softcap, sinks, caplog):
     kernels._is_correct.cache_clear()
     with caplog.at_level(logging.WARNING, "simpo"):
         assert agrees(by_segment, dtype, window, softcap, sinks)
@@ -206,7 +206,7 @@ def test_the_definition_agrees_with_itself(dtype, window, softcap, sinks, caplog
         (broken, "no such kernel on this device"),
     ],
 )
-def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
+def test_a_wrong_kernel_is_rejected_and_reported_once(kernel, named, dtype, caplog):
     kernels._is_correct.cache_clear()
     with caplog.at_level(logging.WARNING, "simpo"):
         assert not agrees(kernel, dtype, sinks=kernel is sinkless)
@@ -221,13 +221,13 @@ def test_a_wrong_kernel_is_refused_and_named_once(kernel, named, dtype, caplog):
     [
         (torch.bfloat16, {}, "varlen"),
         (torch.float16, {"window": 4}, "varlen"),
-        (torch.float32, {}, None),  # exact types stay with the definition
+        (torch.float32, {}, None),  # float32 and float64 always use the definition
         (torch.bfloat16, {"softcap": 2.0}, "flex"),
         (torch.float32, {"sinks": torch.zeros(HEADS)}, "flex"),
         (torch.bfloat16, {"dropout": 0.1}, None),
     ],
 )
-def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
+def test_kernel_choice_by_dtype_and_style(dtype, style, expected, monkeypatch):
     assert kernels.choose_kernel(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(kernels, "_is_correct", lambda *_: True)
@@ -237,7 +237,7 @@ def test_which_kernel_is_chosen(dtype, style, expected, monkeypatch):
     assert kernels.choose_kernel(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None
 
 
-def test_the_check_uses_a_window_that_matters(monkeypatch):
+def test_the_check_uses_a_window_shorter_than_the_sample(monkeypatch):
     asked = []
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(kernels, "_is_correct", lambda *arguments: asked.append(arguments[4].window))
@@ -249,19 +249,19 @@ def test_the_check_uses_a_window_that_matters(monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [{"is_causal": False}, {"position_bias": torch.zeros(1)}, {"head_mask": torch.ones(1)}]
 )
-def test_what_is_not_supported_is_refused(arguments):
+def test_unsupported_arguments_are_rejected(arguments):
     with pytest.raises(UnsupportedAttentionError):
         shared_prefix_attention(torch.nn.Identity(), *inputs(2), None, layout=LAYOUT, **arguments)
 
 
-def test_shapes_that_are_not_the_layouts_are_refused():
+def test_shapes_that_do_not_match_the_layout_are_rejected():
     query, key, value = inputs(2)
     with pytest.raises(UnsupportedAttentionError, match="packed batch of 38 tokens"):
         shared_prefix_attention(torch.nn.Identity(), query[:, :, 1:], key, value, None, layout=LAYOUT)
 
 
-def test_dropout_drops_attention_weights():
-    """Weights that survive are scaled up, in the special path too: on average nothing changes."""
+def test_dropout_applies_to_attention_weights():
+    """Remaining weights are scaled up, also in the special path, so the mean does not change."""
     for style in ({}, {"softcap": 50.0}):
         query, key, value = (tensor.detach() for tensor in inputs(4))
         torch.manual_seed(0)

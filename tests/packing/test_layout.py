@@ -1,4 +1,4 @@
-"""A packed batch and its layout against a derivation token by token."""
+"""A packed batch and its layout against a token-by-token derivation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_batch(seed: int) -> list[TokenizedComparison]:
 
 
 def random_masks(comparisons: list[TokenizedComparison], seed: int) -> list[TokenizedComparison]:
-    """The comparisons with about half of every response's tokens scored."""
+    """Return the comparisons with about half of each response's tokens scored."""
     draw = random.Random(seed)
 
     def mask(length: int) -> list[bool]:
@@ -35,7 +35,7 @@ def random_masks(comparisons: list[TokenizedComparison], seed: int) -> list[Toke
 
 
 def tokens_of(comparisons):
-    """``(id, comparison, part, position)`` of every token, in the order of the flat sequence."""
+    """Return ``(id, comparison, part, position)`` for every token, in flat order."""
     for c, comparison in enumerate(comparisons):
         for position, token in enumerate(comparison.prompt_ids):
             yield token, c, 0, position
@@ -69,13 +69,13 @@ def test_every_response_token_is_scored_once_from_the_token_before_it(seed):
     comparisons = random_batch(seed)
     batch = PackedBatch.build(comparisons)
     flat = list(tokens_of(comparisons))
-    expected = []  # (position scored from, target, response)
+    expected = []  # (position it is scored from, target, response)
     response = -1
     for index, (token, c, part, position) in enumerate(flat):
         if part == 0:
             continue
         response += flat[index - 1][1:3] != (c, part)
-        # the token before it in its own sequence: of the same part, or the prompt's last
+        # the previous token in its own sequence: in the same part, or the prompt's last token
         (before,) = [
             i
             for i, (_, other, kind, place) in enumerate(flat)
@@ -104,7 +104,7 @@ def test_masks_select_scored_tokens_and_change_nothing_else(seed):
 
 
 @SEEDS
-def test_segments(seed):
+def test_segments_match_the_derivation(seed):
     comparisons = random_batch(seed)
     layout = PackedBatch.build(comparisons).layout
     flat = list(tokens_of(comparisons))
@@ -128,7 +128,7 @@ def test_segments(seed):
 
 
 @SEEDS
-def test_padded_rows(seed):
+def test_padded_rows_match_the_packed_batch(seed):
     comparisons = random_batch(seed)
     batch = PackedBatch.build(comparisons)
     rows = PaddedRows.unpack(batch)
@@ -136,7 +136,7 @@ def test_padded_rows(seed):
     width = max(map(len, whole))
     assert rows.input_ids.tolist() == [row + [0] * (width - len(row)) for row in whole]
     assert rows.attention_mask.tolist() == [[1] * len(row) + [0] * (width - len(row)) for row in whole]
-    # the token after each scored position is the target, in the packed batch's order
+    # the token after each scored position is the target, in packed order
     assert rows.input_ids.flatten()[rows.scored + 1].tolist() == batch.targets.tolist()
     starts = [(r, len(c.prompt_ids)) for r, c in enumerate(c for c in comparisons for _ in c.response_ids)]
     assert rows.scored.tolist() == [
@@ -144,7 +144,7 @@ def test_padded_rows(seed):
     ]
 
 
-def test_moved_and_probing_batches_are_the_same_batch(comparisons):
+def test_moving_or_probing_a_batch_keeps_its_contents(comparisons):
     batch = PackedBatch.build(comparisons, [1.0, 0.0, 1.0, 1.0])
     moved = batch.to("meta")
     assert {moved.input_ids.device.type, moved.weights.device.type, moved.layout.index.key_index.device.type} == {
@@ -157,7 +157,7 @@ def test_moved_and_probing_batches_are_the_same_batch(comparisons):
     assert probing.layout.spans == batch.layout.spans
 
 
-def test_layout_by_hand():
+def test_a_layout_written_out_by_hand():
     layout = AttentionLayout((Span(2, (1, 3)), Span(1, (2,))))
     assert layout.index.positions.tolist() == [0, 1, 2, 2, 3, 4, 0, 1, 2]
     assert layout.index.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
@@ -169,7 +169,7 @@ def test_layout_by_hand():
     ("prompt", "responses", "named"),
     [([], [[1]], "prompt_ids"), ([1], [], "response_ids"), ([1], [[2], []], r"response_ids\[1\]")],
 )
-def test_empty_parts_are_refused_by_name(prompt, responses, named):
+def test_empty_parts_are_rejected_by_name(prompt, responses, named):
     with pytest.raises(ValueError, match=named):
         TokenizedComparison(prompt, responses)
 
@@ -182,7 +182,7 @@ def test_empty_parts_are_refused_by_name(prompt, responses, named):
         ([[True], [False, False]], r"scored\[1\] selects no token"),
     ],
 )
-def test_masks_of_another_shape_are_refused_by_name(scored, named):
+def test_masks_of_the_wrong_shape_are_rejected_by_name(scored, named):
     with pytest.raises(ValueError, match=named):
         TokenizedComparison([1], [[2], [3, 4]], scored)
 
@@ -194,7 +194,7 @@ def test_lengths_of_a_comparison():
     assert comparison.padded_length == 3 * (3 + 4) == padded.numel()
 
 
-def test_impossible_batches_are_refused(comparisons):
+def test_impossible_batches_are_rejected(comparisons):
     with pytest.raises(ValueError, match="at least one"):
         PackedBatch.build([])
     with pytest.raises(ValueError, match="4 comparisons, but 3 weights"):

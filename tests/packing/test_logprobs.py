@@ -1,4 +1,4 @@
-"""The fused log-probabilities against ``log_softmax``, forward and backward."""
+"""Fused log-probabilities against ``log_softmax``, forward and backward."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def gradients(logps, tensors, **options):
     [(head, frozen) for head in HEADS for frozen in ((), ("weight",), ("hidden",))]
     + [("all", ("weight", "bias")), ("bias", ("bias",))],
 )
-def test_equals_log_softmax(head, chunk, frozen):
+def test_log_probabilities_equal_log_softmax(head, chunk, frozen):
     tensors, targets, style = inputs(frozen=frozen, **HEADS[head])
     expected, found = naive(tensors, targets, style), fused(tensors, targets, style, CHUNKS[chunk])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
@@ -79,7 +79,7 @@ def test_gradcheck(head, chunk):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("head", ["plain", "all"])
-def test_a_second_backward_gives_the_same(head, chunk):
+def test_a_second_backward_gives_the_same_gradients(head, chunk):
     tensors, targets, style = inputs(**HEADS[head])
     logps = fused(tensors, targets, style, CHUNKS[chunk])
     first = gradients(logps, tensors, retain_graph=True)
@@ -103,8 +103,8 @@ def test_bf16_is_close_to_fp32(head, chunk):
         assert (a.float() - b).norm() <= 0.02 * b.norm()
 
 
-def test_many_chunks_are_summed_in_fp32():
-    """A half-precision weight's gradient from many chunks is as good as from one: 1 + 1000 * 2**-10 is not 1 in it."""
+def test_chunks_are_summed_in_fp32():
+    """A bf16 weight's gradient is as accurate from many chunks as from one; in bf16, 1 + 1000 * 2**-10 would stay 1."""
     rows, width, vocabulary = 1000, 4, 8
     generator = torch.Generator().manual_seed(0)
     hidden = torch.rand(rows, width, generator=generator).to(torch.bfloat16)
@@ -119,8 +119,8 @@ def test_many_chunks_are_summed_in_fp32():
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("head", ["plain", "all"])
-def test_autocast(head, chunk):
-    """Products in bf16, everything else in fp32, and gradients in the types of the inputs."""
+def test_autocast_uses_bf16_products_only(head, chunk):
+    """Everything else is fp32, and gradients have the dtypes of the inputs."""
     tensors, targets, style = inputs(torch.float32, **HEADS[head])
     rounded = {name: tensor.detach().bfloat16().double().requires_grad_() for name, tensor in tensors.items()}
     expected = naive(rounded, targets, style)
@@ -141,8 +141,8 @@ def test_extreme_logits_stay_finite():
     assert all(gradient.isfinite().all() for gradient in gradients(logps, large))
 
 
-def test_no_tensor_of_tokens_by_vocabulary_is_saved():
-    """Backward keeps the inputs, one number per row, and the logits of one chunk."""
+def test_no_token_by_vocabulary_tensor_is_saved():
+    """Backward needs only the inputs, one number per row, and the logits of one chunk."""
     tensors, targets, style = inputs()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
@@ -150,5 +150,5 @@ def test_no_tensor_of_tokens_by_vocabulary_is_saved():
     assert (ROWS, VOCABULARY) not in saved
     assert logps.grad_fn.kept.shape == (1, VOCABULARY)
     assert fused(tensors, targets, style, CHUNKS["three rows"]).grad_fn.kept.shape == (1, VOCABULARY)
-    assert fused(tensors, targets, style, 6 * VOCABULARY * 8).grad_fn.kept.shape == (3, VOCABULARY)  # of 4 and 3
+    assert fused(tensors, targets, style, 6 * VOCABULARY * 8).grad_fn.kept.shape == (3, VOCABULARY)  # chunks of 4 and 3
     assert fused(tensors, targets, style, None).grad_fn.kept.shape == (ROWS, VOCABULARY)

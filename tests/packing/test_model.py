@@ -1,4 +1,4 @@
-"""The packed path against the model's own forward, one sequence at a time: log-probabilities and every gradient."""
+"""The packed path against the model's own forward, one sequence at a time: log-probabilities and all gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAREABLE = [
 
 
 def outcome(logps: torch.Tensor, model) -> dict[str, torch.Tensor]:
-    """Log-probabilities, and the gradients of all parameters of a random weighting of them."""
+    """Return log-probabilities, and the gradients of all parameters for a random weighting of them."""
     weight = torch.randn(logps.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(logps)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad((logps * weight).sum(), parameters, materialize_grads=True, allow_unused=True)
@@ -28,13 +28,13 @@ def outcome(logps: torch.Tensor, model) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Differences below ``tolerance``, of the largest entry where that is above 1."""
+    """Require differences below ``tolerance``, relative to the largest entry if that exceeds 1."""
     assert found.keys() == expected.keys()
     for name, exact in expected.items():
         worst = (found[name] - exact).abs().max().item()
         assert worst <= tolerance * max(1.0, exact.abs().max().item()), f"{name}: {worst:.2g}"
     moved = [name for name, gradient in expected.items() if gradient.abs().max() > 1e-4]
-    assert len(moved) > len(expected) / 2  # the comparison says something
+    assert len(moved) > len(expected) / 2  # otherwise the comparison proves nothing
 
 
 def check(model, comparisons, naive_logprobs, tolerance: float) -> None:
@@ -72,9 +72,9 @@ def test_responses_are_the_sums_of_their_tokens(
 
 
 def every_third(comparisons: list[TokenizedComparison]) -> list[TokenizedComparison]:
-    """The comparisons with the tokens 0, 3, 6, ... of every other response scored, and all of the others but the first.
+    """Score tokens 0, 3, 6, ... of every other response, and all but the first token of the rest.
 
-    Of a response of one token it is scored.
+    A response of one token is scored.
     """
 
     def mask(k: int, length: int) -> list[bool]:
@@ -88,7 +88,9 @@ def every_third(comparisons: list[TokenizedComparison]) -> list[TokenizedCompari
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("path", ["packed", "padded"])
-def test_masked_responses(name, path, make_model, comparisons, naive_logprobs, float64_everywhere):
+def test_masked_responses_match_the_naive_forward(
+    name, path, make_model, comparisons, naive_logprobs, float64_everywhere
+):
     model, masked = make_model(name), every_third(comparisons)
     marks = torch.tensor([mark for comparison in masked for mask in comparison.scored for mark in mask])
     exact = naive_logprobs(model, masked)[marks]
@@ -103,8 +105,8 @@ def test_masked_responses(name, path, make_model, comparisons, naive_logprobs, f
     torch.testing.assert_close(responses.logp, sums, rtol=0, atol=1e-9)
 
 
-def test_comparisons_do_not_see_one_another(make_model, comparisons):
-    """Bit for bit: a response's log-probabilities do not depend on another response's or comparison's tokens."""
+def test_comparisons_do_not_see_each_other(make_model, comparisons):
+    """Bit for bit: a response's log-probabilities do not depend on the tokens of other responses or comparisons."""
     model = make_model("llama", torch.float32)
     before = policy_logprobs(model, PackedBatch.build(comparisons))
     changed = copy.deepcopy(comparisons)
@@ -156,7 +158,7 @@ def test_generate_after_a_packed_step_is_transformers_own(name, make_model, comp
     assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
 
 
-def test_generate_with_the_models_own_eager_attention(make_model, comparisons):
+def test_generate_works_with_the_models_own_eager_attention(make_model, comparisons):
     own = make_model("gemma2", torch.float32).eval()
     model = copy.deepcopy(own)
     policy_forward(model, PackedBatch.build(comparisons))
@@ -167,7 +169,7 @@ def test_generate_with_the_models_own_eager_attention(make_model, comparisons):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_save_and_load_after_binding(name, make_model, comparisons, tmp_path):
+def test_a_bound_model_can_be_saved_and_loaded(name, make_model, comparisons, tmp_path):
     model = make_model(name, torch.float32)
     before = policy_logprobs(model, PackedBatch.build(comparisons))
     model.save_pretrained(tmp_path)
@@ -179,7 +181,7 @@ def test_save_and_load_after_binding(name, make_model, comparisons, tmp_path):
     torch.testing.assert_close(policy_logprobs(loaded, PackedBatch.build(comparisons)), before, rtol=0, atol=0)
 
 
-def test_a_copy_of_a_bound_model_is_a_model_of_its_own(make_model, comparisons, naive_logprobs, float64_everywhere):
+def test_a_copy_of_a_bound_model_is_independent(make_model, comparisons, naive_logprobs, float64_everywhere):
     model = make_model("llama")
     before = policy_logprobs(model, PackedBatch.build(comparisons))
     twin = copy.deepcopy(model)
@@ -192,7 +194,7 @@ def test_a_copy_of_a_bound_model_is_a_model_of_its_own(make_model, comparisons, 
     assert torch.equal(policy_logprobs(model, PackedBatch.build(comparisons)), before)
 
 
-def test_binding_leaves_signature_and_calls_alone(make_model, comparisons):
+def test_binding_keeps_signature_and_outputs(make_model, comparisons):
     model = make_model("llama", torch.float32)
     ids = torch.tensor([comparisons[0].prompt_ids])
     signature, logits = inspect.signature(model.forward), model(ids, labels=ids)
@@ -203,7 +205,7 @@ def test_binding_leaves_signature_and_calls_alone(make_model, comparisons):
     assert torch.equal(after.loss, logits.loss)
 
 
-def test_binding_twice_is_binding_once(make_model):
+def test_binding_twice_equals_binding_once(make_model):
     model = make_model("llama")
     prepare_policy(model)
     forward, state = model.forward, state_of(model)
@@ -212,8 +214,8 @@ def test_binding_twice_is_binding_once(make_model):
     assert state_of(model) is state
 
 
-def test_the_call_goes_through_the_wrapper(make_model, comparisons):
-    """DDP and similar wrappers do their work in their own forward and in hooks."""
+def test_calls_go_through_the_wrapper(make_model, comparisons):
+    """DDP and similar wrappers work in their own forward and in hooks."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
@@ -235,8 +237,8 @@ def test_the_call_goes_through_the_wrapper(make_model, comparisons):
     assert (wrapper.calls, wrapper.module.calls, len(hooked) - seen) == (1, 1, 1)
 
 
-def test_adapters(make_model, comparisons, naive_logprobs, float64_everywhere):
-    """peft: the base model is frozen, the adapter's gradients are exact, and ``save_pretrained`` is peft's."""
+def test_adapters_have_exact_gradients(make_model, comparisons, naive_logprobs, float64_everywhere):
+    """With peft, the base model stays frozen and ``save_pretrained`` saves an ordinary adapter."""
     import peft
 
     model = peft.get_peft_model(
@@ -262,8 +264,8 @@ def test_adapters(make_model, comparisons, naive_logprobs, float64_everywhere):
         torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-9)
 
 
-def test_attention_changed_behind_our_back(make_model, comparisons, naive_logprobs, float64_everywhere):
-    """``set_attn_implementation`` after the check removes our attention; the numbers must stay right."""
+def test_results_stay_right_after_the_attention_is_changed(make_model, comparisons, naive_logprobs, float64_everywhere):
+    """``set_attn_implementation`` after the self-check removes our attention."""
     model = make_model("llama")
     batch = PackedBatch.build(comparisons)
     policy_logprobs(model, batch)
@@ -271,7 +273,7 @@ def test_attention_changed_behind_our_back(make_model, comparisons, naive_logpro
     torch.testing.assert_close(policy_logprobs(model, batch), naive_logprobs(model, comparisons), rtol=0, atol=1e-9)
 
 
-def test_dropout_is_left_to_the_models_mode(make_model, comparisons):
+def test_dropout_follows_the_models_mode(make_model, comparisons):
     model = make_model("llama", torch.float32)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -295,8 +297,8 @@ def test_bf16_is_close_to_fp32(make_model, comparisons):
         assert (policy_logprobs(model, batch) - expected).abs().max() < 0.1
 
 
-def test_attention_is_in_autocasts_type(make_model, comparisons, monkeypatch):
-    """Rotations in fp32 leave queries and keys in it, for which there is no fast kernel."""
+def test_attention_uses_the_autocast_dtype(make_model, comparisons, monkeypatch):
+    """Rotary embeddings in fp32 would leave queries and keys in fp32, which has no fast kernel."""
     model = make_model("llama", torch.float32, std=0.1)
     batch = PackedBatch.build(comparisons)
     policy_logprobs(model, batch)

@@ -1,4 +1,4 @@
-"""Attention as an operator against the same attention through autograd."""
+"""Attention as a custom operator against the same attention through autograd."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def outcome(attention, style: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_equals_by_segment(style, dtype):
+def test_the_operator_equals_by_segment(style, dtype):
     found, expected = outcome(by_segment_operator, style, dtype), outcome(by_segment, style, dtype)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -44,8 +44,8 @@ def test_equals_by_segment(style, dtype):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_is_what_pytorch_expects_of_an_operator(style):
-    """Schema, autograd registration, and shapes without data, for static and dynamic sizes."""
+def test_the_operator_passes_pytorchs_opcheck(style):
+    """Schema, autograd registration and fake tensors, with static and dynamic sizes."""
     settings = STYLES[style]
     inputs = [tensor.requires_grad_() for tensor in states()]
     arguments = (
@@ -60,5 +60,5 @@ def test_is_what_pytorch_expects_of_an_operator(style):
     assert set(found.values()) == {"SUCCESS"}
 
 
-def test_the_index_is_the_layout():
+def test_the_index_encodes_the_layout():
     assert AttentionLayout.of_index(LAYOUT.index) == LAYOUT

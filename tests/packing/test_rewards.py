@@ -1,4 +1,4 @@
-"""Packed reward models against their own forward, one sequence at a time: rewards and every gradient."""
+"""Packed reward models against their own forward, one sequence at a time: rewards and all gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FALLBACK = {"bloom", "falcon"}
 
 @pytest.fixture(scope="module")
 def make_reward_model(make_model):
-    """``make_reward_model(name, dtype)``: a tiny random sequence classifier of one label."""
+    """``make_reward_model(name, dtype)``: a tiny random sequence classifier with one label."""
 
     def make(name: str, dtype=torch.float64, *, kind=None, **changes):
         return make_model(name, dtype, kind=kind or KINDS[name], num_labels=1, **changes)
@@ -46,14 +46,14 @@ def make_reward_model(make_model):
 
 @pytest.fixture(scope="module")
 def answers(random_comparisons):
-    """K = 8 among others; some responses end with the padding token, which may also be the end-of-turn token."""
+    """Comparisons, one with K = 8; some responses end with the padding token, which can also end a turn."""
     found = random_comparisons((11, (7, 19, 1, 4, 9, 2, 12, 5)), (1, (1, 4, 2)), (23, (9, 1)), (4, (6,)))
     found[0].response_ids[3][-1] = found[2].response_ids[0][-1] = 0
     return found
 
 
 def naive_rewards(model, comparisons) -> torch.Tensor:
-    """``[R]`` at the last token, by the backbone and the score head of plain transformers."""
+    """Return rewards ``[R]`` at the last token, from the backbone and score head in plain transformers."""
     found = []
     for comparison in comparisons:
         for response in comparison.response_ids:
@@ -70,7 +70,7 @@ def gradients(rewards, model):
 
 
 def assert_exact(model, found, comparisons) -> None:
-    """Rewards and gradients are the model's own, to 1e-9 of the largest where that is above 1."""
+    """Require rewards and gradients equal to the model's own, to 1e-9 (relative if above 1)."""
     expected = naive_rewards(model, comparisons)
     assert expected.detach().std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * max(1.0, expected.abs().max().item()))
@@ -81,7 +81,7 @@ def assert_exact(model, found, comparisons) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_eight_answers_behind_one_prompt(name, make_reward_model, answers, caplog, float64_everywhere):
+def test_rewards_of_eight_answers_to_one_prompt_are_exact(name, make_reward_model, answers, caplog, float64_everywhere):
     model = make_reward_model(name)
     with caplog.at_level(logging.WARNING, "simpo"):
         assert_exact(model, reward_forward(model, PackedBatch.build(answers)), answers)
@@ -93,15 +93,15 @@ def test_eight_answers_behind_one_prompt(name, make_reward_model, answers, caplo
 
 @pytest.mark.parametrize("path", ["auto", "packed", "padded"])
 @pytest.mark.parametrize("budget", [70, 16384])
-def test_any_number_of_comparisons(path, budget, make_reward_model, answers, float64_everywhere):
+def test_any_number_of_comparisons_can_be_scored(path, budget, make_reward_model, answers, float64_everywhere):
     model = make_reward_model("qwen2")
-    budget = max(budget, 8 * 30) if path == "padded" else budget  # the longest as rows: 8 * (11 + 19)
+    budget = max(budget, 8 * 30) if path == "padded" else budget  # the longest is 8 * (11 + 19)
     assert_exact(model, score_answers(model, answers, max_batch_tokens=budget, path=path), answers)
 
 
-def test_prompts_are_computed_once(make_reward_model, answers):
+def test_each_prompt_is_computed_once(make_reward_model, answers):
     model = make_reward_model("llama")
-    score_answers(model, answers)  # the self-check is over
+    score_answers(model, answers)  # runs the self-check first
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     score_answers(model, answers)
@@ -109,7 +109,7 @@ def test_prompts_are_computed_once(make_reward_model, answers):
 
 
 class GatedLlama(hf.LlamaForSequenceClassification):
-    """Its reward is not a linear function of the last hidden state."""
+    """A reward that is not linear in the last hidden state."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -118,7 +118,7 @@ class GatedLlama(hf.LlamaForSequenceClassification):
 
 
 class HeadlessLlama(hf.LlamaForSequenceClassification):
-    """Its output layer has another name."""
+    """An output layer with another name."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -131,7 +131,7 @@ class HeadlessLlama(hf.LlamaForSequenceClassification):
 
 
 @pytest.mark.parametrize("kind", [GatedLlama, HeadlessLlama])
-def test_heads_of_other_kinds_are_the_models_own(kind, make_reward_model, answers, caplog):
+def test_unusual_heads_use_the_models_own_forward(kind, make_reward_model, answers, caplog):
     model = make_reward_model("llama", kind=kind)
     with caplog.at_level(logging.WARNING, "simpo"):
         found = score_answers(model, answers)
@@ -143,7 +143,7 @@ def test_heads_of_other_kinds_are_the_models_own(kind, make_reward_model, answer
 
 
 class LookingBackMLP(nn.Module):
-    """Every token also reads the token before it, outside attention."""
+    """An MLP in which every token also reads the previous token, outside attention."""
 
     def __init__(self, inner):
         super().__init__()
@@ -154,7 +154,7 @@ class LookingBackMLP(nn.Module):
 
 
 @pytest.mark.parametrize("std", [0.3, 0.0])
-def test_a_leak_is_found_even_under_an_untrained_head(std, make_reward_model, answers, caplog):
+def test_a_leak_is_detected_even_with_an_untrained_head(std, make_reward_model, answers, caplog):
     model = make_reward_model("llama", torch.float32)
     model.model.layers[1].mlp = LookingBackMLP(model.model.layers[1].mlp)
     with torch.no_grad():
@@ -178,18 +178,18 @@ def test_rewards_keep_their_precision_under_autocast(make_reward_model, answers)
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_the_models_own_padding_token_stays(make_reward_model, answers):
+def test_the_models_padding_token_is_kept(make_reward_model, answers):
     model = make_reward_model("llama")
     score_answers(model, answers)
     assert model.config.pad_token_id == 0
 
 
-def test_what_is_a_reward_model(make_model, make_reward_model):
+def test_which_models_are_reward_models(make_model, make_reward_model):
     assert is_reward_model(make_reward_model("llama"))
     assert not is_reward_model(make_model("llama"))
     assert not is_reward_model(make_model("llama", kind=hf.LlamaForSequenceClassification, num_labels=2))
 
 
-def test_nothing_to_score(make_reward_model):
+def test_scoring_nothing_is_an_error(make_reward_model):
     with pytest.raises(ValueError, match="at least one"):
         score_answers(make_reward_model("llama"), [])

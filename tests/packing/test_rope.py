@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on a sequence's length: every row against a fresh copy of the model, by itself."""
+"""Rotary frequencies that depend on sequence length: every row against a fresh copy of the model, on its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODELS = {
         {"rope_parameters": {"sliding_attention": _DEFAULT, "full_attention": _longrope(8)}},
     ),
 }
-# prompt and responses: short, beyond the border, across it in both orders, exactly at it, and three responses
+# prompt and responses: short, beyond the border, across it in both orders, exactly on it, and three responses
 SHAPES = [(4, (5, 3)), (20, (9, 14)), (15, (4, 20)), (15, (20, 4)), (14, (10, 11)), (12, (3, 30, 7)), (30, (3,))]
 
 
@@ -60,7 +60,7 @@ def rows(random_comparisons):
 
 @pytest.fixture
 def alone(model, rows, naive_logprobs):
-    """Log-probabilities of every response's tokens by a copy of the model that has seen nothing else."""
+    """Token log-probabilities of every response from a copy of the model that has computed nothing else."""
     return [naive_logprobs(copy.deepcopy(model), [one]).detach() for one in _singles(rows)]
 
 
@@ -82,7 +82,7 @@ def test_log_probabilities_do_not_depend_on_the_batch(model, rows, alone, path):
         for budget in (130, 170, 1000):
             found = score_responses(model, rows, max_batch_tokens=budget, path=path)
             torch.testing.assert_close(found.logp.float(), _sums(alone), rtol=1e-6, atol=1e-5)
-        # nor on what was computed before, in any order
+        # nor on the order of earlier computations
         for number in (1, 0, 6, 0):
             found = score_responses(model, [rows[number]], path=path).logp.float()
             start = sum(len(row.response_ids) for row in rows[:number])
@@ -110,7 +110,7 @@ def test_gradients_do_not_depend_on_the_batch(model, rows, path, checkpointing, 
         assert (a - b).abs().max() <= 1e-5 * max(1.0, float(b.abs().max())), name
 
 
-def test_a_prompt_is_repeated_only_where_frequencies_differ():
+def test_a_prompt_is_repeated_only_if_frequencies_differ():
     rule = LengthRule(borders=(BORDER,))
     assert rule.split(Span(15, (9, 4, 10, 11, 2))) == [Span(15, (9, 4)), Span(15, (10, 11)), Span(15, (2,))]
     rule = LengthRule(growth=BORDER)
@@ -124,15 +124,15 @@ def test_repeated_prompts_are_counted(rule, rows):
     assert row_sizes(data, "packed", rule).lengths.tolist() == expected
 
 
-def test_other_models_are_left_alone(make_model, comparisons):
+def test_models_with_fixed_frequencies_are_left_alone(make_model, comparisons):
     model = make_model("llama")
     choose_path(model, PackedBatch.build(comparisons))
     assert state_of(model).lengths is None
     assert all("forward" not in module.__dict__ for module in model.modules() if hasattr(module, "rope_type"))
 
 
-def test_a_copy_computes_with_its_own_frequencies(make_model, rows):
-    """Copies of a model that has been bound already, as a trainer or a user makes them."""
+def test_a_copy_uses_its_own_frequencies(make_model, rows):
+    """Copies of a bound model, as trainers and users make them."""
     name, changes = MODELS["llama dynamic"]
     model = make_model(name, **changes).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The balancing loss and the load of experts are those of the model's own forward, each token counted once."""
+"""The load-balancing loss and expert load equal those of the model's own forward, with each token counted once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simpo.packing.routing import balance_weight, record_routing
 
 
 def unique_logits(model, rows):
-    """By layer, the routers' logits of every prompt and of every response, by the model's own forward."""
+    """Return the router logits of every prompt and response by layer, from the model's own forward."""
     layers = None
     for row in rows:
         for place, response in enumerate(row.response_ids):
@@ -34,7 +34,7 @@ def gradients(loss, model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("name", "path"), [("mixtral", "packed"), ("qwen3_next", "cached"), ("qwen3_moe", "padded")])
-def test_loss_load_and_gradients(name, path, checkpointing, float64_everywhere):
+def test_loss_load_and_gradients_match_the_models_own(name, path, checkpointing, float64_everywhere):
     model, rows = build(name, torch.float64), comparisons()
     logits = unique_logits(model, rows)
     own = sys.modules[type(model).__module__].load_balancing_loss_func
@@ -54,7 +54,7 @@ def test_loss_load_and_gradients(name, path, checkpointing, float64_everywhere):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
-def test_of_one_sequence_it_is_what_the_model_adds_to_its_loss():
+def test_for_one_sequence_it_equals_the_models_own_auxiliary_loss():
     model, row = build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), comparisons()[-1]
     ids = torch.tensor([row.prompt_ids + row.response_ids[0]])
     choose_path(model, PackedBatch.build([row]))
@@ -64,8 +64,8 @@ def test_of_one_sequence_it_is_what_the_model_adds_to_its_loss():
     assert balance_weight(model) == 0.5
 
 
-def test_rows_by_themselves():
-    """Where padding changes a model's numbers, every response gets its own forward."""
+def test_separate_rows_give_the_same_loss():
+    """If padding changes a model's results, every response gets its own forward."""
     model, rows = build("qwen3_moe"), comparisons()
     batch = PackedBatch.build(rows)
     choose_path(model, batch)
@@ -77,7 +77,7 @@ def test_rows_by_themselves():
     torch.testing.assert_close(alone.loss(), together.loss())
 
 
-def test_without_experts_or_gradients_nothing_is_recorded():
+def test_nothing_is_recorded_without_experts_or_gradients():
     batch = PackedBatch.build(comparisons())
     with record_routing(build("llama"), batch) as routing:
         assert routing is None
@@ -87,6 +87,6 @@ def test_without_experts_or_gradients_nothing_is_recorded():
     assert balance_weight(model) == 0  # output_router_logits is off
 
 
-def test_a_loss_that_cannot_be_computed_is_refused():
+def test_a_loss_that_cannot_be_computed_is_rejected():
     with pytest.raises(SimpoError, match=r"^output_router_logits: .*JetMoeForCausalLM"):
         balance_weight(build("jetmoe", output_router_logits=True, router_aux_loss_coef=0.1))

@@ -1,4 +1,4 @@
-"""``score_responses`` against the naive sums, for every path and budget."""
+"""``score_responses`` against naive sums, for every path and budget."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def naive_sums(naive_logprobs, model, rows):
 
 @pytest.mark.parametrize("path", ["auto", "packed", "padded"])
 @pytest.mark.parametrize("budget", [27, 50, 16384])
-def test_flat_order_and_values(path, budget, rows, make_model, naive_logprobs, float64_everywhere):
-    budget = max(budget, 54) if path == "padded" else budget  # the longest as rows: 2 * (20 + 5)
+def test_values_and_their_order_match_the_naive_sums(
+    path, budget, rows, make_model, naive_logprobs, float64_everywhere
+):
+    budget = max(budget, 54) if path == "padded" else budget  # the longest comparison has 2 * (20 + 5) padded tokens
     model = make_model("qwen2")
     expected = naive_sums(naive_logprobs, model, rows)
     found = score_responses(model, rows, max_batch_tokens=budget, path=path)
@@ -44,10 +46,10 @@ def test_flat_order_and_values(path, budget, rows, make_model, naive_logprobs, f
 @pytest.mark.parametrize(
     ("name", "path", "budget"), [("llama", "auto", 27), ("llama", "padded", 60), ("bloom", "auto", 60)]
 )
-def test_no_forward_is_above_the_budget(name, path, budget, rows, make_model):
-    """Counted where the tokens enter the model; padding is computed and counts."""
+def test_no_forward_exceeds_the_budget(name, path, budget, rows, make_model):
+    """Counted where tokens enter the model, padding included."""
     model = make_model(name)
-    score_responses(model, rows, path=path)  # the self-check is over
+    score_responses(model, rows, path=path)  # runs the self-check first
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     score_responses(model, rows, max_batch_tokens=budget, path=path)
@@ -55,7 +57,7 @@ def test_no_forward_is_above_the_budget(name, path, budget, rows, make_model):
     assert max(seen) <= budget
 
 
-def test_one_forward_where_everything_fits(rows, make_model):
+def test_one_forward_is_enough_if_everything_fits(rows, make_model):
     model = make_model("llama")
     score_responses(model, rows)
     seen = []
@@ -65,12 +67,12 @@ def test_one_forward_where_everything_fits(rows, make_model):
 
 
 @pytest.mark.parametrize(("path", "budget", "tokens"), [("packed", 26, 27), ("padded", 49, 50), ("auto", 26, 27)])
-def test_a_budget_below_the_longest_names_it(path, budget, tokens, rows, make_model):
+def test_a_budget_below_the_longest_row_names_it(path, budget, tokens, rows, make_model):
     with pytest.raises(SimpoError, match=rf"max_batch_tokens: {budget} .*row 2, {tokens} tokens"):
         score_responses(make_model("llama"), rows, max_batch_tokens=budget, path=path)
 
 
-def test_without_gradients(rows, make_model):
+def test_scoring_computes_no_gradients(rows, make_model):
     model = make_model("llama").train()
     with torch.no_grad():
         found = score_responses(model, rows)
@@ -78,6 +80,6 @@ def test_without_gradients(rows, make_model):
     assert model.training
 
 
-def test_nothing_to_score(make_model):
+def test_scoring_nothing_is_an_error(make_model):
     with pytest.raises(ValueError, match="at least one"):
         score_responses(make_model("llama"), [])

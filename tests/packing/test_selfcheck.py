@@ -1,4 +1,4 @@
-"""Models whose prompts cannot be shared, and models that only look as if they could."""
+"""Models that cannot share prompts, and models that only look as if they could."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gradients(logps, model):
 
 
 def assert_exact(model, comparisons, naive_logprobs):
-    """Log-probabilities and gradients are the model's own, to 1e-9."""
+    """Require log-probabilities and gradients equal to the model's own, to 1e-9."""
     expected = naive_logprobs(model, comparisons)
     found = policy_logprobs(model, PackedBatch.build(comparisons))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -60,15 +60,15 @@ def test_sharing_through_the_cache_is_exact_and_logged_once(
 
 @pytest.fixture
 def fp32_products():
-    """PyTorch's setting for the precision of fp32 products, which is as it was after the test."""
+    """PyTorch's precision setting for fp32 products, restored after the test."""
     yield torch.backends.cuda.matmul
     torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("common", ["tf32", "none"])
 @pytest.mark.parametrize("own", ["tf32", "none"])
-def test_the_check_computes_in_full_fp32_where_a_run_allows_tf32(common, own, make_model, comparisons, fp32_products):
-    """Rounding to TF32 exceeds the tolerance of fp32; on a GPU, torch_compile turned the packed path off."""
+def test_the_check_uses_full_fp32_even_if_a_run_allows_tf32(common, own, make_model, comparisons, fp32_products):
+    """TF32 rounding exceeds the fp32 tolerance; on a GPU, torch_compile made the packed path fail the check."""
     torch.backends.fp32_precision = common
     fp32_products.fp32_precision = own
     before = fp32_products.fp32_precision
@@ -86,20 +86,22 @@ OLD = Version(hf.__version__) < Version("5.23")
     "name",
     ["electra", pytest.param("rembert", marks=pytest.mark.skipif(OLD, reason="this version's decoder is not causal"))],
 )
-def test_a_layer_between_hidden_states_and_the_output_layer(name, comparisons, naive_logprobs, float64_everywhere):
-    """The output layer's input has another size than the hidden states."""
+def test_a_layer_between_hidden_states_and_the_output_layer_is_supported(
+    name, comparisons, naive_logprobs, float64_everywhere
+):
+    """The output layer's input and the hidden states have different sizes."""
     model = build(name, torch.float64, embedding_size=32, output_embedding_size=32, input_embedding_size=32)
     assert_exact(model, comparisons, naive_logprobs)
     assert not state_of(model).fused_head
 
 
 @pytest.mark.parametrize(("name", "settings"), [("cpmant", {}), ("bert", {"is_decoder": False})])
-def test_a_model_that_sees_what_it_predicts_is_refused(name, settings, comparisons):
+def test_a_model_that_sees_its_targets_is_rejected(name, settings, comparisons):
     with pytest.raises(SimpoError, match=r"^model: \w+ is not causal"):
         policy_logprobs(build(name, **settings), PackedBatch.build(comparisons))
 
 
-def test_outputs_that_do_not_belong_to_tokens_are_refused(make_model, comparisons, monkeypatch):
+def test_outputs_that_do_not_match_the_tokens_are_rejected(make_model, comparisons, monkeypatch):
     model = make_model("gpt2")
     own = type(model.transformer).forward
 
@@ -111,8 +113,8 @@ def test_outputs_that_do_not_belong_to_tokens_are_refused(make_model, comparison
         policy_logprobs(model, PackedBatch.build(comparisons))
 
 
-def test_reasons_do_not_pile_up(make_model, comparisons, caplog):
-    """The trainer checks a model again, in its own precision; a reason that was logged before is not logged again."""
+def test_reasons_are_logged_once(make_model, comparisons, caplog):
+    """The trainer repeats the check in its own precision, but does not repeat reasons."""
     model = make_model("bloom")
     with caplog.at_level(logging.WARNING, "simpo"):
         choose_path(model, PackedBatch.build(comparisons))
@@ -121,14 +123,14 @@ def test_reasons_do_not_pile_up(make_model, comparisons, caplog):
     assert len(caplog.records) == 1
 
 
-def test_nothing_is_logged_about_shareable_models(make_model, comparisons, caplog):
+def test_nothing_is_logged_for_shareable_models(make_model, comparisons, caplog):
     with caplog.at_level(logging.WARNING, "simpo"):
         policy_logprobs(make_model("llama"), PackedBatch.build(comparisons))
     assert not caplog.records
 
 
-def test_a_row_that_is_too_long_to_be_checked_is_logged(make_model, caplog):
-    """The check materializes logits, which for the longest row must not take more than 2 GiB."""
+def test_a_row_too_long_to_check_is_logged(make_model, caplog):
+    """The check materializes logits, which may take at most 2 GiB for the longest row."""
     model = make_model("llama")
     limit = 2**31 // (4 * model.config.vocab_size)
     lengths = [5] * 20 + [limit, limit + 1]
@@ -149,7 +151,7 @@ class _Forgetful(LlamaAttention):
 
 
 class ForgetfulLlama(hf.LlamaForCausalLM):
-    """The layout does not reach the attention of one layer in three."""
+    """One of three layers does not pass the layout on."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -165,7 +167,7 @@ class _WithoutWindow:
 
 
 class WindowlessMistral(hf.MistralForCausalLM):
-    """Applies its window in the mask only: the attention function does not receive it."""
+    """The window is applied in the mask only; the attention function does not receive it."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -179,7 +181,7 @@ class _LookingBack(LlamaMLP):
 
 
 class LookingBackLlama(hf.LlamaForCausalLM):
-    """Every token also reads the token before it, outside attention (RWKV's token shift, a short convolution)."""
+    """Every token also reads the previous token, outside attention (like RWKV's token shift or a short convolution)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -192,7 +194,7 @@ class _CountingPositions(LlamaModel):
 
 
 class CountingLlama(hf.LlamaForCausalLM):
-    """Counts positions itself and ignores those it receives."""
+    """Counts positions itself and ignores those it is given."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -200,7 +202,7 @@ class CountingLlama(hf.LlamaForCausalLM):
 
 
 class StrictLlama(hf.LlamaForCausalLM):
-    """A backbone that rejects unknown arguments."""
+    """The backbone rejects unknown arguments."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -229,7 +231,7 @@ class StrictLlama(hf.LlamaForCausalLM):
         (StrictLlama, "llama", "cached", "fails on such a batch"),
     ],
 )
-def test_what_ignores_part_of_the_layout_is_refused(
+def test_models_that_ignore_part_of_the_layout_lose_the_packed_path(
     kind, base, path, because, make_model, comparisons, naive_logprobs, float64_everywhere
 ):
     model = make_model(base, kind=kind)
@@ -238,18 +240,18 @@ def test_what_ignores_part_of_the_layout_is_refused(
     assert because in state_of(model).reasons[0]
 
 
-def test_a_missing_window_is_found_even_if_the_sample_is_too_short_for_it_to_matter(make_model, random_comparisons):
+def test_a_missing_window_is_detected_even_if_the_sample_is_shorter(make_model, random_comparisons):
     model = make_model("mistral", kind=WindowlessMistral, sliding_window=64)
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "cached"
     model = make_model("mistral", sliding_window=64)
     assert choose_path(model, PackedBatch.build(random_comparisons((3, (2, 2))))) == "packed"
 
 
-# ---- deep models in half precision, whose own rounding exceeds the tolerance ----
+# ---- deep half-precision models whose own rounding exceeds the tolerance ----
 
 
 def deep(kind=hf.LlamaForCausalLM, loudness=2.5):
-    """32 layers in bf16; ``loudness`` multiplies the logits, and with them all rounding."""
+    """Build 32 layers in bf16; ``loudness`` multiplies the logits, and thus all rounding errors."""
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = kind(hf.LlamaConfig(vocab_size=1003, num_hidden_layers=32, initializer_range=0.12, **sizes)).bfloat16()
@@ -258,26 +260,26 @@ def deep(kind=hf.LlamaForCausalLM, loudness=2.5):
     return model.eval()
 
 
-def test_rounding_of_a_deep_model_is_no_mistake(random_comparisons, monkeypatch):
+def test_rounding_in_a_deep_model_is_not_an_error(random_comparisons, monkeypatch):
     batch = PackedBatch.build(random_comparisons((60, (21, 9)), (5, (12, 30)), (40, (12, 30))))
-    # far below the model's rounding, which depends on the processor
+    # far below the model's rounding error, which depends on the processor
     monkeypatch.setitem(selfcheck._TOLERANCE, torch.bfloat16, (1e-4, 1e-3))
     monkeypatch.setattr(selfcheck, "_MAX_RELAXATION", 1)
     for most, path in ((1, "cached"), (1e4, "packed")):
         monkeypatch.setattr(selfcheck, "_MAX_RELAXATION", most)
         model = deep()
-        model.set_attn_implementation("eager")  # rounds in other places than the packed path
+        model.set_attn_implementation("eager")  # rounds differently from the packed path
         assert choose_path(model, batch) == path
 
 
 @pytest.mark.parametrize("kind", [LookingBackLlama, CountingLlama])
-def test_a_mistake_is_found_among_the_rounding_of_a_deep_model(kind, random_comparisons):
+def test_an_error_is_detected_despite_a_deep_models_rounding(kind, random_comparisons):
     batch = PackedBatch.build(random_comparisons((60, (21, 9)), (5, (12, 30)), (40, (12, 30))))
     assert choose_path(deep(kind), batch) == "padded"
 
 
-def test_the_estimate_of_rounding_is_what_another_order_of_operations_does(random_comparisons):
-    """A little more than the difference between the model's own two implementations of attention."""
+def test_the_rounding_estimate_matches_a_change_in_the_order_of_operations(random_comparisons):
+    """It is slightly larger than the difference between the model's own two attention implementations."""
     model = deep(loudness=1)
     batch = PackedBatch.build(random_comparisons((60, (61, 39)), (5, (12, 30))))
     prepare_policy(model)
@@ -295,7 +297,7 @@ def test_the_estimate_of_rounding_is_what_another_order_of_operations_does(rando
 
 
 class LoudLlama(hf.LlamaForCausalLM):
-    """Multiplies its logits by a factor that is in no configuration key."""
+    """Multiplies its logits by a factor that is not in the configuration."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -309,7 +311,7 @@ class _ShiftedLinear(torch.nn.Linear):
 
 
 class ShiftedLlama(hf.LlamaForCausalLM):
-    """An output layer that does more than a linear layer."""
+    """The output layer does more than a linear layer."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -317,7 +319,9 @@ class ShiftedLlama(hf.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("kind", [LoudLlama, ShiftedLlama])
-def test_an_odd_output_layer_is_not_fused(kind, make_model, comparisons, naive_logprobs, caplog, float64_everywhere):
+def test_an_unusual_output_layer_is_not_fused(
+    kind, make_model, comparisons, naive_logprobs, caplog, float64_everywhere
+):
     model = make_model("llama", kind=kind)
     with caplog.at_level(logging.WARNING, "simpo"):
         assert_exact(model, comparisons, naive_logprobs)
@@ -326,10 +330,10 @@ def test_an_odd_output_layer_is_not_fused(kind, make_model, comparisons, naive_l
 
 
 @pytest.mark.parametrize("path", ["packed", "padded"])
-def test_an_odd_output_layer_on_a_path_that_was_asked_for(
+def test_an_unusual_output_layer_is_right_on_a_requested_path(
     path, make_model, comparisons, naive_logprobs, float64_everywhere
 ):
-    """``path`` decides how comparisons are laid out; the output layer must be right on every path."""
+    """``path`` only decides how comparisons are laid out."""
     model = make_model("llama", kind=LoudLlama)
     expected = naive_logprobs(model, comparisons)
     found = policy_logprobs(model, PackedBatch.build(comparisons), path=path)
@@ -337,13 +341,13 @@ def test_an_odd_output_layer_on_a_path_that_was_asked_for(
 
 
 @pytest.mark.parametrize("name", THROUGH_THE_CACHE)
-def test_the_packed_path_is_refused_for_a_model_that_cannot_take_it(name, make_model, comparisons):
-    """An error rather than wrong numbers."""
+def test_requesting_the_packed_path_for_an_unsuitable_model_is_an_error(name, make_model, comparisons):
+    """Rather than giving wrong results."""
     with pytest.raises(SimpoError, match="packed"):
         policy_logprobs(make_model(name), PackedBatch.build(comparisons), path="packed")
 
 
-def test_the_check_leaves_the_model_as_it_was(make_model, comparisons):
+def test_the_check_leaves_the_model_unchanged(make_model, comparisons):
     model = make_model("llama").train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
@@ -355,7 +359,7 @@ def test_the_check_leaves_the_model_as_it_was(make_model, comparisons):
 
 
 @pytest.mark.parametrize("own", ["eager", "sdpa", "flex_attention"])
-def test_a_refused_model_gets_its_own_attention_back(own, make_model):
+def test_a_rejected_model_gets_its_own_attention_back(own, make_model):
     model = make_model("llama", attn_implementation=own)
     install(model)
     assert model.config._attn_implementation.startswith("simpo_")
@@ -363,8 +367,8 @@ def test_a_refused_model_gets_its_own_attention_back(own, make_model):
     assert model.config._attn_implementation == own
 
 
-def test_a_compiled_model_is_the_model_that_was_checked(make_model, comparisons, naive_logprobs, float64_everywhere):
-    """``torch_compile: true`` wraps the model; what the check found out about its output layer must not be lost."""
+def test_a_compiled_model_keeps_the_check_of_the_original(make_model, comparisons, naive_logprobs, float64_everywhere):
+    """``torch_compile: true`` wraps the model; what the check learned about the output layer must not be lost."""
     model = make_model("llama", kind=LoudLlama)
     expected = naive_logprobs(model, comparisons)
     batch = PackedBatch.build(comparisons)
@@ -375,11 +379,11 @@ def test_a_compiled_model_is_the_model_that_was_checked(make_model, comparisons,
 
 
 class OwnLlamaAttention(LlamaAttention):
-    """An attention class from another module, as in models that come with their own code."""
+    """An attention class from another module, as in models that ship their own code."""
 
 
 @pytest.mark.parametrize("own", ["eager", "sdpa"])
-def test_without_a_layout_an_inherited_attention_is_its_own(own, make_model):
+def test_without_a_layout_an_inherited_attention_class_is_unaffected(own, make_model):
     model = make_model("llama", attn_implementation=own)
     for layer in model.model.layers:
         layer.self_attn.__class__ = OwnLlamaAttention
@@ -390,7 +394,7 @@ def test_without_a_layout_an_inherited_attention_is_its_own(own, make_model):
 
 
 def test_a_model_without_sdpa_keeps_its_softcap_outside_packed_batches(make_model, comparisons, naive_logprobs):
-    """Gemma 2 has no sdpa: under flex or flash attention, eager attention replaces it outside packed batches."""
+    """Gemma 2 has no sdpa; under flex or flash attention, eager attention replaces it outside packed batches."""
     expected = naive_logprobs(make_model("gemma2", torch.float32, std=0.1), comparisons)
     model = make_model("gemma2", torch.float32, std=0.1, attn_implementation="flex_attention")
     install(model)
@@ -398,7 +402,7 @@ def test_a_model_without_sdpa_keeps_its_softcap_outside_packed_batches(make_mode
         torch.testing.assert_close(naive_logprobs(model, comparisons), expected, rtol=0, atol=1e-4)
 
 
-def test_a_model_whose_own_outputs_are_not_finite_is_not_judged(make_model, comparisons, caplog):
+def test_a_model_with_non_finite_outputs_is_not_judged(make_model, comparisons, caplog):
     model = make_model("llama", torch.float32)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -409,7 +413,7 @@ def test_a_model_whose_own_outputs_are_not_finite_is_not_judged(make_model, comp
 
 
 class Expanded(torch.nn.Linear):
-    """Like a layer of 4-bit weights: half-precision products, rounded differently for another number of rows."""
+    """Behaves like 4-bit weights: half-precision products whose rounding depends on the number of rows."""
 
     compute_dtype: torch.dtype | None = None
 
@@ -419,7 +423,7 @@ class Expanded(torch.nn.Linear):
 
 
 @pytest.mark.parametrize(("computes", "path"), [(torch.bfloat16, "packed"), (None, "padded")])
-def test_weights_that_are_expanded_to_half_precision_are_judged_by_it(computes, path, make_model, comparisons):
+def test_quantized_weights_are_judged_by_their_compute_dtype(computes, path, make_model, comparisons):
     model = make_model("llama", torch.float32, std=0.2)
     for layer in model.model.layers:
         layer.mlp.down_proj.__class__ = Expanded
@@ -427,11 +431,11 @@ def test_weights_that_are_expanded_to_half_precision_are_judged_by_it(computes, 
     assert choose_path(model, PackedBatch.build(comparisons)) == path
 
 
-# ---- models that compute a row differently next to other rows ----
+# ---- models whose rows depend on other rows in the batch ----
 
 
 class _ByTheLongest(LlamaRotaryEmbedding):
-    """Chooses frequencies by the longest row of a forward, which the configuration does not show."""
+    """Computes frequencies from the longest row in a forward, which the configuration does not reveal."""
 
     def forward(self, x, position_ids):
         self.attention_scaling = 1.0 if position_ids.max() < 20 else 1.2
@@ -452,10 +456,10 @@ class LongestClassifier(hf.LlamaForSequenceClassification):
 
 @pytest.mark.parametrize("path", ["auto", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_model_that_looks_at_the_longest_row_computes_each_alone(
+def test_a_model_that_depends_on_the_longest_row_computes_rows_separately(
     make_model, random_comparisons, naive_logprobs, caplog, path, dtype
 ):
-    """The longest row is the last of many, so that checking only the first ones would not find it."""
+    """The longest row is the last of many, so checking only the first ones would miss it."""
     model = make_model("llama", dtype, kind=LongestLlama).eval()
     rows = random_comparisons(*[(4, (5, 3))] * 20, (15, (9, 4)), (15, (2, 14)), seed=3)
     with caplog.at_level(logging.WARNING, "simpo"):
@@ -478,7 +482,7 @@ def _sizes(rows):
     return [len(response) for row in rows for response in row.response_ids]
 
 
-def test_a_reward_model_that_looks_at_the_longest_row_computes_each_alone(make_model, random_comparisons):
+def test_a_reward_model_that_depends_on_the_longest_row_computes_rows_separately(make_model, random_comparisons):
     model = make_model("llama", torch.float32, kind=LongestClassifier, num_labels=1).eval()
     rows = random_comparisons((4, (5, 3)), (15, (9, 4)), (15, (2, 14)), (3, (2, 2)))
     with torch.no_grad():
@@ -494,7 +498,7 @@ def test_a_reward_model_that_looks_at_the_longest_row_computes_each_alone(make_m
     "name", ["llama", "gpt2", "mistral", "mixtral", "gemma3", "opt", "bloom", "falcon", "mamba", "lfm2"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_does_not_count_as_dependence(make_model, comparisons, name, dtype):
+def test_rounding_does_not_count_as_dependence_on_other_rows(make_model, comparisons, name, dtype):
     model = make_model(name, dtype, std=0.1)
     choose_path(model, PackedBatch.build(comparisons))
     assert not state_of(model).separate_rows

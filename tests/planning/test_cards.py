@@ -1,4 +1,4 @@
-"""Cards by name, and rates fitted to operations."""
+"""GPUs by name, and speeds fitted to measured operations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rates_are_recovered_from_times() -> None:
 
 
 def test_rates_that_were_not_measured_are_an_error() -> None:
-    """Without attention in any sample, and with a step that took no time by a coarse clock."""
+    """No attention in any sample, and a step that took no time on a coarse clock."""
     with pytest.raises(SimpoError, match=r"calibrate: .*attention"):
         fit_rates([(Cost(200_000, 0, 7_000, 2), 1.0), (Cost(400_000, 0, 14_000, 4), 2.5)])
     with pytest.raises(SimpoError, match=r"calibrate: .*clock"):
@@ -81,7 +81,7 @@ def test_a_card_has_several_spellings(name) -> None:
 
 
 @pytest.mark.parametrize(("name", "found"), [("L4", "L4-24GB"), ("A10", "A10-24GB"), ("rtx 4090", "RTX-4090-24GB")])
-def test_a_name_without_memory_is_not_the_beginning_of_another(name, found) -> None:
+def test_a_name_without_memory_does_not_match_a_longer_name(name, found) -> None:
     assert find_card(name) == CARDS[found]
 
 
@@ -101,7 +101,7 @@ def test_a_name_without_memory_is_not_the_beginning_of_another(name, found) -> N
         ("AMD Instinct MI300X", 1307e12),
     ],
 )
-def test_the_data_sheet_of_the_card_at_hand(name, flops, monkeypatch) -> None:
+def test_the_data_sheet_of_the_installed_card_is_used(name, flops, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(name=name, total_memory=4e10))
     card = local_card()
@@ -112,7 +112,7 @@ def test_the_data_sheet_of_the_card_at_hand(name, flops, monkeypatch) -> None:
         assert card.rates.product == pytest.approx(0.54 * flops)
 
 
-def test_a_card_by_hand() -> None:
+def test_a_card_can_be_described_by_hand() -> None:
     card = find_card("mine", 30, 200, 1.5)
     assert (card.memory_gb, card.tflops, card.terabytes) == (30, 200, 1.5)
     assert find_card("mine", 30, 300).terabytes == 1

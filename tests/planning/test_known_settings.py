@@ -1,4 +1,4 @@
-"""Settings of which it is publicly known whether they fit; docs/plan.md has the sources."""
+"""Settings publicly known to fit or not to fit; docs/plan.md has the sources."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def planned(argv: list[str], settings: PlanSettings, config: type = PreferenceConfig) -> tuple[Planner, Estimate]:
-    """The plan of a recipe or of keys of one."""
+    """Return the plan for a recipe, or for keys of one."""
     types = (ModelArguments, DataArguments, config, GenerationArguments)
     planner = Planner(parse_settings(argv, types)[:3], settings)
     return planner, planner.estimate(planner.own)
@@ -50,7 +50,7 @@ def planned(argv: list[str], settings: PlanSettings, config: type = PreferenceCo
         ("gemma-2-9b-it-simpo", "gemma-2-9b"),
     ],
 )
-def test_the_papers_recipes_fit_four_h100(recipe, shape, folders) -> None:
+def test_the_papers_recipes_fit_on_four_h100s(recipe, shape, folders) -> None:
     settings = PlanSettings(gpu="H100-80GB", gpus=4, sharding="zero3", prompt_tokens=600, response_tokens=400)
     argv = [str(RECIPES / f"{recipe}.yaml"), "--model_name_or_path", folders[shape]]
     planner, own = planned(argv, settings)
@@ -58,7 +58,7 @@ def test_the_papers_recipes_fit_four_h100(recipe, shape, folders) -> None:
 
 
 @pytest.mark.parametrize(("gpus", "fits"), [(1, False), (2, True)])
-def test_mistral_7b_needs_two_cards_of_80_gb(gpus, fits, folders) -> None:
+def test_mistral_7b_needs_two_80_gb_cards(gpus, fits, folders) -> None:
     sharding = None if gpus == 1 else "zero3"
     settings = PlanSettings(gpu="A100-80GB", gpus=gpus, sharding=sharding, prompt_tokens=512, response_tokens=512)  # type: ignore[arg-type]
     argv = [str(RECIPES / "mistral-7b-base-simpo.yaml"), "--model_name_or_path", folders["mistral-7b"]]
@@ -66,7 +66,7 @@ def test_mistral_7b_needs_two_cards_of_80_gb(gpus, fits, folders) -> None:
     assert planner.fits(own) == fits, own.memory
 
 
-def test_llama_3_8b_fits_eight_h100_with_fsdp(folders) -> None:
+def test_llama_3_8b_fits_on_eight_h100s_with_fsdp(folders) -> None:
     settings = PlanSettings("sft", gpu="H100-80GB", gpus=8, prompt_tokens=2048, response_tokens=2048)
     argv = [folders["llama-3-8b"], "--dataset_name", "none", "--bf16", "true"]
     planner, own = planned([*argv, "--max_length", "4096", "--activation_checkpointing", "true"], settings, SFTConfig)
@@ -84,8 +84,8 @@ def test_llama_3_8b_fits_eight_h100_with_fsdp(folders) -> None:
     ],
     ids=["LoRA, checkpointing", "LoRA", "QLoRA, checkpointing"],
 )
-def test_lora_on_24_gb(keys, reported, folders) -> None:
-    """Llama-3-8B, two sequences of 2,048 tokens, with the peaks in GiB that torchtune reports."""
+def test_lora_fits_on_24_gb(keys, reported, folders) -> None:
+    """Llama-3-8B with two sequences of 2,048 tokens, and the peaks in GiB reported by torchtune."""
     settings = PlanSettings("sft", gpu="RTX-4090-24GB", prompt_tokens=1024, response_tokens=1024)
     argv = [folders["llama-3-8b"], "--dataset_name", "none", "--bf16", "true", "--max_batch_tokens", "4096"]
     argv += ["--use_peft", "true", "--lora_r", "8", "--lora_target_modules", "q_proj", "v_proj", "o_proj"]

@@ -1,4 +1,4 @@
-"""Predicted memory and arithmetic against the allocator's own record, PyTorch's counter and real optimizers."""
+"""Predicted memory and FLOPs against the allocator's own record, PyTorch's counter and real optimizers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rows():
     ],
     ids=lambda run: run.name,
 )
-def test_peak_memory_of_a_run(run, folder, rows) -> None:
+def test_peak_memory_of_a_run_is_predicted(run, folder, rows) -> None:
     measured = peak_bytes(lambda: train(run, folder, rows, steps=2))
     assert predicted(run, folder, rows).total == pytest.approx(measured, rel=0.05)
 
@@ -60,15 +60,15 @@ def test_peak_memory_of_a_run(run, folder, rows) -> None:
     ],
     ids=["experts", "states"],
 )
-def test_peak_memory_of_other_kinds_of_layers(config, rows, tmp_path) -> None:
-    """Experts in fp32, and layers with states, whose batches are computed through a cache."""
+def test_peak_memory_with_other_kinds_of_layers_is_predicted(config, rows, tmp_path) -> None:
+    """Experts in fp32, and recurrent layers, whose batches are computed through a cache."""
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     run = Run("SimPO", config={"max_batch_tokens": 4096})
     measured = peak_bytes(lambda: train(run, tmp_path, rows, steps=2))
     assert predicted(run, tmp_path, rows).total == pytest.approx(measured, rel=0.05)
 
 
-def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
+def test_flops_match_pytorchs_counter(folder, rows) -> None:
     batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
     step = measure_step(Blueprint.read(ModelArguments(str(folder)), checkpointed_share=0.5), batch)
 
@@ -78,7 +78,7 @@ def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
         layer._gradient_checkpointing_func = lambda *a, **k: torch.utils.checkpoint.checkpoint(
             *a, use_reentrant=False, **k
         )
-    policy_logprobs(model, batch)  # the self-check is not to be counted
+    policy_logprobs(model, batch)  # run the self-check first, so that it is not counted
     aten = torch.ops.aten
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -92,12 +92,12 @@ def test_arithmetic_is_that_of_the_counter(folder, rows) -> None:
     assert step.cost.flops == counter.get_total_flops()
 
 
-def test_a_deep_model_follows_from_few_layers(folder, rows, monkeypatch) -> None:
+def test_a_deep_model_is_extrapolated_from_a_few_layers(folder, rows, monkeypatch) -> None:
     batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
     blueprint = Blueprint.read(ModelArguments(str(folder)), checkpointed_share=0.5)
     assert max(map(len, blueprint.kinds())) > 2
     found = measure_step(blueprint, batch)
-    monkeypatch.setattr(Blueprint, "kinds", lambda self: [[number] for number in range(5)])  # none is left out
+    monkeypatch.setattr(Blueprint, "kinds", lambda self: [[number] for number in range(5)])  # measure all of them
     whole = measure_step(blueprint, batch)
     assert found.cost == whole.cost
     assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)
@@ -112,8 +112,8 @@ def test_all_paged_optimizers_are_known() -> None:
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"])
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_states_of_optimizers_and_their_step(name, foreach, dtype, folder) -> None:
-    """What a real optimizer keeps and allocates; for all weights at once, as on a GPU, where it can."""
+def test_optimizer_states_and_step_memory(name, foreach, dtype, folder) -> None:
+    """Compared with what a real optimizer stores and allocates; for all weights at once where possible, as on a GPU."""
     arguments = ModelArguments(str(folder), dtype=dtype)
     kept = measure_resident_memory(Blueprint.read(arguments, optimizer=name, cuda=foreach))
     model = load_model(arguments)
@@ -128,15 +128,15 @@ def test_states_of_optimizers_and_their_step(name, foreach, dtype, folder) -> No
     stored = (
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     )
-    # numbers of steps, one for each weight, are on top
+    # plus the step counters, one per weight
     assert kept.states == pytest.approx(sum(value.nbytes for value in stored), rel=0.01, abs=1000)
     with Tracer() as tracer:
         optimizer.step()
-    # one by one, PyTorch still holds the temporary tensor of the weight before
+    # one by one, PyTorch still holds the previous weight's temporary tensor
     assert kept.update == pytest.approx(tracer.peaks[""], rel=0.02 if foreach else 0.15, abs=4000)
 
 
-def test_processes_share_the_step_of_the_optimizer(folder) -> None:
+def test_processes_share_the_optimizer_step(folder) -> None:
     rows = Dataset.from_dict({"prompt_ids": [[3, 3]] * 2, "response_ids": [[[3], [4]]] * 2})
     parts = ModelArguments(str(folder)), None, config_of(Run("", config={"optim": "adamw_torch"}, processes=2), folder)
     planner = Planner(parts, PlanSettings(gpu="H100", gpus=2), rows)
@@ -145,8 +145,8 @@ def test_processes_share_the_step_of_the_optimizer(folder) -> None:
     assert shared.memory["activations"] == whole.memory["activations"] / 2
 
 
-def test_weights_in_four_bits(folder) -> None:
-    """Linear layers have half a byte a weight and a scale of 4 bytes for 64; everything else is fp32."""
+def test_memory_of_4_bit_weights(folder) -> None:
+    """Linear layers take half a byte per weight, plus a 4-byte scale per 64 weights; everything else is fp32."""
     arguments = ModelArguments(str(folder), use_peft=True, lora_r=2, load_in_4bit=True)
     kept = measure_resident_memory(Blueprint.read(arguments))
     linear = 5 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)

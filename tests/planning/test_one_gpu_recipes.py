@@ -1,4 +1,4 @@
-"""The recipes for one GPU fit their card, with the memory that they state, which is computed by `simpo plan`."""
+"""The one-GPU recipes fit their card and state the memory that ``simpo plan`` computes."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _STATED = re.compile(r"([\d.]+) of ([\d.]+) GiB, by\n#   simpo plan RECIPE (.+)"
 
 
 def write_llama(folder: Path) -> None:
-    """Nothing but the configuration of Llama-3-8B."""
+    """Write nothing but Llama-3-8B's configuration."""
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256}
     LlamaConfig(max_position_embeddings=8192, **heads, **sizes).save_pretrained(folder)
 
 
 def estimated(recipe: Path, model: Path, options: list[str]) -> dict[str, Any]:
-    """The estimate of a recipe with the options of `simpo plan`."""
+    """Return the estimate for a recipe with ``simpo plan``'s options."""
     argv = [str(recipe), "--model_name_or_path", str(model), *options]
     config = next((kind for command, kind in _CONFIGS.items() if command in options), PreferenceConfig)
-    planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be elsewhere
+    planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be missing
     *parts, settings = parse_settings(argv, (ModelArguments, DataArguments, planned, PlanSettings))
     planner = Planner(parts, settings)
     return planner.describe(planner.estimate(planner.own))
 
 
-def test_every_size_of_card_has_a_recipe() -> None:
+def test_every_card_size_has_a_recipe() -> None:
     sizes = {re.search(r"one-(\d+)gb", path.name)[1] for path in _RECIPES}  # type: ignore[index]
     assert sizes == {"24", "48", "80", "140"}
 
 
 @pytest.mark.parametrize("path", sampled(_RECIPES, kept=_RECIPES[::3]), ids=lambda path: path.stem)
-def test_a_recipe_takes_the_memory_that_it_states(path, tmp_path) -> None:
+def test_a_recipe_takes_the_memory_it_states(path, tmp_path) -> None:
     write_llama(tmp_path)
     total, capacity, options = _STATED.search(path.read_text()).groups()  # type: ignore[union-attr]
     found = estimated(path, tmp_path, shlex.split(options))

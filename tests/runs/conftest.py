@@ -1,4 +1,4 @@
-"""A disk that is really full, and processes that are really killed."""
+"""Fixtures: a disk that really fills up, and processes that are really killed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 @pytest.fixture
 def small_disk(make_disk):
-    """A folder on a disk of its own with room for 256 KiB."""
+    """A folder on a separate disk with room for 256 KiB."""
     return make_disk("256k")
 
 
 @pytest.fixture
 def locked_folder(tmp_path):
-    """A folder that this process may not enter, whoever runs the tests."""
+    """A folder this process cannot enter, whichever user runs the tests."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0)
     user = os.geteuid()
@@ -30,7 +30,7 @@ def locked_folder(tmp_path):
 
 @pytest.fixture
 def start():
-    """``start(code, *arguments)``: a Python process that runs ``code`` and has printed its first line."""
+    """``start(code, *arguments)``: a Python process running ``code`` that has printed its first line."""
     processes = []
 
     def begin(code: str, *arguments) -> subprocess.Popen:
@@ -50,7 +50,7 @@ def start():
 
 @pytest.fixture
 def kill_after():
-    """``kill_after(process, seconds)``: SIGKILL, and wait for the end."""
+    """``kill_after(process, seconds)``: send SIGKILL and wait for the process to end."""
 
     def kill(process: subprocess.Popen, seconds: float = 0.0) -> None:
         time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent: under kills, on full disks, and when what fills them raises."""
+"""Files and folders are complete or absent: after kills, on full disks, and when writing them raises."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_text_is_written_with_its_folder_and_replaced(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
 
 
-def test_text_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_text_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     steps = []
     fsync, replace = os.fsync, type(tmp_path).replace
     monkeypatch.setattr("os.fsync", lambda fd: (steps.append(Path(f"/proc/self/fd/{fd}").readlink()), fsync(fd))[1])
@@ -50,7 +50,7 @@ def test_text_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert steps == [tmp_path / f".x.{os.getpid()}.partial", "renamed", tmp_path]
 
 
-def test_text_that_cannot_be_encoded_leaves_the_old_file_alone(tmp_path):
+def test_unencodable_text_leaves_the_old_file_alone(tmp_path):
     write_text(tmp_path / "x", "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "x", "\ud800")
@@ -58,7 +58,7 @@ def test_text_that_cannot_be_encoded_leaves_the_old_file_alone(tmp_path):
     assert (tmp_path / "x").read_text() == "old"
 
 
-def test_full_disk_leaves_the_old_text(small_disk):
+def test_a_full_disk_leaves_the_old_text(small_disk):
     path = small_disk / "run.json"
     write_text(path, "old")
     with pytest.raises(SimpoError) as caught:
@@ -68,7 +68,7 @@ def test_full_disk_leaves_the_old_text(small_disk):
     assert path.read_text() == "old"
 
 
-def test_staged_folder_appears_when_it_is_filled(tmp_path):
+def test_a_staged_folder_appears_once_it_is_complete(tmp_path):
     final = tmp_path / "runs" / "checkpoint-5"
     with staged_folder(final) as partial:
         assert partial == provisional(final)
@@ -79,14 +79,14 @@ def test_staged_folder_appears_when_it_is_filled(tmp_path):
     assert (final / "below" / "file").read_text() == "x"
 
 
-def test_staged_folder_that_raises_leaves_nothing(tmp_path):
+def test_a_staged_folder_leaves_nothing_if_its_body_raises(tmp_path):
     with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "new") as partial:
         (partial / "file").touch()
         raise KeyboardInterrupt
     assert names(tmp_path) == []
 
 
-def test_staged_folder_starts_empty_and_never_replaces(tmp_path):
+def test_a_staged_folder_starts_empty_and_never_replaces(tmp_path):
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial" / "leftover").touch()
     with staged_folder(tmp_path / "new") as partial:
@@ -95,7 +95,7 @@ def test_staged_folder_starts_empty_and_never_replaces(tmp_path):
         raise AssertionError("not reached")
 
 
-def test_staged_files_replace_those_of_their_names(tmp_path):
+def test_staged_files_replace_files_of_the_same_name(tmp_path):
     for name in ("model", "other"):
         (tmp_path / name).write_text("old")
     with staged_files(tmp_path) as partial:
@@ -110,7 +110,7 @@ def test_staged_files_replace_those_of_their_names(tmp_path):
     assert (tmp_path / "model").read_text() == "new"
 
 
-def test_remove_folder_takes_the_name_away_first(tmp_path, monkeypatch):
+def test_a_removed_folder_is_renamed_first(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "file").touch()
@@ -124,11 +124,11 @@ def test_remove_folder_takes_the_name_away_first(tmp_path, monkeypatch):
         remove_folder(folder)
     assert names(tmp_path) == [".checkpoint-5.removed"]
     folder.mkdir()
-    remove_folder(folder)  # in spite of the leftover
+    remove_folder(folder)  # despite the leftover
     assert names(tmp_path) == []
 
 
-def test_sweep_takes_leftovers_only(tmp_path):
+def test_sweeping_removes_only_leftovers(tmp_path):
     for folder in (".checkpoint-5.partial", ".checkpoint-4.removed", "checkpoint-3", ".git"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").touch()
@@ -157,7 +157,7 @@ for i in range(10**9):
 """
 
 
-def test_kill_leaves_whole_folders_or_none(tmp_path, start, kill_after):
+def test_a_kill_leaves_complete_folders_or_none(tmp_path, start, kill_after):
     seen = 0
     for attempt in range(4):
         kill_after(start(STAGING, tmp_path), 0.05 + 0.017 * attempt)
@@ -183,7 +183,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_full_disk_is_recognized_whoever_writes(small_disk, name):
+def test_a_full_disk_is_recognized_whichever_library_writes(small_disk, name):
     write, raised = WRITERS[name]
     with pytest.raises(raised):
         write(small_disk / "plain")
@@ -196,13 +196,13 @@ def test_full_disk_is_recognized_whoever_writes(small_disk, name):
     assert names(small_disk) == []
 
 
-def test_full_device_is_recognized():
+def test_a_full_device_is_recognized():
     with pytest.raises(SimpoError, match="no space left on the disk"), disk_errors("/dev/full"):
         Path("/dev/full").write_text("x")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_what_is_forbidden_is_said(code):
+def test_missing_permission_is_reported(code):
     with pytest.raises(SimpoError) as caught, disk_errors("runs/a"):
         raise OSError(code, os.strerror(code))
     assert (
@@ -210,14 +210,14 @@ def test_what_is_forbidden_is_said(code):
     )
 
 
-def test_other_faults_are_said(tmp_path):
+def test_other_write_errors_are_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SimpoError) as caught:
         write_text(tmp_path / "file" / "x", "")
     assert str(caught.value) == f"{tmp_path}/file/x: cannot be written: File exists"
     with pytest.raises(SimpoError, match=r"^a: cannot be written: Input/output error$"), disk_errors("a"):
         raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
-    text = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"  # on a disk with room
+    text = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"  # on a disk with free space
     with pytest.raises(SimpoError) as caught, disk_errors(tmp_path):
         raise RuntimeError(f"{text}\nException raised from ...")
     assert str(caught.value) == f"{tmp_path}: cannot be written: {text}"
@@ -226,13 +226,13 @@ def test_other_faults_are_said(tmp_path):
 @pytest.mark.parametrize(
     "error", [ValueError("x"), RuntimeError("CUDA out of memory"), SimpoError("data: iostream error")]
 )
-def test_what_is_not_about_the_disk_passes(error):
+def test_errors_unrelated_to_the_disk_pass_through(error):
     with pytest.raises(type(error)) as caught, disk_errors("a"):
         raise error
     assert caught.value is error
 
 
-def test_folder_without_permission_is_named(locked_folder):
+def test_a_folder_without_permission_is_reported(locked_folder):
     with pytest.raises(SimpoError) as caught:
         write_text(locked_folder / "x", "")
     reason = "cannot be written (Permission denied); make it writable or use another folder"

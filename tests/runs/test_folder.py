@@ -1,4 +1,4 @@
-"""A run folder's life: refused, begun, locked, killed, resumed, changed, finished."""
+"""The life of a run folder: rejected, begun, locked, killed, resumed, changed, finished."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_run_from_start_to_manifest(tmp_path, capsys):
     assert json.loads((path / "environment.json").read_text())["packages"]["simpo"]
 
 
-def test_a_finished_run_is_known_and_not_started_again(tmp_path):
+def test_a_finished_run_is_recognized_and_not_repeated(tmp_path):
     with begin(tmp_path) as folder:
         folder.metrics.append([{"step": 1}])
         folder.finish()
@@ -131,7 +131,7 @@ def test_a_run_is_computed_once(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().out
 
 
-def test_other_processes_of_a_run_write_nothing(tmp_path, capsys):
+def test_other_processes_in_a_run_write_nothing(tmp_path, capsys):
     path, calls = tmp_path / "a", []
     with RunFolder(path, command="train", writes=False) as folder:
         folder.log("once is enough")
@@ -146,7 +146,7 @@ def test_other_processes_of_a_run_write_nothing(tmp_path, capsys):
 def test_an_unfinished_run_is_resumed(tmp_path):
     with begin(tmp_path) as folder:
         folder.metrics.append([{"step": 1}])
-    (tmp_path / ".checkpoint-2.partial").mkdir()  # what a kill leaves
+    (tmp_path / ".checkpoint-2.partial").mkdir()  # left by a kill
     with RunFolder(tmp_path, command="train") as folder:
         assert folder.resuming
         assert not folder.finished
@@ -156,27 +156,27 @@ def test_an_unfinished_run_is_resumed(tmp_path):
     assert not (tmp_path / ".checkpoint-2.partial").exists()
 
 
-def test_files_are_refused(tmp_path):
+def test_an_output_dir_that_is_a_file_is_rejected(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         assert refused(path).startswith(f"output_dir: {tmp_path}/file is a file")
 
 
-def test_other_contents_are_refused_and_left_alone(tmp_path):
+def test_a_folder_with_other_contents_is_rejected_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").touch()
     assert refused(tmp_path).startswith(f"output_dir: {tmp_path} is not empty")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_used(tmp_path):
     (tmp_path / ".gitkeep").touch()
-    (tmp_path / ".run.json.123.partial").touch()  # killed before the first file was there
+    (tmp_path / ".run.json.123.partial").touch()  # killed before the first file was complete
     with begin(tmp_path) as folder:
         assert not folder.resuming
     assert not (tmp_path / ".run.json.123.partial").exists()
 
 
-def test_another_command_s_run_is_refused(tmp_path):
+def test_a_run_of_another_command_is_rejected(tmp_path):
     begin(tmp_path, command="sft").close()
     assert refused(tmp_path).startswith(f"output_dir: {tmp_path} holds a run of 'sft', not 'train'")
 
@@ -193,26 +193,26 @@ def test_another_command_s_run_is_refused(tmp_path):
         '{"schema": 1, "fingerprint": "of something else", "command": "train", "identity": {"a": 1}}',
     ],
 )
-def test_an_unreadable_record_is_refused(tmp_path, text):
+def test_an_unreadable_record_is_rejected(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     message = refused(tmp_path)
     assert message.startswith(f"output_dir: {tmp_path}/run.json ")
     assert "\n" not in message
 
 
-def test_a_read_only_disk_is_refused(small_disk):
+def test_a_read_only_disk_is_rejected(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for path in (small_disk, small_disk / "runs" / "a"):
         message = refused(path)
         assert message.startswith(f"output_dir: {small_disk} ") and "read-only disk" in message
 
 
-def test_a_folder_without_permission_is_refused(locked_folder):
+def test_a_folder_without_permission_is_rejected(locked_folder):
     message = refused(locked_folder / "a")
     assert message.startswith(f"output_dir: {locked_folder}/a: ") and "Permission denied" in message
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(small_disk):
+def test_a_full_disk_gives_one_line_and_the_run_continues_later(small_disk):
     path = small_disk / "run"
     with begin(path) as folder:
         with pytest.raises(OSError, match="No space left"):
@@ -236,7 +236,7 @@ DIFFERENCES = (
 )
 
 
-def test_other_settings_are_refused_with_all_differences(tmp_path):
+def test_different_settings_are_rejected_with_all_differences(tmp_path):
     begin(tmp_path).close()
     with pytest.raises(SimpoError) as caught:
         begin(tmp_path, OTHER, accept_changes=False)
@@ -249,7 +249,7 @@ def test_other_settings_are_refused_with_all_differences(tmp_path):
 
 
 @pytest.mark.parametrize("accept_changes", [None, False])
-def test_other_versions_are_named_because_they_may_record_other_settings(tmp_path, accept_changes):
+def test_different_versions_are_mentioned_because_they_may_record_different_settings(tmp_path, accept_changes):
     begin(tmp_path).close()
     path = tmp_path / "environment.json"
     environment = json.loads(path.read_text())
@@ -257,7 +257,7 @@ def test_other_versions_are_named_because_they_may_record_other_settings(tmp_pat
     path.write_text(json.dumps(environment))
     with pytest.raises(SimpoError, match=r"package versions it was started with \(simpo 0.0.9, torch 1.0\)"):
         begin(tmp_path, OTHER, accept_changes=accept_changes)
-    begin(tmp_path).close()  # with the same settings, other versions continue
+    begin(tmp_path).close()  # with the same settings, different versions may continue
     path.write_text("[")
     with pytest.raises(SimpoError) as caught:
         begin(tmp_path, OTHER, accept_changes=accept_changes)
@@ -266,7 +266,7 @@ def test_other_versions_are_named_because_they_may_record_other_settings(tmp_pat
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-1/model.safetensors"])
 @pytest.mark.parametrize("outer_finished", [False, True])
-def test_a_damaged_run_within_a_run_is_refused(tmp_path, name, outer_finished):
+def test_a_damaged_run_inside_a_run_is_rejected(tmp_path, name, outer_finished):
     inner = tmp_path / "trials" / "000"
     with begin(tmp_path, command="sweep") as outer:
         with begin(inner) as run:
@@ -275,7 +275,7 @@ def test_a_damaged_run_within_a_run_is_refused(tmp_path, name, outer_finished):
             (inner / "checkpoint-1" / "model.safetensors").write_bytes(b"weights")
             write_manifest(inner / "checkpoint-1")
             run.finish()
-        with begin(tmp_path / "trials" / "001"):  # which is continued, and repairs itself
+        with begin(tmp_path / "trials" / "001"):  # an unfinished one is continued and repairs itself
             pass
         if outer_finished:
             outer.finish()
@@ -291,7 +291,7 @@ def test_long_values_are_not_printed(tmp_path):
         begin(tmp_path, {"chat_template": "b"})
 
 
-def test_accepted_changes_are_said_and_remembered(tmp_path, capsys):
+def test_accepted_changes_are_reported_and_recorded(tmp_path, capsys):
     begin(tmp_path).close()
     with begin(tmp_path, OTHER, accept_changes=True) as folder:
         assert folder.fingerprint == fingerprint(OTHER)
@@ -302,7 +302,7 @@ def test_accepted_changes_are_said_and_remembered(tmp_path, capsys):
     (change,) = kept["changes"]
     assert change["there"] == {"learning_rate": 1e-6, "data/train": "a" * 64, "model": "tiny"}
     assert change["now"] == {"learning_rate": 2e-6, "data/train": "b" * 64, "seed": 3}
-    begin(tmp_path, OTHER).close()  # from now on these are the same ones
+    begin(tmp_path, OTHER).close()  # these are now the run's settings
     assert len(record(tmp_path)["changes"]) == 1
 
 
@@ -323,7 +323,7 @@ class Strategy(Enum):
     NO = "no"
 
 
-def test_recipes_are_kept_without_secrets(tmp_path):
+def test_recipes_are_stored_without_secrets(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("# my recipe\nbeta: 2.5\nhub_token: s3cr3t\n")
     resolved = {
@@ -353,13 +353,13 @@ def test_recipes_are_kept_without_secrets(tmp_path):
         assert "s3cr3t" not in path.read_text()
 
 
-def test_without_a_recipe_there_is_the_command_line(tmp_path):
+def test_without_a_recipe_the_command_line_is_stored(tmp_path):
     begin(tmp_path).close()
     assert (tmp_path / "recipe.yaml").read_text() == "# simpo train\n"
     assert not (tmp_path / "recipe.resolved.yaml").exists()
 
 
-def test_warnings_are_in_the_log_while_the_run_lasts(tmp_path, capsys):
+def test_warnings_are_logged_while_the_run_is_open(tmp_path, capsys):
     logger = logging.getLogger("simpo.anything")
     token = "hf_" + "a" * 34
     with RunFolder(tmp_path, command="train") as folder:
@@ -385,9 +385,9 @@ time.sleep(60)
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, start, kill_after):
+def test_a_second_process_is_rejected_until_the_first_is_gone(tmp_path, start, kill_after):
     process = start(HOLDING, tmp_path, "alone")
-    for _ in range(2):  # the first refusal leaves it as it was
+    for _ in range(2):  # rejection does not change the lock
         message = refused(tmp_path)
         assert message.startswith(f"output_dir: {tmp_path} ") and f"(process {process.pid})" in message
     kill_after(process)
@@ -396,24 +396,24 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, start, ki
         folder.begin({"a": 1})
 
 
-def test_a_child_that_outlives_a_killed_run_does_not_hold_the_folder(tmp_path, start, kill_after):
+def test_a_child_that_outlives_a_killed_run_does_not_hold_the_lock(tmp_path, start, kill_after):
     process = start(HOLDING, tmp_path, "fork")
     child = int(process.first_line)
     try:
         kill_after(process)
-        os.kill(child, 0)  # it lives
+        os.kill(child, 0)  # it is still running
         begin(tmp_path, {"a": 1}).close()
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_the_same_process_cannot_use_a_folder_twice(tmp_path):
+def test_a_process_cannot_use_a_folder_twice(tmp_path):
     with begin(tmp_path):
         assert f"is in use by another run (process {os.getpid()})" in refused(tmp_path)
     begin(tmp_path).close()
 
 
-def test_a_folder_that_another_run_took_in_between_is_refused(tmp_path, start):
+def test_a_folder_taken_by_another_run_in_the_meantime_is_rejected(tmp_path, start):
     path = tmp_path / "a"
     with RunFolder(path, command="train") as folder:
         process = start(HOLDING, path, "alone")
@@ -437,8 +437,8 @@ with RunFolder(sys.argv[1], command="train") as folder:
 """
 
 
-def test_a_kill_at_any_time_leaves_a_folder_to_go_on_with(tmp_path, start):
-    """Also one that comes too late."""
+def test_a_run_can_continue_after_a_kill_at_any_time(tmp_path, start):
+    """Even if the kill comes after the run has finished."""
     for attempt in range(4):
         path = tmp_path / str(attempt)
         process = start(STARTING, path)
@@ -463,14 +463,14 @@ def test_links_in_a_new_folder_are_not_followed(tmp_path, name):
     assert victim.read_text() == "kept"
 
 
-def test_a_link_with_the_name_of_a_temporary_file_is_replaced(tmp_path):
+def test_a_link_named_like_a_temporary_file_is_replaced(tmp_path):
     (tmp_path / "victim").write_text("kept")
     (tmp_path / f".a.txt.{os.getpid()}.partial").symlink_to(tmp_path / "victim")
     write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "victim").read_text() == "kept" and (tmp_path / "a.txt").read_text() == "new"
 
 
-def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
+def test_the_log_contains_earlier_notices_and_the_final_error(tmp_path):
     early, root = EarlyNotices(), logging.getLogger()
     root.addHandler(early)
     logging.getLogger("simpo").warning("recipe.yaml: an old spelling")
@@ -481,7 +481,7 @@ def test_the_log_has_earlier_notices_and_the_error_that_ended_the_run(tmp_path):
     assert early not in root.handlers
 
 
-def test_a_handler_of_the_program_that_calls_us_is_left_alone(tmp_path):
+def test_logging_handlers_of_the_calling_program_are_left_alone(tmp_path):
     target, root = logging.NullHandler(), logging.getLogger()
     theirs = MemoryHandler(10, target=target)
     root.addHandler(theirs)
@@ -515,7 +515,7 @@ def test_a_damaged_finished_run_is_not_reported_as_finished(tmp_path, damage_it,
         begin(path)
 
 
-def test_an_edited_model_card_is_no_damage(tmp_path):
+def test_an_edited_model_card_is_not_damage(tmp_path):
     path = tmp_path / "out"
     with begin(path) as run:
         (path / "README.md").write_text("# A model")
@@ -542,13 +542,13 @@ def test_all_contents_of_a_finished_run_are_hashed_on_request(tmp_path, monkeypa
         with pytest.raises(SimpoError, match=r"weights: contents changed"):
             begin(tmp_path)
         monkeypatch.setattr(RunFolder, "hashes_all", False)
-        begin(tmp_path).close()  # the quick check looks at sizes and times
+        begin(tmp_path).close()  # the quick check compares sizes and times
         monkeypatch.setattr(RunFolder, "hashes_all", True)
         path.write_bytes(b"0123")
     begin(tmp_path).close()
 
 
-def test_a_run_outlives_the_reader_of_its_output(tmp_path, monkeypatch):
+def test_a_run_continues_after_its_output_pipe_is_closed(tmp_path, monkeypatch):
     read_end, write_end = os.pipe()
     os.close(read_end)
     with begin(tmp_path) as folder, os.fdopen(write_end, "w", buffering=1) as output:
@@ -572,7 +572,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_child_that_outlives_its_killed_parent_for_a_moment_is_waited_for(tmp_path):
+def test_a_child_that_briefly_outlives_its_killed_parent_is_waited_for(tmp_path):
     command = [sys.executable, "-c", HALF_STARTED, str(tmp_path / "run")]
     assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
     begun = time.monotonic()

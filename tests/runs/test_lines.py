@@ -1,4 +1,4 @@
-"""Records that were appended are there after every kind of end, and torn ones are not."""
+"""Appended records survive every kind of ending, and torn records are dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(path, records=RECORDS):
     return lines
 
 
-def test_what_is_appended_is_read_back(tmp_path):
+def test_appended_records_are_read_back(tmp_path):
     lines = write(tmp_path / "new" / "metrics.jsonl")
     lines.append(iter(RECORDS[:1]))
     assert len(lines) == 4
@@ -31,25 +31,25 @@ def test_what_is_appended_is_read_back(tmp_path):
     assert (len(again), list(again)) == (4, list(lines))
 
 
-def test_each_record_is_a_line_of_plain_json(tmp_path):
+def test_each_record_is_one_line_of_plain_json(tmp_path):
     path = write(tmp_path / "x").path
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == RECORDS
     assert "二" in path.read_text(encoding="utf-8")
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_non_finite_numbers_become_null(tmp_path):
     lines = write(tmp_path / "x", [{"loss": float("nan"), "deep": [{"a": (float("inf"), 1.0)}], "n": 3}])
     assert list(lines) == [{"loss": None, "deep": [{"a": [None, 1.0]}], "n": 3}]
 
 
-def test_what_is_no_json_changes_nothing(tmp_path):
+def test_a_value_that_is_not_json_changes_nothing(tmp_path):
     lines = write(tmp_path / "x")
     with pytest.raises(TypeError):
         lines.append([{"ok": 1}, {"bad": object()}])
     assert list(lines) == list(JsonLines(tmp_path / "x")) == RECORDS
 
 
-def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path, caplog):
+def test_a_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path, caplog):
     path = write(tmp_path / "x").path
     whole = path.read_bytes()
     start = len(whole) - len(whole.splitlines(keepends=True)[-1])
@@ -63,7 +63,7 @@ def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("tail", [b"\x00" * 100, b"\xff\xfe\n", b"[1]\n", b'{"a": 1}', b"\n", b'{"a": \n'])
-def test_last_line_that_is_no_record_is_dropped(tmp_path, tail, caplog):
+def test_a_last_line_that_is_not_a_record_is_dropped(tmp_path, tail, caplog):
     path = write(tmp_path / "x").path
     with path.open("ab") as file:
         file.write(tail)
@@ -74,7 +74,7 @@ def test_last_line_that_is_no_record_is_dropped(tmp_path, tail, caplog):
 
 
 @pytest.mark.parametrize("line", [b'{"a": \n', b"\n", b"3\n", b"\x00\n"])
-def test_a_damaged_line_in_the_middle_is_dropped_or_named(tmp_path, line, caplog):
+def test_a_damaged_line_in_the_middle_is_dropped_or_reported(tmp_path, line, caplog):
     path = write(tmp_path / "x").path
     parts = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(parts[0] + line + parts[2])
@@ -87,7 +87,7 @@ def test_a_damaged_line_in_the_middle_is_dropped_or_named(tmp_path, line, caplog
     assert caplog.text.count("dropped 1 damaged") == 1
 
 
-def test_keep_drops_what_came_later(tmp_path):
+def test_keep_drops_later_records(tmp_path):
     lines = write(tmp_path / "x")
     lines.keep(3)
     assert list(lines) == RECORDS
@@ -111,7 +111,7 @@ while True:
 """
 
 
-def test_kill_loses_no_record_that_was_there(tmp_path, start, kill_after):
+def test_a_kill_loses_no_complete_record(tmp_path, start, kill_after):
     path = tmp_path / "x"
     before = 0
     for attempt in range(4):
@@ -124,7 +124,7 @@ def test_kill_loses_no_record_that_was_there(tmp_path, start, kill_after):
         before = len(lines)
 
 
-def test_full_disk_leaves_the_earlier_records(small_disk):
+def test_a_full_disk_leaves_the_earlier_records(small_disk):
     lines = JsonLines(small_disk / "x")
     record = {"text": "x" * 10_000}
     with pytest.raises(SimpoError, match="x: no space left on the disk"):
@@ -134,12 +134,12 @@ def test_full_disk_leaves_the_earlier_records(small_disk):
     assert list(lines) == [record] * len(lines)
     assert len(JsonLines(lines.path)) == len(lines)
     lines.keep(1)
-    lines.append([record])  # there is room again
+    lines.append([record])  # there is space again
     assert list(lines) == [record] * 2
 
 
 @pytest.mark.parametrize("place", [0, 5, 30, 60, -2])
-def test_a_checked_file_drops_the_line_that_a_changed_byte_makes_doubtful(tmp_path, caplog, place):
+def test_a_checksummed_file_drops_the_line_with_a_changed_byte(tmp_path, caplog, place):
     records = [{"chunk": number, "logp": -1.25 * number, "text": "é"} for number in range(3)]
     file = JsonLines(tmp_path / "parts.jsonl", checked=True)
     file.append(records)
@@ -156,7 +156,7 @@ def test_a_checked_file_drops_the_line_that_a_changed_byte_makes_doubtful(tmp_pa
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", f"-1{'9' * 400}.0"])
-def test_a_number_that_is_not_finite_is_refused(tmp_path, number):
+def test_non_finite_numbers_are_rejected(tmp_path, number):
     path = tmp_path / "answers.jsonl"
     path.write_text(f'{{"logps": [-1.5]}}\n{{"logps": [{number}]}}\n')
     with pytest.raises(SimpoError, match=rf"answers\.jsonl:2: {number[:20]} is not a finite number"):

@@ -1,4 +1,4 @@
-"""Every kind of damage is found and named."""
+"""Every kind of damage is detected and reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_manifest_lists_all_files(folder):
+def test_a_manifest_lists_all_files(folder):
     assert json.loads((folder / "manifest.json").read_text()) == {
         "schema": 1,
         "files": [
@@ -38,7 +38,7 @@ def test_manifest_lists_all_files(folder):
     assert find_damage(folder) is None
 
 
-def test_what_is_excluded_is_not_listed(folder):
+def test_excluded_files_are_not_listed(folder):
     for name in ("checkpoint-1/model.safetensors", "below/log.txt", "log.txt", ".lock"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
@@ -64,12 +64,12 @@ def _flip(path):
         (lambda path: (path.unlink(), path.mkdir()), "missing"),
     ],
 )
-def test_damage_is_named(folder, break_it, fault):
+def test_damage_is_reported(folder, break_it, fault):
     break_it(folder / "model.safetensors")
     assert find_damage(folder) == f"model.safetensors: {fault}"
 
 
-def test_sizes_come_before_hashes(folder):
+def test_sizes_are_checked_before_hashes(folder):
     (folder / "below" / "ü.txt").write_text("TEXT")
     assert find_damage(folder) == "below/ü.txt: contents changed (sha256)"
     (folder / "model.safetensors").unlink()
@@ -79,25 +79,25 @@ def test_sizes_come_before_hashes(folder):
 @pytest.mark.parametrize(
     "text", ["", '{"schema": 1', "[]", '{"schema": 2, "files": []}', '{"schema": 1, "files": [3]}']
 )
-def test_unreadable_manifest_is_damage(folder, text):
+def test_an_unreadable_manifest_is_damage(folder, text):
     (folder / "manifest.json").write_text(text)
     assert find_damage(folder) == "manifest.json: not readable"
 
 
-def test_missing_manifest_is_damage(folder):
+def test_a_missing_manifest_is_damage(folder):
     (folder / "manifest.json").unlink()
     assert find_damage(folder) == "no manifest.json"
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../outside", "below/../../outside"])
-def test_manifest_cannot_lead_out_of_the_folder(folder, path):
+def test_a_manifest_cannot_refer_outside_its_folder(folder, path):
     document = json.loads((folder / "manifest.json").read_text())
     document["files"].append({"path": path, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()})
     (folder / "manifest.json").write_text(json.dumps(document))
     assert find_damage(folder) == f"{path}: not in this folder"
 
 
-def test_full_disk_leaves_the_earlier_manifest(small_disk):
+def test_a_full_disk_leaves_the_earlier_manifest(small_disk):
     (small_disk / "file").touch()
     write_manifest(small_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -109,7 +109,7 @@ def test_full_disk_leaves_the_earlier_manifest(small_disk):
 
 @pytest.mark.parametrize("damage_it", [_flip, lambda path: path.write_bytes(b""), Path.unlink])
 @pytest.mark.parametrize("name", ["scores.json", ".scores.json.sha256"])
-def test_a_file_is_as_written_or_damaged(tmp_path, name, damage_it, caplog):
+def test_a_file_that_differs_from_its_digest_is_damaged(tmp_path, name, damage_it, caplog):
     path = tmp_path / "scores.json"
     path.write_text('{"score": 0.25}')
     write_digest(path)

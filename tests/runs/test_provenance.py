@@ -1,4 +1,4 @@
-"""The environment names versions and the machine, and nobody."""
+"""The environment record names versions and hardware, but no people."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def git(folder, *arguments):
     ).stdout.strip()
 
 
-def test_environment_says_what_it_ran_on(tmp_path, monkeypatch):
+def test_the_environment_describes_the_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = environment()
     assert found["python"] == platform.python_version()
-    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # "+cu130" may be left out
+    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # "+cu130" may be missing
     assert None not in found["packages"].values()
     assert found["cpu"]["model"]
     assert 1 <= found["cpu"]["cores"] <= 4096
@@ -36,7 +36,7 @@ def test_environment_says_what_it_ran_on(tmp_path, monkeypatch):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
+def test_the_commit_of_the_working_directory_is_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     git(tmp_path, "init")
     assert environment()["git"] is None  # no commit yet
@@ -46,12 +46,12 @@ def test_the_commit_of_the_working_directory(tmp_path, monkeypatch):
     assert environment()["git"] == {"commit": git(tmp_path, "rev-parse", "HEAD")}
 
 
-def test_without_other_programs_it_does_without_them(monkeypatch):
+def test_missing_external_programs_are_tolerated(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert (environment()["git"], environment()["gpus"]) == (None, [])
 
 
-def test_nobody_is_named(tmp_path, monkeypatch):
+def test_no_person_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     text = json.dumps(environment())
@@ -78,7 +78,7 @@ def test_torch_is_not_imported():
         {"include.path": "more"},
     ],
 )
-def test_no_program_of_a_repository_runs(tmp_path, monkeypatch, settings):
+def test_programs_configured_in_a_repository_are_not_run(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
     git(tmp_path, "init")
     (tmp_path / "code.py").write_text("1")
@@ -113,8 +113,8 @@ print(peak_memory()["host"])
 """
 
 
-def test_the_peak_of_memory_is_that_of_this_process_alone():
-    """Its parent holds 600 MiB more, as a launcher might; what the process has given back still counts."""
+def test_peak_memory_is_that_of_this_process_alone():
+    """Its parent uses 600 MiB more, as a launcher might; memory that the process has freed still counts."""
     command = [sys.executable, "-c", PARENT, CHILD]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())

@@ -1,4 +1,4 @@
-"""No secret is kept, and nothing else is taken away."""
+"""No secret is stored, and nothing else is removed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "s3cr3t"
         "db_password",
     ],
 )
-def test_secret_keys(key):
+def test_secret_keys_are_redacted(key):
     assert is_secret(key)
     assert redact({key: SECRET, "x": {key: 12345}}) == {key: REDACTED, "x": {key: REDACTED}}
     assert redact({key: [SECRET]}) == {key: REDACTED}
@@ -49,18 +49,18 @@ def test_secret_keys(key):
         "secretary",
     ],
 )
-def test_harmless_keys(key):
+def test_harmless_keys_are_kept(key):
     assert not is_secret(key)
     assert redact({key: "<|im_end|>"}) == {key: "<|im_end|>"}
 
 
-def test_keys_without_a_secret_stay():
+def test_keys_without_a_value_are_kept():
     mapping = {"hub_token": None, "token": True, "password": False, "learning_rate": 1e-6, "layers": (1, 2)}
     assert redact(mapping) == mapping | {"layers": [1, 2]}
 
 
 @pytest.mark.parametrize("token", [HF, SK])
-def test_tokens_are_masked_wherever_they_stand(token):
+def test_tokens_are_masked_anywhere(token):
     assert mask_secrets(f"see https://user:{token}@host/{token}.") == f"see https://user:{REDACTED}@host/{REDACTED}."
     assert redact({"note": f"x {token}", "deep": [{"a": [token]}]}) == {
         "note": f"x {REDACTED}",
@@ -70,7 +70,7 @@ def test_tokens_are_masked_wherever_they_stand(token):
     assert redact_yaml(f"# {token}\nnote: {token}\n") == f"# {REDACTED}\nnote: {REDACTED}\n"
 
 
-def test_words_like_tokens_stay():
+def test_words_that_resemble_tokens_are_kept():
     for text in ("hf_internal_testing/tiny", "task-force-of-more-than-twenty", "sk-short", "ahf_" + "a" * 30):
         assert mask_secrets(text) == text
 
@@ -86,7 +86,7 @@ def test_words_like_tokens_stay():
         ([], []),
     ],
 )
-def test_command_lines(given, kept):
+def test_command_lines_are_redacted(given, kept):
     assert redact_arguments(given) == kept
 
 
@@ -130,5 +130,5 @@ def test_redacted_yaml_is_still_yaml():
     assert yaml.safe_load(redact_yaml(text)) == {"hub_token": REDACTED, "list": [{"password": REDACTED, "beta": 2.5}]}
 
 
-def test_long_words_take_no_time():
+def test_long_words_are_redacted_quickly():
     redact_yaml("x: " + "a" * 300_000)

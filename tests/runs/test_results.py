@@ -55,24 +55,24 @@ def test_the_file_has_the_fixed_schema(tmp_path):
     }
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_results_are_read_back_unchanged(tmp_path):
     read = read_results(write(tmp_path))
     assert (read.command, read.fingerprint, read.metrics) == ("train", "f00d", METRICS)
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
+def test_numpy_numbers_are_written_as_numbers(tmp_path):
     path = write(tmp_path, [Metric("a", np.float32(0.5), n=np.int64(3), low=np.float64(0.25))])
     assert read_results(path).metrics == [Metric("a", 0.5, n=3, low=0.25)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None])
-def test_what_is_not_finite_is_null(tmp_path, value):
+def test_non_finite_values_become_null(tmp_path, value):
     path = write(tmp_path, [Metric("loss", value, low=value, high=1.0)])
     assert read_results(path).metrics == [Metric("loss", None, low=None, high=1.0)]
     assert "NaN" not in path.read_text()
 
 
-def test_writing_makes_the_folder_and_leaves_one_readable_file(tmp_path):
+def test_writing_creates_the_folder_and_leaves_one_readable_file(tmp_path):
     path = write(tmp_path / "a" / "b")
     write(tmp_path / "a" / "b")
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
@@ -94,19 +94,19 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "results.json").read_text() == old
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+def test_an_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SimpoError, match=r"file/results\.json: cannot be written"):
         write(tmp_path / "file")
 
 
-def test_a_metric_cannot_occur_twice(tmp_path):
+def test_duplicate_metrics_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"duplicate metric pairs \(value\)"):
         write(tmp_path, [Metric("pairs", 1), Metric("loss", 2, "after"), Metric("pairs", 3)])
 
 
 @pytest.mark.parametrize("text", ['{\n"schema": 1,\n}', "[]", "{}", '{"schema": 2}', '{"schema": 1, "metrics": [3]}'])
-def test_a_file_that_is_no_results_is_named(tmp_path, text):
+def test_a_file_that_is_not_a_results_file_is_reported(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(SimpoError) as caught:
@@ -115,12 +115,12 @@ def test_a_file_that_is_no_results_is_named(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(SimpoError, match=r"results\.json: .*No such file"):
         read_results(tmp_path / "results.json")
 
 
-def test_stages_stand_side_by_side_with_their_intervals(tmp_path):
+def test_stages_are_shown_side_by_side_with_intervals(tmp_path):
     lines = printed(write(tmp_path)).splitlines()
     heading = next(line for line in lines if "before" in line)
     assert heading.index("metric") < heading.index("before") < heading.index("after")
@@ -143,28 +143,28 @@ def test_different_counts_are_both_shown(tmp_path):
     assert "500 / 480" in text
 
 
-def test_fingerprint_is_the_hash_of_canonical_json():
+def test_the_fingerprint_hashes_canonical_json():
     expected = hashlib.sha256(b'[{"a":1,"b":[0.5,"x",null]},"seed"]').hexdigest()
     assert fingerprint({"b": (0.5, "x", None), "a": 1}, "seed") == expected
 
 
-def test_fingerprint_tells_parts_apart():
+def test_the_fingerprint_tells_parts_apart():
     assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint(["ab", "c"])}) == 4
 
 
-def test_fingerprint_is_the_same_in_another_process():
+def test_the_fingerprint_is_stable_across_processes():
     code = "from simpo.runs.results import fingerprint; print(fingerprint({'z': 1, 'a': {'y': 2, 'x': 'ü'}}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == fingerprint({"a": {"x": "ü", "y": 2}, "z": 1})
 
 
 @pytest.mark.parametrize("part", [object(), {1, 2}, float("nan")])
-def test_fingerprint_refuses_what_has_no_canonical_form(part):
+def test_the_fingerprint_rejects_values_without_a_canonical_form(part):
     with pytest.raises((TypeError, ValueError)):
         fingerprint(part)
 
 
-def test_stages_can_have_names_of_their_own(tmp_path):
+def test_stages_can_have_custom_headings(tmp_path):
     metrics = [
         Metric("win_rate", 0.7, "after", 10),
         Metric("correct", 0.4, "before", 10),
@@ -180,7 +180,7 @@ def test_stages_can_have_names_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_no_figure_is_cropped(width, tmp_path):
+def test_no_number_is_cropped(width, tmp_path):
     metrics = [
         Metric("eval_rewards/accuracies", -0.09551, stage, 10, -0.2751, -0.08123) for stage in ("before", "after")
     ]

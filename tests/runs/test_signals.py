@@ -1,4 +1,4 @@
-"""Signals that end a command in one line, and what is left as it was."""
+"""Signals end a command with one line, and leave everything else as it was."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from simpo.runs.terminal import interruptible
 
 def signalled(signum: signal.Signals) -> None:
     os.kill(os.getpid(), signum)
-    time.sleep(5)  # the signal comes before this ends
+    time.sleep(5)  # the signal arrives before this returns
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_body_and_names_itself(signum, code) -> None:
+def test_a_signal_ends_the_body_and_is_named(signum, code) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(InterruptedRun, match="to continue") as stop, interruptible():
         signalled(signum)
@@ -27,7 +27,7 @@ def test_a_signal_ends_the_body_and_names_itself(signum, code) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_libraries_that_catch_every_error_do_not_catch_it() -> None:
+def test_libraries_that_catch_every_error_do_not_catch_a_signal() -> None:
     with pytest.raises(InterruptedRun), interruptible():
         try:
             signalled(signal.SIGTERM)

@@ -4,13 +4,13 @@ from simpo.runs import terminal as module
 from simpo.runs.terminal import duration, progress
 
 
-def test_a_line_every_tenth_with_the_time_left(monkeypatch):
+def test_a_progress_line_is_printed_every_tenth_with_the_time_left(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     lines = []
     with progress("responses", 1000, 400, lines.append) as advance:
         for _ in range(60):
-            clock[0] += 0.5  # 20 a second
+            clock[0] += 0.5  # 20 per second
             advance(10)
     assert lines == [
         "500 of 1,000 responses, about 25 s left",
@@ -26,5 +26,5 @@ def test_a_line_every_tenth_with_the_time_left(monkeypatch):
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3600, "1 h 0 min"), (90_061, "25 h 1 min")],
 )
-def test_durations(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert duration(seconds) == text

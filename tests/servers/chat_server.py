@@ -13,14 +13,14 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Raw:
-    """A response as it is sent.
+    """An HTTP response as it is sent.
 
     Attributes:
-        status: of HTTP.
-        body: bytes; the content-length is too large if it is ``torn``.
-        headers: in addition to the length.
-        stall: seconds before anything is sent.
-        torn: whether the connection ends before the body.
+        status: HTTP status code.
+        body: the bytes of the body; the content-length is too large if ``torn``.
+        headers: headers in addition to the length.
+        stall: seconds to wait before sending anything.
+        torn: whether the connection is closed before the end of the body.
     """
 
     status: int = 200
@@ -31,7 +31,7 @@ class Raw:
 
 
 def completion(text: str, top_logprobs: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """A chat completion of one choice."""
+    """Return a chat completion with one choice."""
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     if top_logprobs is not None:
         top = [{"token": token, "logprob": value} for token, value in top_logprobs.items()]
@@ -40,16 +40,16 @@ def completion(text: str, top_logprobs: Mapping[str, float] | None = None) -> di
 
 
 class ChatServer:
-    """Serves ``answer(body)``, a completion or a :class:`Raw` response, in a thread; a context manager.
+    """Serves ``answer(body)``, a completion or a :class:`Raw` response, in a thread; use it as a context manager.
 
     Attributes:
-        bodies: of the requests, in the order of their arrival.
-        keys: their ``authorization`` headers.
-        headers: all their headers, with names in lower case.
-        paths: their paths, with queries.
-        times: of their arrival.
-        faults: sent for the first requests, one each.
-        most_at_once: the most requests in progress at the same time.
+        bodies: request bodies in order of arrival.
+        keys: ``authorization`` headers of the requests.
+        headers: all request headers, with lower-case names.
+        paths: request paths with queries.
+        times: times of arrival.
+        faults: responses for the first requests, one each.
+        most_at_once: the largest number of concurrent requests.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any], faults: Iterable[Raw] = ()) -> None:
@@ -71,7 +71,7 @@ class ChatServer:
         return f"http://127.0.0.1:{self._http.server_port}/v1"
 
     def respond(self, body: dict[str, Any], path: str, headers: dict[str, str]) -> Raw:
-        """The response to one request."""
+        """Return the response to a request."""
         with self._lock:
             self.bodies.append(body)
             self.keys.append(headers.get("authorization"))
@@ -101,7 +101,7 @@ class ChatServer:
 
 
 class _Http(ThreadingHTTPServer):
-    request_queue_size = 128  # connections beyond it would wait for a second
+    request_queue_size = 128  # connections beyond this would wait for a second
 
 
 def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:

@@ -1,4 +1,4 @@
-"""A local stand-in for the hub's upload API: repositories, LFS objects and commits, kept in memory."""
+"""A local stand-in for the hub's upload API: repositories, LFS objects and commits, all in memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SMALL = 64  # bytes; larger files are LFS objects
 
 
 class Hub:
-    """Serves the API in a thread; a context manager.
+    """Serves the API in a thread; use it as a context manager.
 
     Attributes:
-        files: of the repository after the last commit, with their contents.
-        objects: LFS objects by their SHA-256, committed or not.
-        puts: SHA-256 of each object that was received, in order.
-        commits: the number of commits.
+        files: the repository's files after the last commit, with their contents.
+        objects: LFS objects by SHA-256, committed or not.
+        puts: SHA-256 of each object received, in order.
+        commits: number of commits.
         writers: tokens with write permission.
         private: whether the repository is private.
-        broken: objects that are received before the server starts to fail; None for any number.
+        broken: number of objects received before the server starts to fail, or None.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Hub:
         self._server.server_close()
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        """Status and JSON of a request."""
+        """Return the status and JSON response to a request."""
         if method == "PUT":
             return self._receive(path.rsplit("/", 1)[1], body)
         answers = {"/repos/create": self._create, "/objects/batch": self._batch, "validate-yaml": self._validate}

@@ -1,4 +1,4 @@
-"""A label page in a process of its own, which a test can kill: ITEMS DATABASE OVERLAP PORT TOKEN."""
+"""A label page in a separate process that a test can kill: ITEMS DATABASE OVERLAP PORT TOKEN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real model's greedy answers, with the log-probabilities of their first tokens."""
+"""A real model's greedy answers, with the log-probabilities of the first token."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class ModelAnswers:
-    """``answer(body)`` for :class:`~tests.servers.chat_server.ChatServer`, from a model in a folder.
+    """``answer(body)`` for :class:`~tests.servers.chat_server.ChatServer`, using a model in a folder.
 
-    A server without log-probabilities, as some are, has ``logprobs=False``.
+    ``logprobs=False`` imitates servers that do not return log-probabilities.
     """
 
     def __init__(self, folder: Path, *, logprobs: bool = True) -> None:
@@ -24,12 +24,12 @@ class ModelAnswers:
         self._lock = threading.Lock()
 
     def first_token_logprobs(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        """``[V]`` log-probabilities of the whole vocabulary."""
+        """Return log-probabilities ``[V]`` of the first token over the whole vocabulary."""
         with torch.no_grad():
             return self.model(**self._prompt(messages)).logits[0, -1].log_softmax(-1)
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The completion of one request."""
+        """Return the completion for a request."""
         prompt = self._prompt(body["messages"])
         with self._lock:
             ids = self.model.generate(**prompt, do_sample=False, max_new_tokens=body["max_tokens"])

@@ -1,4 +1,4 @@
-"""``transformers serve`` with a model of a folder."""
+"""``transformers serve`` with a model from a folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import httpx
 
-_PATIENCE = 120.0  # seconds until it answers
+_PATIENCE = 120.0  # seconds to wait until it answers
 
 
 @contextmanager
 def transformers_serve(model: Path) -> Iterator[str]:
-    """Run the server while the body runs; yields its base URL."""
+    """Run the server for the duration of the body and yield its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = Path(sys.executable).with_name("transformers")

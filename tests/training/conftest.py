@@ -1,4 +1,4 @@
-"""Tokenized pairs, configurations, and the loss and gradients of pairs by the definition."""
+"""Fixtures for training tests: tokenized pairs, configurations, and losses computed by their definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simpo.packing.layout import TokenizedComparison
 
 @pytest.fixture(scope="session")
 def pairs(random_comparisons):
-    """``pairs(n)``: ``n`` random pairs of 20 packed tokens each, of varied shapes, as a tokenized data set."""
+    """``pairs(n)``: a tokenized dataset of ``n`` random pairs of 20 packed tokens each, with varied shapes."""
 
     def make(rows: int, *, seed: int = 0, responses: int = 2) -> Dataset:
         generator = torch.Generator().manual_seed(seed)
@@ -43,13 +43,13 @@ def _dataset(comparisons: list[TokenizedComparison]) -> Dataset:
 
 @pytest.fixture(scope="session")
 def as_dataset():
-    """``as_dataset(comparisons)``: a tokenized data set, as :func:`simpo.data.tokenizing.prepare` leaves it."""
+    """``as_dataset(comparisons)``: a tokenized dataset as :func:`simpo.data.tokenizing.prepare` returns it."""
     return _dataset
 
 
 @pytest.fixture
 def config(tmp_path):
-    """``config(**settings)``: a quiet configuration for the CPU, with clipping and decay off."""
+    """``config(**settings)``: a quiet CPU configuration without gradient clipping or weight decay."""
 
     def make(**settings) -> PreferenceConfig:
         quiet = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "disable_tqdm": True}
@@ -62,7 +62,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def make_trainer(config, make_model):
-    """``make_trainer(rows, **settings)``: a trainer of a tiny GPT-2, whose float64 has no fp32 in it."""
+    """``make_trainer(rows, **settings)``: a trainer for a tiny GPT-2 that is float64 throughout."""
 
     def make(rows, *, model=None, eval_dataset=None, callbacks=None, optimizers=(None, None), **settings):
         model = make_model("gpt2") if model is None else model
@@ -76,7 +76,7 @@ def make_trainer(config, make_model):
 
 @pytest.fixture(scope="session")
 def naive_pairs(naive_logprobs):
-    """``naive_pairs(model, rows)``: averages of chosen and rejected by the model's own forward, ``[rows]`` each."""
+    """``naive_pairs(model, rows)``: average log-probabilities of chosen and rejected, ``[rows]`` each."""
 
     def naive(model, rows):
         means = []
@@ -92,7 +92,7 @@ def naive_pairs(naive_logprobs):
 
 @pytest.fixture(scope="session")
 def naive_responses(naive_logprobs):
-    """``naive_responses(model, prompts, responses)``: by the model's own forward, all responses of all prompts, [R]."""
+    """``naive_responses(model, prompts, responses)``: all responses, ``[R]``, by the model's own forward."""
 
     def naive(model, prompts, responses) -> Responses:
         comparisons = [TokenizedComparison(p, r) for p, r in zip(prompts, responses, strict=True)]
@@ -106,7 +106,7 @@ def naive_responses(naive_logprobs):
 
 @pytest.fixture(scope="session")
 def naive_losses(naive_pairs):
-    """``naive_losses(model, rows)``: SimPO by its formula, ``[rows]``, beta 2 and gamma 1 unless given."""
+    """``naive_losses(model, rows)``: SimPO losses by the formula, ``[rows]``, with beta 2 and gamma 1 by default."""
 
     def naive(model, rows, beta: float = 2.0, gamma: float = 1.0):
         chosen, rejected = naive_pairs(model, rows)

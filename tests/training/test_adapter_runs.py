@@ -1,4 +1,4 @@
-"""Runs of adapters: what they leave, killed and continued, one after another, and of every objective on real pairs."""
+"""Adapter runs: their output, resuming after a kill, chained runs, and every objective on real pairs."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ def options(world, output, command="train", **changes) -> list[str]:
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "save_steps": 1,
-        "disable_dropout": "false",  # the adapter's too
+        "disable_dropout": "false",  # includes the adapter's dropout
     } | changes
     return [command, *(f"--{key}={value}" for key, value in given.items() if value is not None)]
 
 
 @pytest.fixture(scope="module")
-def through(chat_world, tmp_path_factory):
-    """A run of an adapter, three steps, that nothing stopped."""
-    output = tmp_path_factory.mktemp("through") / "run"
+def uninterrupted(chat_world, tmp_path_factory):
+    """An uninterrupted adapter run of three steps."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert cli.main(options(chat_world, output, eval_dataset_name=chat_world / "test.jsonl")) == 0
     return output
 
 
-def test_a_run_leaves_an_adapter_that_peft_reads(through, chat_world):
-    names = {path.name for path in through.iterdir()}
+def test_a_run_saves_an_adapter_that_peft_can_load(uninterrupted, chat_world):
+    names = {path.name for path in uninterrupted.iterdir()}
     assert names >= {ADAPTER, "adapter_config.json", "tokenizer.json", "generation_config.json", "README.md"}
     assert "model.safetensors" not in names
-    step = {path.name for path in (through / "checkpoint-2").iterdir()}
+    step = {path.name for path in (uninterrupted / "checkpoint-2").iterdir()}
     assert {ADAPTER, "optimizer.pt", "manifest.json"} <= step
     assert "model.safetensors" not in step
-    card = (through / "README.md").read_text()
+    card = (uninterrupted / "README.md").read_text()
     assert "library_name: peft" in card
     assert "| `lora_r` | 4 |" in card
 
-    tokenizer = AutoTokenizer.from_pretrained(through)
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted)
     assert tokenizer.chat_template
     base = AutoModelForCausalLM.from_pretrained(chat_world / "model", dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, through).eval()
-    ours = load_model(str(through)).eval()
+    theirs = PeftModel.from_pretrained(base, uninterrupted).eval()
+    ours = load_model(str(uninterrupted)).eval()
     for line in (chat_world / "test.jsonl").read_text().splitlines():
         ids = tokenizer(json.loads(line)["chosen"], return_tensors="pt").input_ids
         with torch.no_grad():
@@ -70,12 +70,12 @@ def test_a_run_leaves_an_adapter_that_peft_reads(through, chat_world):
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone."""
+    """Stands in for a killed process."""
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_a_killed_run_ends_with_the_same_bits(step, through, chat_world, tmp_path, monkeypatch):
-    """Also one that is killed before its first checkpoint: a new adapter is drawn from the seed."""
+def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_world, tmp_path, monkeypatch):
+    """Even when killed before the first checkpoint: the new adapter is initialized from the seed."""
     train = workflow.PackedTrainer.training_step
 
     def deadly(self, *args):
@@ -88,13 +88,13 @@ def test_a_killed_run_ends_with_the_same_bits(step, through, chat_world, tmp_pat
         patches.setattr(workflow.PackedTrainer, "training_step", deadly)
         cli.main(options(world, output, eval_dataset_name=world / "test.jsonl"))
     assert cli.main(options(world, output, eval_dataset_name=world / "test.jsonl")) == 0
-    assert (output / ADAPTER).read_bytes() == (through / ADAPTER).read_bytes()
-    first, second = (json.loads((folder / "results.json").read_text())["metrics"] for folder in (output, through))
+    assert (output / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()
+    first, second = (json.loads((folder / "results.json").read_text())["metrics"] for folder in (output, uninterrupted))
     assert first == second
 
 
-def test_other_settings_of_the_adapter_are_another_run(through, chat_world, tmp_path, capsys):
-    output = shutil.copytree(through, tmp_path / "run")
+def test_changed_adapter_settings_make_a_different_run(uninterrupted, chat_world, tmp_path, capsys):
+    output = shutil.copytree(uninterrupted, tmp_path / "run")
     assert cli.main(options(chat_world, output, lora_r=8, eval_dataset_name=chat_world / "test.jsonl")) == 2
     assert 'lora_r: was "4", now "8"' in capsys.readouterr().err
 
@@ -109,8 +109,8 @@ def test_the_best_adapter_is_loaded_at_the_end(chat_world, tmp_path):
     assert (kept / ADAPTER).read_bytes() == (output / ADAPTER).read_bytes()
 
 
-def test_sft_then_preferences_then_sampling_on_one_adapter(chat_world, tmp_path, capsys, monkeypatch):
-    """The second run continues the first one's adapter, from which its held-out figures before training are."""
+def test_sft_preference_training_and_sampling_chain_on_one_adapter(chat_world, tmp_path, capsys, monkeypatch):
+    """The second run continues the first run's adapter, and its held-out metrics before training come from it."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "What is 1 and 2?"}\n')
     assert cli.main(options(chat_world, tmp_path / "sft", "sft", save_strategy="no")) == 0
@@ -140,7 +140,7 @@ def test_sft_then_preferences_then_sampling_on_one_adapter(chat_world, tmp_path,
 
 @pytest.fixture(scope="module")
 def real_pairs(tmp_path_factory):
-    """Four short real pairs, as a data set of text."""
+    """Four short real pairs as a text dataset."""
     if not SHARED.is_dir():
         pytest.skip("shared data are not here")
     pairs = str(SHARED / "data/preferences/alpacaeval_balanced_test.jsonl.gz")
@@ -149,8 +149,8 @@ def real_pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("objective", sampled(OBJECTIVES, kept=("simpo", "dpo", "kto", "bco", "listwise_dpo")))
-def test_real_pairs_and_plain_peft(objective, real_pairs, naive_logprobs, config, tmp_path):
-    """Two steps of every objective; what was saved gives in plain peft what the trained model gives."""
+def test_objectives_on_real_pairs_match_plain_peft(objective, real_pairs, naive_logprobs, config, tmp_path):
+    """Two steps of every objective; the saved adapter gives the same results in plain peft as the trained model."""
     name = str(SHARED / "models/tiny-english")
     torch.manual_seed(0)
     model = load_model(ModelArguments(name, use_peft=True, lora_r=4))

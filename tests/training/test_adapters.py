@@ -1,4 +1,4 @@
-"""Adapters: put on, trained through the packed path, continued, refused, and the policy that they started from."""
+"""Adapters: adding, training through the packed path, continuing, rejecting bad ones, and the reference policy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def bases(make_model, tmp_path_factory):
-    """``bases(name)``: the folder of a tiny random model in float64, whose weights are all random."""
+    """``bases(name)``: the folder of a tiny float64 model with all weights random."""
     folder = tmp_path_factory.mktemp("bases")
 
     def base(name: str, **changes) -> Path:
@@ -49,7 +49,7 @@ def arguments(base, **changes) -> ModelArguments:
 
 
 def adapted(base, **changes) -> PeftModel:
-    """A model under an adapter that is not at its start: all of what it trains is random. Without dropout."""
+    """A model with an adapter whose weights are all random rather than at their initial values. No dropout."""
     torch.manual_seed(1)
     model = load_model(arguments(base, **changes))
     disable_dropout(model)
@@ -68,17 +68,17 @@ def save(model, folder) -> Path:
     return folder
 
 
-# ---- a new adapter ----
+# ---- new adapters ----
 
 
-def test_a_new_adapter_changes_nothing_and_is_trained_alone(bases, comparisons):
+def test_a_new_adapter_leaves_outputs_unchanged_and_is_the_only_thing_trained(bases, comparisons):
     base = bases("llama")
     torch.manual_seed(0)
     model = load_model(arguments(base, dtype="bfloat16", lora_r=None))
     assert isinstance(model, PeftModel)
     layers = {name.split(".lora_")[0] for name in trained(model)}
     assert all(".lora_" in name for name in trained(model))
-    assert len(layers) == 3 * 7  # every linear layer of three, and not the output
+    assert len(layers) == 3 * 7  # every linear layer in three blocks, but not the output layer
     assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     config = model.peft_config["default"]
@@ -89,7 +89,7 @@ def test_a_new_adapter_changes_nothing_and_is_trained_alone(bases, comparisons):
     assert torch.equal(found, expected.logp)
 
 
-def test_the_keys_and_their_defaults_are_those_of_trl(bases):
+def test_keys_and_defaults_match_trl(bases):
     trl = pytest.importorskip("trl")
     theirs = {field.name: field.default for field in dataclasses.fields(trl.ModelConfig)}
     ours = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
@@ -110,17 +110,17 @@ def test_the_keys_and_their_defaults_are_those_of_trl(bases):
     [
         ("llama", {}, True),
         ("llama", {"use_rslora": True, "lora_alpha": 3}, True),
-        ("gpt2", {}, True),  # whose layers are Conv1D
+        ("gpt2", {}, True),  # its layers are Conv1D
         ("mistral", {"lora_target_modules": ["q_proj", "lm_head"]}, False),
         ("mistral", {"lora_modules_to_save": ["lm_head", "embed_tokens"]}, False),
         ("gemma2", {"lora_target_modules": ["v_proj", "down_proj"]}, True),
     ],
 )
 @pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_packed_against_naive(
+def test_the_packed_path_matches_the_naive_forward(
     name, settings, fused, checkpointing, bases, comparisons, naive_logprobs, float64_everywhere
 ):
-    """Forward and backward, also with activations computed again, by either of torch's ways."""
+    """Forward and backward, also with both kinds of activation checkpointing in torch."""
     model = adapted(bases(name), **settings)
     batch = PackedBatch.build(comparisons)
     parameters = trained(model)
@@ -140,8 +140,8 @@ def test_packed_against_naive(
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
-def test_an_adapter_that_cannot_be_merged_says_so_at_once(bases, caplog, recwarn):
-    """In one line of ours, and none of peft's."""
+def test_an_adapter_that_cannot_be_merged_gives_one_warning(bases, caplog, recwarn):
+    """The warning is ours; peft's own warnings are suppressed."""
     base = bases("llama", tie_word_embeddings=True)
     for given, said in (({"lora_modules_to_save": ["lm_head"]}, 1), ({"lora_target_modules": ["q_proj"]}, 0)):
         caplog.clear()
@@ -150,7 +150,7 @@ def test_an_adapter_that_cannot_be_merged_says_so_at_once(bases, caplog, recwarn
     assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
 
-def test_experts_are_adapted_too(bases, comparisons, naive_logprobs, tmp_path):
+def test_experts_get_adapters_too(bases, comparisons, naive_logprobs, tmp_path):
     model = adapted(bases("mixtral"), dtype="float32", lora_dropout=0.0).eval()
     assert any("experts" in name for name in trained(model))
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_experts_are_adapted_too(bases, comparisons, naive_logprobs, tmp_path):
         assert torch.equal(policy_logprobs(again, PackedBatch.build(comparisons)), found)
 
 
-# ---- the policy that training started from ----
+# ---- the reference policy ----
 
 
 def losses_of(model, batch):
@@ -169,8 +169,8 @@ def losses_of(model, batch):
 
 
 @pytest.mark.parametrize("start", ["new", "continued"])
-def test_the_reference_is_where_training_started(start, bases, comparisons):
-    """The base model for a new adapter; for a continued one the adapter as it was, never the base model."""
+def test_the_reference_is_the_policy_at_the_start_of_training(start, bases, comparisons):
+    """The base model for a new adapter; for a continued adapter, the adapter as it was, never the base model."""
     base = bases("llama")
     batch = PackedBatch.build(comparisons)
     model = adapted(base) if start == "continued" else load_model(arguments(base, lora_dropout=0))
@@ -204,8 +204,10 @@ def test_the_reference_is_where_training_started(start, bases, comparisons):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_reference_between_forward_and_backward(autocast, checkpointing, bases, comparisons):
-    """The policy's gradient is its own: nothing that autograd or autocast has kept is taken for the reference's."""
+def test_computing_the_reference_between_forward_and_backward_leaves_gradients_unchanged(
+    autocast, checkpointing, bases, comparisons
+):
+    """Nothing that autograd or autocast stored for the policy is confused with the reference."""
     batch = PackedBatch.build(comparisons)
     model = adapted(bases("llama"), dtype="float32")
     for parameter in trained(model).values():
@@ -224,7 +226,7 @@ def test_the_reference_between_forward_and_backward(autocast, checkpointing, bas
 
     seen: list = []
     start = trained_weights(model)
-    policy_forward(model, batch)  # the self-check is over
+    policy_forward(model, batch)  # runs the self-check first
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected_start = policy_forward(model, batch).logp
         for parameter in trained(model).values():
@@ -235,10 +237,10 @@ def test_the_reference_between_forward_and_backward(autocast, checkpointing, bas
     assert torch.equal(seen[0], expected_start)
 
 
-# ---- continued, and refused ----
+# ---- continuing and rejecting adapters ----
 
 
-def test_an_adapter_is_continued_with_its_own_settings(bases, comparisons, tmp_path):
+def test_a_continued_adapter_keeps_its_own_settings(bases, comparisons, tmp_path):
     model = adapted(bases("llama"), lora_target_modules=["q_proj", "v_proj"], lora_alpha=7)
     folder = save(model, tmp_path / "adapter")
     for given in ({"use_peft": False, "lora_r": None}, {}, {"lora_target_modules": ["v_proj", "q_proj"]}):
@@ -255,7 +257,7 @@ def test_an_adapter_is_continued_with_its_own_settings(bases, comparisons, tmp_p
             load_model(arguments(folder, **given))
 
 
-def test_a_tokenizer_that_an_adapter_lacks_is_its_base_models(chat_world, tmp_path, caplog):
+def test_the_base_models_tokenizer_is_used_if_the_adapter_has_none(chat_world, tmp_path, caplog):
     base = chat_world / "model"
     folder = save(load_model(ModelArguments(str(base), use_peft=True)), tmp_path / "adapter")
     assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(base)).get_vocab()
@@ -322,7 +324,7 @@ def fewer_weights(folder, bases):
         (fewer_weights, "the adapter belongs to another model than .* is missing"),
     ],
 )
-def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_path):
+def test_an_unusable_adapter_gives_a_one_line_error(spoil, message, bases, tmp_path):
     folder = save(adapted(bases("llama"), lora_target_modules=["q_proj"]), tmp_path / "adapter")
     spoil(folder, bases)
     with pytest.raises(SimpoError, match=message) as error:
@@ -352,18 +354,18 @@ def test_an_adapter_that_cannot_be_used_is_one_line(spoil, message, bases, tmp_p
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: applies only to 4-bit models"),
     ],
 )
-def test_settings_that_cannot_be_are_one_line(given, message, bases):
+def test_invalid_settings_give_a_one_line_error(given, message, bases):
     with pytest.raises(SimpoError, match=message):
         load_model(arguments(bases("llama"), **given))
 
 
-def test_experts_take_no_dropout(bases):
+def test_dropout_on_experts_is_rejected(bases):
     with pytest.raises(SimpoError, match=r"lora_dropout != 0\.\); set lora_dropout: 0"):
         load_model(arguments(bases("mixtral")))
 
 
-def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
-    """Llama 4's is a linear layer whose forward returns two tensors."""
+def test_a_non_standard_router_gets_no_adapter(tmp_path, caplog):
+    """Llama 4's router is a linear layer whose forward returns two tensors."""
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 2}
     AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes)).save_pretrained(tmp_path)
@@ -378,8 +380,8 @@ def test_a_router_of_its_own_kind_has_no_adapter(tmp_path, caplog):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_four_bits_need_a_library(bases, tmp_path):
-    """The base model of an adapter is checked, too."""
+def test_loading_in_4_bits_requires_bitsandbytes(bases, tmp_path):
+    """This also applies to an adapter's base model."""
     folder = save(adapted(bases("llama")), tmp_path / "adapter")
     for given in (
         arguments(bases("llama"), load_in_4bit=True),
@@ -389,11 +391,11 @@ def test_four_bits_need_a_library(bases, tmp_path):
             load_model(given)
 
 
-# ---- adapters of other tools ----
+# ---- adapters from other tools ----
 
 
-def test_an_adapter_with_a_name_of_its_own(bases, make_trainer, pairs, tmp_path):
-    """Trained, saved where everybody looks for an adapter, and resumed, bit for bit."""
+def test_a_named_adapter_is_trained_saved_and_resumed(bases, make_trainer, pairs, tmp_path):
+    """It is saved where every tool looks for an adapter, and resumes to identical bits."""
 
     def named() -> PeftModel:
         torch.manual_seed(0)
@@ -417,7 +419,7 @@ def test_an_adapter_with_a_name_of_its_own(bases, make_trainer, pairs, tmp_path)
         assert torch.equal(parameter, expected[name.replace(".default.", ".sft.")].to(parameter.dtype))
 
 
-def test_an_adapter_in_a_folder_of_its_name_is_pointed_to(bases, tmp_path):
+def test_the_error_points_to_an_adapter_in_a_subfolder(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama"))
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"), adapter_name="sft").save_pretrained(tmp_path)
     with pytest.raises(SimpoError, match=rf"only contains an adapter; name its folder: {tmp_path / 'sft'}$"):
@@ -426,8 +428,8 @@ def test_an_adapter_in_a_folder_of_its_name_is_pointed_to(bases, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
-def test_tokens_that_an_adapter_adds_are_refused_by_name(kind, bases, make_trainer, pairs):
-    """Packed batches do not have them: the model would be trained without, in silence."""
+def test_adapters_that_add_token_embeddings_are_rejected_by_name(kind, bases, make_trainer, pairs):
+    """Packed batches bypass them, so the model would silently train without them."""
     base = AutoModelForCausalLM.from_pretrained(bases("gpt2"))
     model = get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(SimpoError, match=r"^model: (PROMPT|PREFIX)_TUNING is not supported"):
@@ -436,8 +438,8 @@ def test_tokens_that_an_adapter_adds_are_refused_by_name(kind, bases, make_train
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("whole", [[], ["embed_tokens"], ["embed_tokens", "lm_head"]])
-def test_an_adapter_with_new_tokens(tied, whole, bases, tmp_path):
-    """As peft stores it, with or without ``modules_to_save``; continued, saved and loaded again."""
+def test_an_adapter_with_new_tokens_is_continued_saved_and_reloaded(tied, whole, bases, tmp_path):
+    """As peft stores it, with or without ``modules_to_save``."""
     if tied and "lm_head" in whole:
         return
     base = AutoModelForCausalLM.from_pretrained(bases("llama", tie_word_embeddings=tied), dtype=torch.float64)
@@ -457,7 +459,7 @@ def test_an_adapter_with_new_tokens(tied, whole, bases, tmp_path):
             save(again, tmp_path / "second")
 
 
-def test_new_tokens_need_both_ends(bases, tmp_path):
+def test_new_tokens_need_both_input_and_output_embeddings(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama", tie_word_embeddings=False))
     base.resize_token_embeddings(65, mean_resizing=False)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", modules_to_save=["embed_tokens"]))
@@ -466,12 +468,12 @@ def test_new_tokens_need_both_ends(bases, tmp_path):
         load_model(str(tmp_path))
 
 
-def test_attention_keeps_the_bound_of_its_scores(bases):
-    """Transformers 5.17 loads Gemma 2 with an attention that leaves it out."""
+def test_the_attention_softcap_is_kept(bases):
+    """Transformers 5.17 would load Gemma 2 with an attention implementation that ignores it."""
     assert load_model(str(bases("gemma2"))).config._attn_implementation == "eager"
 
 
-def test_another_kind_of_adapter_is_refused(bases, tmp_path):
+def test_other_adapter_types_are_rejected(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama"))
     prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     folder = save(get_peft_model(base, prompts), tmp_path / "adapter")
@@ -479,8 +481,8 @@ def test_another_kind_of_adapter_is_refused(bases, tmp_path):
         load_model(str(folder))
 
 
-def test_an_adapters_digest_has_its_base_in_it(bases, tmp_path):
-    """The same adapter of a base model with other weights is another model."""
+def test_an_adapters_digest_includes_its_base_model(bases, tmp_path):
+    """The same adapter on a base model with different weights is a different model."""
     base = shutil.copytree(bases("llama"), tmp_path / "base")
     folder = save(adapted(base), tmp_path / "adapter")
     first = model_digest(ModelArguments(str(folder)))
@@ -491,11 +493,11 @@ def test_an_adapters_digest_has_its_base_in_it(bases, tmp_path):
     assert model_digest(ModelArguments(str(folder))) != first
 
 
-def test_sharding_a_base_in_four_bits_is_refused(bases):
+def test_sharding_a_4_bit_base_model_is_rejected(bases):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP
     model = adapted(bases("llama"))
-    model.get_base_model().is_loaded_in_4bit = True  # as bitsandbytes, which needs a GPU, leaves it
+    model.get_base_model().is_loaded_in_4bit = True  # as set by bitsandbytes, which needs a GPU
     try:
         with pytest.raises(SimpoError, match="fsdp: sharding a base model in 4 bits is not supported"):
             prepare_sharding(accelerator, model)
@@ -503,7 +505,7 @@ def test_sharding_a_base_in_four_bits_is_refused(bases):
         accelerator.state.distributed_type = DistributedType.NO
 
 
-def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, bases, pairs, tmp_path):
+def test_a_checkpoint_of_a_different_model_is_reported(make_trainer, make_model, bases, pairs, tmp_path):
     rows, step = pairs(4), {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make_trainer(rows, model=adapted(bases("gpt2")), **step).train()
     whole = make_trainer(rows, model=make_model("gpt2"), max_steps=2)

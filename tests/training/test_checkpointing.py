@@ -1,4 +1,4 @@
-"""Checkpointing some of the layers: which ones run again in backward, and the same training."""
+"""Activation checkpointing of some layers: which layers are recomputed, and training is unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def train(make_trainer, make_model, rows, **settings):
             lambda *_, number=number: calls.__setitem__(number, calls[number] + 1)
         )
     trainer = make_trainer(rows, model=model, per_device_train_batch_size=4, learning_rate=1e-2, **settings)
-    calls[:] = [0] * 4  # the check's
+    calls[:] = [0] * 4  # discard the calls made by the self-check
     trainer.train()
     return calls, trainer.model.state_dict()
 
@@ -31,7 +31,9 @@ def train(make_trainer, make_model, rows, **settings):
     ],
     ids=str,
 )
-def test_chosen_layers_run_again_and_nothing_else_changes(settings, expected, make_trainer, make_model, pairs):
+def test_only_the_chosen_layers_are_recomputed_and_training_is_unchanged(
+    settings, expected, make_trainer, make_model, pairs
+):
     rows = pairs(4)
     _, exact = train(make_trainer, make_model, rows)
     calls, weights = train(make_trainer, make_model, rows, **settings)
@@ -41,6 +43,6 @@ def test_chosen_layers_run_again_and_nothing_else_changes(settings, expected, ma
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])
-def test_a_share_that_is_none_is_an_error(share, config):
+def test_an_invalid_share_is_an_error(share, config):
     with pytest.raises(SimpoError, match=r"^checkpointed_share: must be above 0 and at most 1"):
         config(checkpointed_share=share)

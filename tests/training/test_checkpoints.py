@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write into one folder."""
+"""Checkpoints written by several processes into one folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from simpo.runs.manifest import find_damage
 from simpo.training.checkpoints import staged_checkpoint
 
 
-def test_a_process_that_writes_late_is_waited_for(tmp_path):
+def test_the_main_process_waits_for_late_writers(tmp_path):
     final, barrier = tmp_path / "checkpoint-5", threading.Barrier(2, timeout=20)
     found = []
 

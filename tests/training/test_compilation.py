@@ -1,4 +1,4 @@
-"""``torch_compile``: the same numbers, and no compilation after the first batches."""
+"""``torch_compile``: same results, and no recompilation after the first batches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train(make_trainer, make_model, rows, *, name="llama", steps=4, **settings):
     ],
     ids=str,
 )
-def test_training_is_the_same(settings, make_trainer, make_model, pairs):
+def test_compiled_training_gives_the_same_results(settings, make_trainer, make_model, pairs):
     rows = pairs(16)
     plain = {key: value for key, value in settings.items() if key != "torch_compile_backend"}
     exact, expected = train(make_trainer, make_model, rows, **plain)
@@ -69,7 +69,7 @@ def random_batch(draw: random.Random) -> PackedBatch:
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_the_first_batches(make_model, make_trainer, pairs):
+def test_nothing_is_recompiled_after_the_first_batches(make_model, make_trainer, pairs):
     model = make_model("mistral", torch.float32, std=0.1, num_hidden_layers=2)
     make_trainer(pairs(2), model=model, torch_compile_backend="eager")
     draw = random.Random(0)
@@ -80,8 +80,8 @@ def test_nothing_is_compiled_after_the_first_batches(make_model, make_trainer, p
     assert 0 < graphs[10] == graphs[-1] < 5
 
 
-def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(make_model, monkeypatch):
-    """As varlen_attn is, on a GPU: an operator of PyTorch's; here one of the same shape that runs on a CPU."""
+def test_a_kernel_with_integer_tensor_arguments_compiles_once(make_model, monkeypatch):
+    """A custom operator with varlen_attn's signature stands in for it here, because varlen_attn needs a GPU."""
 
     @torch.library.custom_op(
         "simpo_tests::varlen",
@@ -97,7 +97,7 @@ def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(make_model, mon
     monkeypatch.setattr(torch_varlen, "varlen_attn", lambda *args, scale, **_: operator(*args, scale))
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     model = make_model("mistral", torch.bfloat16, std=0.1, num_hidden_layers=2)
-    state_of(prepare_policy(model)).path = "packed"  # the stand-in is no attention
+    state_of(prepare_policy(model)).path = "packed"  # the stand-in would fail the self-check
     for layer in model.model.layers:
         layer.compile(backend="eager", dynamic=True, fullgraph=True)
     draw, graphs = random.Random(0), []
@@ -112,7 +112,7 @@ def test_a_compiled_kernel_with_integer_tensors_is_compiled_once(make_model, mon
     assert 0 < graphs[10] == graphs[-1] < 5
 
 
-def test_a_model_without_layers_is_an_error(make_trainer, pairs):
+def test_a_model_without_compilable_layers_is_an_error(make_trainer, pairs):
     trainer = make_trainer(pairs(2))
     with pytest.raises(
         SimpoError, match=r"^torch_compile: Linear has no layers that can be compiled; set it to false$"

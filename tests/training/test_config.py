@@ -1,4 +1,4 @@
-"""The configuration: defaults, the objective's hyperparameters, and every refusal by name."""
+"""The configuration: defaults, hyperparameters, and rejection of bad settings by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from simpo.training.configs import hyperparameter_names
         ({"beta": 2.5, "gamma": 0}, (2.5, 0.0)),
     ],
 )
-def test_gamma_either_way(given, expected, config):
+def test_gamma_can_be_given_directly_or_as_a_ratio(given, expected, config):
     found = config(**given).hyperparameters
     assert (found["beta"], found["gamma_beta_ratio"]) == pytest.approx(expected, rel=1e-15)
 
@@ -59,25 +59,25 @@ def test_gamma_either_way(given, expected, config):
         ({"max_length": 0}, "max_length"),
     ],
 )
-def test_bad_values_are_named(given, message, config):
+def test_bad_values_are_reported_by_name(given, message, config):
     with pytest.raises(SimpoError, match=message):
         config(**given)
 
 
-def test_an_unknown_key_is_refused(config):
+def test_an_unknown_key_is_rejected(config):
     with pytest.raises(TypeError, match="gama"):
         config(gama=1.0)
 
 
-def test_several_gpus_without_a_launcher_are_refused(config, monkeypatch):
-    """``DataParallel`` would split our batches; it says how to start instead."""
+def test_several_gpus_without_a_launcher_are_rejected(config, monkeypatch):
+    """``DataParallel`` would split packed batches; the error explains how to launch instead."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(SimpoError, match=r"2 GPUs .*torchrun --nproc_per_node 2"):
         config()
 
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(8, 1), (2, 4), (1, 1)])
-def test_accumulation_is_folded(per_device, accumulation, config):
+def test_accumulation_steps_are_folded_into_the_batch_size(per_device, accumulation, config):
     args = config(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
     assert args.train_batch_size == args.per_device_train_batch_size == per_device * accumulation
     assert args.gradient_accumulation_steps == 1
@@ -85,19 +85,19 @@ def test_accumulation_is_folded(per_device, accumulation, config):
         assert (same.per_device_train_batch_size, same.gradient_accumulation_steps) == (per_device * accumulation, 1)
 
 
-def test_the_papers_and_peers_dialects(config):
+def test_loss_types_of_the_paper_and_peers_are_accepted(config):
     assert config(loss_type="hinge", gamma_beta_ratio=0.5).hyperparameters["link"] == "hinge"
     args = config(loss_type="simpo")
     assert (args.objective, args.hyperparameters["link"]) == ("simpo", "sigmoid")
 
 
-def test_what_transformers_must_not_decide(config):
+def test_incompatible_transformers_settings_are_overridden(config):
     args = config(remove_unused_columns=True, logging_nan_inf_filter=True)
     assert not args.remove_unused_columns
     assert not args.logging_nan_inf_filter
 
 
-def test_every_hyperparameter_of_every_row_is_a_key():
+def test_every_objective_hyperparameter_is_a_config_key():
     keys = {field.name for field in dataclasses.fields(PreferenceConfig)}
     hints = get_type_hints(PreferenceConfig)
     for row in OBJECTIVES.values():
@@ -108,8 +108,8 @@ def test_every_hyperparameter_of_every_row_is_a_key():
             assert hints[name] == kind | None
 
 
-def test_it_serializes(config):
-    """Trainer writes it into every checkpoint, and loggers read its dictionary."""
+def test_the_configuration_is_serializable(config):
+    """Trainer writes it into every checkpoint, and loggers read it as a dictionary."""
     args = config(beta=2.5)
     assert args.to_dict()["beta"] == 2.5
     assert '"beta": 2.5' in args.to_json_string()
@@ -128,7 +128,7 @@ def test_it_serializes(config):
         ({}, "simpo"),
     ],
 )
-def test_what_a_loss_type_means(given, objective, config):
+def test_loss_type_maps_to_an_objective(given, objective, config):
     args = config(**given)
     assert args.objective == dataclasses.replace(args).objective == objective
 
@@ -155,7 +155,7 @@ def test_what_a_loss_type_means(given, objective, config):
         ({"objective": "dpo", "gamma_beta_ratio": 0.5}, "gamma_beta_ratio is not a hyperparameter of objective 'dpo'"),
     ],
 )
-def test_what_does_not_go_together_is_named(given, message, config):
+def test_incompatible_settings_are_reported_by_name(given, message, config):
     with pytest.raises(SimpoError, match=message):
         config(**given)
 
@@ -170,7 +170,7 @@ def test_what_does_not_go_together_is_named(given, message, config):
         {"precompute_ref_log_probs": False, "beta": 2.0},
     ],
 )
-def test_an_objective_that_would_be_a_guess_has_to_be_given(given, config):
+def test_an_ambiguous_objective_must_be_given_explicitly(given, config):
     with pytest.raises(SimpoError, match=r"^objective: not given, and .*add objective: dpo"):
         config(**given)
     for objective in ("simpo", "dpo"):
@@ -178,11 +178,11 @@ def test_an_objective_that_would_be_a_guess_has_to_be_given(given, config):
 
 
 @pytest.mark.parametrize("given", [{}, {"beta": 2.0}, {"beta": 0.1, "gamma": 0.1}, {"beta": 0.5, "link": "sigmoid"}])
-def test_what_can_only_be_simpo_needs_no_objective(given, config):
+def test_simpo_is_inferred_when_nothing_else_is_possible(given, config):
     assert config(**given).objective == dataclasses.replace(config(**given)).objective == "simpo"
 
 
-def test_the_reference_is_computed_once_unless_told_otherwise(config):
+def test_the_reference_is_precomputed_by_default(config):
     assert config(objective="dpo").precompute_ref_log_probs is True
     assert config(objective="dpo", precompute_ref_log_probs=False).precompute_ref_log_probs is False
 
@@ -207,7 +207,7 @@ def test_the_reference_is_computed_once_unless_told_otherwise(config):
         ("accelerator_config", {"split_batches": True}),
     ],
 )
-def test_what_a_packed_trainer_cannot_honor_is_refused_by_name(key, value, config):
+def test_keys_a_packed_trainer_cannot_honor_are_rejected_by_name(key, value, config):
     with pytest.raises(SimpoError, match=rf"^{key}: not supported \("):
         config(**{key: value})
     with pytest.raises(SimpoError, match=rf"\(1\) auto_find_batch_size: .*\(2\) {key}: "):
@@ -216,17 +216,17 @@ def test_what_a_packed_trainer_cannot_honor_is_refused_by_name(key, value, confi
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_32bit", "adamw_8bit"])
-def test_an_optimizer_that_is_not_installed_is_found_at_once(name, config):
+def test_a_missing_optimizer_package_is_reported_at_once(name, config):
     with pytest.raises(SimpoError, match=f"optim: {name} needs bitsandbytes"):
         config(optim=name)
 
 
-def test_keys_that_are_switched_off_are_not_refused(config):
+def test_disabled_keys_are_not_rejected(config):
     args = config(include_num_input_tokens_seen=False, include_for_metrics=[], label_names=[])
     assert dataclasses.replace(args).max_length == args.max_length
 
 
-def test_an_anchor_without_a_weight_of_its_own(config, monkeypatch):
+def test_an_objective_with_its_own_anchor_rejects_sft_weight(config, monkeypatch):
     class Anchored(type(OBJECTIVES["simpo"])):
         name = "anchored"
 
@@ -238,12 +238,12 @@ def test_an_anchor_without_a_weight_of_its_own(config, monkeypatch):
         config(objective="anchored", sft_weight=0.1)
 
 
-def test_weights_beside_an_objective(config):
+def test_sft_and_kl_weights_can_be_added_to_an_objective(config):
     assert config(objective="cpo", lam=0.0, sft_weight=0.1).sft_weight == 0.1
     assert config(objective="dpo", sft_weight=0.1, kl_weight=0.2).kl_weight == 0.2
 
 
-def test_one_process_has_nothing_to_spread(config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # set by the configuration; put back afterwards
+def test_a_single_process_cannot_shard(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # set by the configuration and restored afterwards
     with pytest.raises(SimpoError, match="fsdp: there is only one process"):
         config(fsdp=True)

@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 with two processes on a CPU, against one process without DeepSpeed, and its configuration."""
+"""ZeRO-2 and ZeRO-3 on two CPU processes against one process without DeepSpeed, and DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from simpo.models.zero import read_config, unset_batch_sizes
 from simpo.runs.results import read_results
 from simpo.training.packed import PackedTrainer
 
-# The contents of the paper's accelerate_configs/deepspeed_zero3.yaml; what differs from it: precision, processes, CPU.
+# The paper's accelerate_configs/deepspeed_zero3.yaml, except for precision, number of processes, and the CPU.
 PAPER = {
     "compute_environment": "LOCAL_MACHINE",
     "debug": False,
@@ -50,7 +50,7 @@ PAPER = {
     "tpu_use_cluster": False,
     "tpu_use_sudo": False,
 } | {"mixed_precision": "no", "num_processes": 2, "use_cpu": True}
-# Without it all weights of a tiny model are small enough to stay whole.
+# Otherwise all weights of a tiny model are below the threshold and stay unpartitioned.
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 KINDS = {
@@ -72,7 +72,7 @@ LAUNCHED = {
 
 
 class Killed(TrainerCallback):
-    """Ends the run after its third step."""
+    """Stops the run after its third step."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -80,8 +80,8 @@ class Killed(TrainerCallback):
 
 
 def run_in_turn(runs: dict[str, list[str]], folder: Path) -> int:
-    """Run one kind after the other; "killed" ones end early, and the same command then continues them."""
-    # The operator, compiled for a minute, would only make gloo faster. (``deepspeed.comm.torch`` is torch itself.)
+    """Run each kind in turn; "killed" ones stop early and are then continued by the same command."""
+    # Compiling the operator takes a minute and would only speed up gloo. (``deepspeed.comm.torch`` is torch itself.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     codes, train = {}, PackedTrainer.train
 
@@ -98,13 +98,13 @@ def run_in_turn(runs: dict[str, list[str]], folder: Path) -> int:
         except Exception:
             traceback.print_exc()
             codes[name] = 1
-        gc.collect()  # on all processes at the same time, because DeepSpeed's objects communicate when they go
+        gc.collect()  # on all processes at the same time, because DeepSpeed objects communicate on deletion
         (folder / f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
     return 0
 
 
 def launch_file(stage: str, folder: Path) -> dict:
-    """The paper's, with another stage, or with a file of DeepSpeed's."""
+    """Return the paper's launch file with another ZeRO stage or a DeepSpeed config file."""
     if stage == "zero3":
         return PAPER
     if stage == "zero2":
@@ -116,7 +116,7 @@ def launch_file(stage: str, folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def world(chat_world, make_model):
-    """The chat world with a Llama, whose output layer has weights of its own."""
+    """The chat world with a Llama whose output embeddings are not tied."""
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
     tokenizer.save_pretrained(chat_world / "llama")
     make_model("llama", torch.float32, vocab_size=len(tokenizer), pad_token_id=2).save_pretrained(chat_world / "llama")
@@ -125,7 +125,7 @@ def world(chat_world, make_model):
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    """``alone(kind)``: the folder of a run of one process without DeepSpeed."""
+    """``alone(kind)``: the folder of a single-process run without DeepSpeed."""
 
     @functools.cache
     def run(kind: str) -> Path:
@@ -161,7 +161,7 @@ def options(world: Path, kind: str, output: Path, rows: int) -> list[str]:
     return [*KINDS[kind], *(f"--{key}={value}" for key, value in given.items())]
 
 
-def figures(folder: Path) -> dict[tuple[str, str | None], float]:
+def held_out_metrics(folder: Path) -> dict[tuple[str, str | None], float]:
     return {(m.name, m.stage): m.value for m in read_results(folder / "results.json").metrics if m.value is not None}
 
 
@@ -177,11 +177,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def launch(stage: str, runs: dict[str, list[str]], folder: Path, monkeypatch) -> Ended:
-    """Run the commands on two processes under DeepSpeed; each has to end as its name says."""
+    """Run the commands on two processes under DeepSpeed and check that each ends as expected."""
     (folder / "launch.yaml").write_text(yaml.safe_dump(launch_file(stage, folder)))
     ended: list[Ended] = []
 
-    def run(args) -> None:  # in place of torchrun's, in the environment that accelerate has made of the file
+    def run(args) -> None:  # replaces torchrun's own, in the environment that accelerate set up from the file
         ended.append(run_ranks(int(args.nproc_per_node), run_in_turn, runs, folder, folder=folder, timeout=900))
 
     monkeypatch.setattr(torch.distributed.run, "run", run)
@@ -200,8 +200,8 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", LAUNCHED)
-def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
-    """Losses, gradient norms, held-out figures and saved weights; a killed run continues to the same bits."""
+def test_two_processes_train_like_one(stage, world, alone, tmp_path, monkeypatch):
+    """Compares losses, gradient norms, held-out metrics and saved weights; a killed run resumes to identical bits."""
     runs = {}
     for name in LAUNCHED[stage]:
         kind = name.rpartition("-")[2]
@@ -210,7 +210,7 @@ def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
     for name in runs.keys() & KINDS.keys() - {"diverging"}:
         assert_close(weights(tmp_path / name), weights(alone(name)), rtol=0, atol=1e-5)
         assert logs(tmp_path / name) == pytest.approx(logs(alone(name)), abs=1e-5, rel=1e-5)
-        assert figures(tmp_path / name) == pytest.approx(figures(alone(name)), abs=1e-5, rel=1e-5)
+        assert held_out_metrics(tmp_path / name) == pytest.approx(held_out_metrics(alone(name)), abs=1e-5, rel=1e-5)
     if "diverging" in runs:
         assert "step 3: the gradient is not finite" in done.stderr
     if "through-simpo" in runs:
@@ -222,8 +222,8 @@ def test_two_processes_train_as_one(stage, world, alone, tmp_path, monkeypatch):
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "partitioned"])
-def test_experts_are_balanced_as_with_ddp(stage, world, make_model, tmp_path, monkeypatch):
-    """The micro-batches are the same, and ``test_experts.py`` compares those of DDP with the definition."""
+def test_expert_balancing_matches_ddp(stage, world, make_model, tmp_path, monkeypatch):
+    """The micro-batches are the same, and ``test_experts.py`` compares DDP with the definition."""
     tokenizer = AutoTokenizer.from_pretrained(world / "llama")
     settings = {"vocab_size": len(tokenizer), "pad_token_id": 2, "std": 0.1, "output_router_logits": True}
     model = make_model("mixtral", torch.float32, router_aux_loss_coef=0.5, **settings)
@@ -242,8 +242,8 @@ def test_experts_are_balanced_as_with_ddp(stage, world, make_model, tmp_path, mo
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_batch_sizes_are_the_recipes():
-    """All ways in which a file may name them: what agrees is left to the trainer, what does not is an error."""
+def test_agreeing_batch_sizes_are_left_to_the_trainer_and_others_are_errors():
+    """Batch sizes in the file are accepted if they agree with the recipe; otherwise they are an error."""
     given = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     found = dict(given)
     unset_batch_sizes(found, 2, 4)
@@ -254,7 +254,7 @@ def test_batch_sizes_are_the_recipes():
 
 
 @pytest.mark.parametrize(("given", "problem"), [("nowhere.json", "nowhere.json"), ("{", "not a JSON file")])
-def test_a_configuration_that_cannot_be_read(given, problem, monkeypatch):
+def test_an_unreadable_configuration_is_an_error(given, problem, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(SimpoError, match=problem):
         read_config(given, 1, 1)

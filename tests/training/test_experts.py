@@ -1,4 +1,4 @@
-"""The loss that balances experts, over the micro-batches of one process and of two, by the model's own forward."""
+"""The load-balancing loss over micro-batches on one and two processes, against the model's own forward."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from simpo import PreferenceConfig, PreferenceTrainer, SFTConfig, SFTTrainer
 
 WEIGHT, BETA, MARGIN = 0.7, 2.0, 1.0
-ROWS, ROWS_PER_STEP = 11, 6  # the last step has 5 rows, of which two processes get 3 and 2
+ROWS, ROWS_PER_STEP = 11, 6  # the last step has 5 rows; two processes get 3 and 2
 SETTINGS = {
     "num_train_epochs": 1,
-    "learning_rate": 0.0,  # every step starts from the same weights
+    "learning_rate": 0.0,  # so that every step starts from the same weights
     "logging_steps": 1,
     "save_strategy": "no",
     "max_grad_norm": 0.0,
@@ -31,7 +31,7 @@ SETTINGS = {
     "report_to": [],
     "disable_tqdm": True,
 }
-UNEVEN, ROW_BY_ROW = {"max_batch_tokens": 40}, {"max_batch_tokens": 20}  # every row has 20
+UNEVEN, ROW_BY_ROW = {"max_batch_tokens": 40}, {"max_batch_tokens": 20}  # every row has 20 tokens
 CHECKPOINTING = {"gradient_checkpointing": True}
 ALONE = {"one": UNEVEN, "one-row-by-row": ROW_BY_ROW}
 IN_TWO = {
@@ -45,7 +45,7 @@ IN_TWO = {
 
 
 def train(name: str, settings: dict, folder: Path, world: int) -> dict:
-    """Train one epoch; each step's micro-batches and gradients on this rank, and the log."""
+    """Train one epoch; return each step's micro-batches and gradients on this rank, and the log."""
     sharded, supervised = name.startswith("fsdp"), "sft" in name
     settings = SETTINGS | {"per_device_train_batch_size": ROWS_PER_STEP // world} | settings
     if world > 1:
@@ -56,7 +56,7 @@ def train(name: str, settings: dict, folder: Path, world: int) -> dict:
     own = {} if supervised else {"beta": BETA, "gamma_beta_ratio": MARGIN / BETA}
     args = config(output_dir=str(folder / name), **settings | own)
     if sharded:
-        # accelerate makes DDP of FSDP on a CPU; on what it takes for devices it shards, here with gloo underneath
+        # On a CPU, accelerate turns FSDP into DDP. It shards on what looks like an accelerator, here backed by gloo.
         PartialState().distributed_type = DistributedType.MULTI_XPU
     model = hf.AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=torch.float64, experts_implementation="eager"
@@ -79,7 +79,7 @@ def train(name: str, settings: dict, folder: Path, world: int) -> dict:
 
 def train_in_two(folder: Path) -> int:
     for name, settings in IN_TWO.items():
-        os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's memory of the job before
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's leftovers from the previous job
         torch.save(train(name, settings, folder, 2), folder / f"{name}.{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
     return 0
@@ -90,9 +90,9 @@ def whole(tensor):
 
 
 def naive(model, rows, steps, *, supervised: bool):
-    """Of each step: its gradients, the model's balancing loss, and its objective, by the definition.
+    """For each step, return the gradients, the model's balancing loss and its objective by the definition.
 
-    Every sequence is computed by itself, with all logits. ``steps`` are the micro-batches of all processes.
+    Every sequence is computed separately with all logits. ``steps`` holds the micro-batches of all processes.
     """
     for step in steps:
         total = sum(weight for batch in step for _, weight in batch)
@@ -113,7 +113,7 @@ def naive(model, rows, steps, *, supervised: bool):
 
 
 def sequences(model, row, *, supervised: bool):
-    """A row's average log-probabilities, and by layer its routers' logits: those of the prompt and of each response."""
+    """Return a row's average log-probabilities, and its router logits by layer for the prompt and each response."""
     means, layers = [], []
     for place, response in enumerate(row["response_ids"]):
         prompt = row["prompt_ids"]
@@ -127,7 +127,7 @@ def sequences(model, row, *, supervised: bool):
 
 @pytest.fixture(scope="module")
 def done(make_model, pairs, tmp_path_factory):
-    """``done(name)``: what each rank saw; ``done.expected(name)``: the same by the definition."""
+    """``done(name)``: what each rank recorded; ``done.expected(name)``: the same by the definition."""
     folder = tmp_path_factory.mktemp("experts")
     rows = {"rows": pairs(ROWS), "sft": pairs(ROWS, responses=1)}
     for name, several in rows.items():
@@ -151,8 +151,8 @@ def done(make_model, pairs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*ALONE, *IN_TWO])
-def test_micro_batches_are_weighed(name, done):
-    """However a step is split into micro-batches, over one process or two."""
+def test_micro_batches_are_weighted_correctly(name, done):
+    """The result does not depend on how a step is split into micro-batches or across two processes."""
     ranks = done(name)
     kind = DistributedType.FSDP if name.startswith("fsdp") else DistributedType.MULTI_CPU
     assert [rank["type"] for rank in ranks] == ([DistributedType.NO] if name in ALONE else [kind] * 2)
@@ -161,14 +161,14 @@ def test_micro_batches_are_weighed(name, done):
     for number, (gradients, balance, objective) in enumerate(expected):
         entry = ranks[0]["log"][number]
         assert entry["router/aux_loss"] == pytest.approx(balance, abs=1e-6)
-        assert entry["loss"] == pytest.approx(objective, abs=1e-6)  # the balancing loss is logged by itself
+        assert entry["loss"] == pytest.approx(objective, abs=1e-6)  # the balancing loss is logged separately
         for rank in ranks:
             for found, wanted in zip(rank["gradients"][number], gradients, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ddp-row-by-row", "fsdp-row-by-row"])
-def test_two_processes_with_the_same_micro_batches_train_as_one(name, done):
+def test_two_processes_with_the_same_micro_batches_train_like_one(name, done):
     (alone,) = done("one-row-by-row")
     for rank in done(name):
         for step, gradients in enumerate(rank["gradients"]):

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the run stops before the optimizer moves, and the row is named."""
+"""Non-finite losses and gradients: the run stops before the optimizer step and names the row."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from simpo import SimpoError
 
-POISON = 60  # a token of one row only
+POISON = 60  # a token that only one row has
 
 
 @pytest.fixture
 def rows(random_comparisons, as_dataset):
-    """Eight pairs; row 5 has the poisonous token in its chosen response."""
+    """Eight pairs; the chosen response in row 5 contains the poisoned token."""
     comparisons = random_comparisons(*[(3, (4, 5))] * 8)
     for comparison in comparisons:
         for ids in (comparison.prompt_ids, *comparison.response_ids):
@@ -34,7 +34,7 @@ class _BadGradient(torch.autograd.Function):
 
 
 def plant(model, kind):
-    """Make the poisonous token's embedding NaN, or what flows back through it."""
+    """Make the poisoned token's embedding, or the gradient that flows back through it, NaN."""
 
     def hook(module, arguments, output):
         poisoned = (arguments[0] == POISON)[..., None]
@@ -50,7 +50,7 @@ def plant(model, kind):
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_the_row_is_named_and_the_weights_are_unharmed(kind, path, max_grad_norm, make_trainer, make_model, rows):
+def test_the_row_is_named_and_the_weights_are_unchanged(kind, path, max_grad_norm, make_trainer, make_model, rows):
     start = make_model("llama", torch.float32)
     model = copy.deepcopy(start)
     trainer = make_trainer(
@@ -84,7 +84,7 @@ def test_the_row_is_named_and_the_weights_are_unharmed(kind, path, max_grad_norm
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
 
 
-def test_if_all_rows_are_named_the_model_is_suspected(make_trainer, make_model, pairs):
+def test_if_every_row_is_affected_the_model_is_suspected(make_trainer, make_model, pairs):
     model = make_model("gpt2", torch.float32)
     trainer = make_trainer(pairs(3), model=model, per_device_train_batch_size=3, max_steps=1)
     with torch.no_grad():

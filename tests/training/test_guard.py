@@ -1,4 +1,4 @@
-"""The guard: what counts as a sign of collapse, and runs with a learning rate that provokes one."""
+"""The guard: what counts as a sign of collapse, and runs whose learning rate provokes one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simpo.training.guard import Guard
 
 @pytest.fixture
 def guard(tmp_path):
-    """A guard of a trainer without held-out rows, which only sees logs."""
+    """A guard for a trainer without held-out rows, so it only sees logs."""
     args = SimpleNamespace(output_dir=str(tmp_path), torch_compile=False, seed=0)
     return Guard(SimpleNamespace(eval_dataset=None, command="train", args=args), "warn")
 
@@ -34,13 +34,13 @@ def guard(tmp_path):
         ({"loss": 1e9}, None),
     ],
 )
-def test_signs_of_logs(guard, logs, sign):
+def test_signs_of_collapse_in_logs(guard, logs, sign):
     for norm in (0.5, 1.0, 1.0, 1.0, 3.0):
         assert not list(guard._signs({"grad_norm": norm}))
     assert [found for found, _ in guard._signs(logs)] == ([] if sign is None else [sign])
 
 
-def test_a_sign_is_reported_once(guard, caplog):
+def test_each_sign_is_reported_once(guard, caplog):
     for step in (3, 4):
         guard.on_log(None, SimpleNamespace(global_step=step), None, {"kl": 5.0})
     assert caplog.text.count("KL divergence") == 1 and "step 3" in caplog.text and "learning_rate" in caplog.text
@@ -67,7 +67,7 @@ def test_a_provoked_collapse_stops_at_the_last_good_checkpoint(chat_world, tmp_p
     assert "guard: stop" in (output / "log.txt").read_text()
 
 
-def test_a_warning_leaves_the_bits_and_a_good_run_has_none(chat_world, tmp_path):
+def test_warning_mode_does_not_change_training_and_a_healthy_run_has_no_warnings(chat_world, tmp_path):
     weights = {}
     for mode, rate in (("warn", 0.3), ("off", 0.3), ("warn", 1e-3)):
         output = tmp_path / f"{mode}-{rate}"
@@ -80,8 +80,8 @@ def test_a_warning_leaves_the_bits_and_a_good_run_has_none(chat_world, tmp_path)
     assert all((warned[name] == unguarded[name]).all() for name in warned)
 
 
-def test_probes_take_at_most_a_twentieth_of_the_trained_tokens(make_trainer, pairs, tmp_path):
-    """Logged at every step: after the early probes there are as many others as there is room for, also on a resume."""
+def test_probes_use_at_most_5_percent_of_the_trained_tokens(make_trainer, pairs, tmp_path):
+    """When logging at every step: after the initial probes, later ones must fit the budget, also after resuming."""
     rows, held_out, per_step = pairs(16), pairs(4, seed=1), 16 * 20
 
     def probed(steps, checkpoint=None):
@@ -113,8 +113,8 @@ def test_probes_take_at_most_a_twentieth_of_the_trained_tokens(make_trainer, pai
         assert len(found) * cost > 0.05 * 40 * per_step - cost
 
 
-def test_a_probe_is_the_mean_over_the_scored_tokens_of_preferred_responses(make_trainer, pairs):
-    """Also with ld_alpha, which weighs tokens by the other response of a pair, and with tokens that are not scored."""
+def test_a_probe_averages_over_scored_tokens_of_preferred_responses(make_trainer, pairs):
+    """Also with ld_alpha, which weights tokens by the other response's length, and with unscored tokens."""
     rows, held_out = pairs(4), pairs(3, seed=1)
     for masked in (False, True):
         masks = [
@@ -135,7 +135,7 @@ def test_a_probe_is_the_mean_over_the_scored_tokens_of_preferred_responses(make_
         assert Guard(trainer, "warn")._start == pytest.approx(sum(expected) / 3, abs=1e-9)
 
 
-def test_off_is_a_word_of_yaml(chat_world, tmp_path):
+def test_guard_off_can_be_given_as_a_yaml_boolean(chat_world, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("guard: off\n")
     from simpo.config import parse_settings

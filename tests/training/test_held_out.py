@@ -1,4 +1,4 @@
-"""Held-out figures before and after, of pairs, of rankings and of responses that are judged alone."""
+"""Held-out metrics before and after training, for pairs, rankings and single responses."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def test_pairs_are_right_or_wrong():
     found = metrics({"rewards/accuracies": [0, 0, 1, 0]} | weight, {"rewards/accuracies": [1, 1, 1, 0]} | weight)
     accuracy = found["eval_rewards/accuracies", "after"]
     assert (accuracy.value, accuracy.n, accuracy.method) == (0.75, 4, "Wilson 95%")
-    assert found["eval_rewards/accuracies/p_value", None].value == pytest.approx(0.25)  # two of two turned
+    assert found["eval_rewards/accuracies/p_value", None].value == pytest.approx(0.25)  # both changed rows improved
     assert ("eval_weight", "after") not in found
 
 
-def test_rankings_may_be_right_in_part():
+def test_rankings_can_be_partly_right():
     found = metrics({"rewards/accuracies": [0, 1, 0]}, {"rewards/accuracies": [1 / 3, 1, 0.5]})
     accuracy = found["eval_rewards/accuracies", "after"]
     assert (accuracy.value, accuracy.method) == (pytest.approx(11 / 18), "Wilson, Student t 95%")
-    assert 0 <= accuracy.low < accuracy.high <= 1  # 11/18 + half of the symmetric interval is above 1
+    assert 0 <= accuracy.low < accuracy.high <= 1  # 11/18 plus half of the symmetric interval would exceed 1
     assert ("eval_rewards/accuracies/p_value", None) not in found
 
 
-def test_responses_that_are_judged_alone():
+def test_metrics_for_single_responses():
     before = {"loss": [1.0, 2.0, 3.0, 4.0], "rewards/chosen": [0, NAN, 0, NAN], "rewards/rejected": [NAN, 0, NAN, 0]}
     after = before | {"rewards/chosen": [2.0, NAN, 1.0, NAN], "rewards/rejected": [NAN, 1.0, NAN, 1.5]}
     found = metrics(before, after)
@@ -45,15 +45,15 @@ def test_responses_that_are_judged_alone():
     assert found["eval_rewards/auc", "after"].value == (1 + 1 + 0.5 + 0) / 4
 
 
-def test_a_model_that_broke_is_seen():
-    """What is not a number after training is not left out."""
+def test_a_broken_model_is_visible():
+    """Non-finite values after training are not dropped."""
     before = {"loss": [1.0, 2.0], "rewards/chosen": [0, NAN], "rewards/rejected": [NAN, 0]}
     found = metrics(before, before | {"rewards/chosen": [NAN, NAN]})
     assert np.isnan(found["eval_rewards/chosen", "after"].value)
 
 
-def test_with_a_reference_the_start_model_prefers_nothing():
-    """Its rewards are 0 up to rounding, and which of two is the larger says nothing."""
+def test_with_a_reference_the_start_model_has_no_preferences():
+    """Its rewards are 0 up to rounding, so the sign of their difference is meaningless."""
     rounding = {"rewards/accuracies": [0, 1, 0, 1], "rewards/margins": [-1e-7, 1e-7, 0, 1e-7]}
     trained = {"rewards/accuracies": [1, 1, 1, 0], "rewards/margins": [1.0, 1.0, 1.0, -1.0]}
     found = metrics(rounding, trained, has_reference=True)
@@ -68,7 +68,7 @@ def test_with_a_reference_the_start_model_prefers_nothing():
     assert ("eval_rewards/auc", "after") in metrics(alone, alone, has_reference=True)
 
 
-def test_stored_scores_that_were_changed_are_not_trusted(tmp_path, caplog):
+def test_stored_scores_that_were_modified_are_not_trusted(tmp_path, caplog):
     path, rows = (
         tmp_path / "scores.jsonl",
         Dataset.from_dict({"where": ["a", "b"], "response_ids": [[[1], [2, 3]]] * 2}),

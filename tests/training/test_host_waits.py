@@ -1,4 +1,4 @@
-"""What would make the host wait for a GPU inside a step, counted where there is none: reading a value off a tensor."""
+"""Host-device synchronization inside a step, detected on a CPU by counting operators that read tensor values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators that hand the host a number, or a shape that depends on one.
+# Operators that return a number, or a data-dependent shape, to the host.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique2"}
 
 
@@ -24,7 +24,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("objective", ["simpo", "orpo"])
-def test_no_wait_inside_a_step(objective, make_trainer, make_model, pairs):
+def test_there_is_no_synchronization_inside_a_step(objective, make_trainer, make_model, pairs):
     trainer = make_trainer(pairs(8), model=make_model("llama", torch.float32), objective=objective, max_batch_tokens=40)
     trainer.create_optimizer()
     (step,) = trainer.get_train_dataloader()
@@ -34,4 +34,4 @@ def test_no_wait_inside_a_step(objective, make_trainer, make_model, pairs):
     assert not waits.found
     with Waits() as waits:
         assert trainer.model(input_ids=torch.tensor([[3, 4]])).logits.sum().item()
-    assert waits.found == {"aten::_local_scalar_dense": 1}  # and it is seen
+    assert waits.found == {"aten::_local_scalar_dense": 1}  # proves that the counter works

@@ -1,4 +1,4 @@
-"""What two runs are compared by: rows are told apart by all that is trained on, and by nothing else."""
+"""Run identity: datasets differ if anything trained on differs, and only then."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def changed(**columns) -> Dataset:
     return Dataset.from_list([PAIRS[0] | columns, *PAIRS[1:]])
 
 
-def test_neither_how_rows_are_stored_nor_where_they_come_from_counts():
+def test_storage_format_and_origin_do_not_matter():
     rows = Dataset.from_list(PAIRS)
     parts = concatenate_datasets([rows.select(range(700)), rows.select(range(700, 2500))])
     elsewhere = rows.remove_columns("where").add_column("where", ["b.jsonl:1"] * 2500)
@@ -38,10 +38,10 @@ def test_neither_how_rows_are_stored_nor_where_they_come_from_counts():
         Dataset.from_list(PAIRS).add_column("image_digests", [["a" * 64]] + [[]] * 2499),
     ],
 )
-def test_what_is_trained_on_counts(other):
+def test_everything_trained_on_matters(other):
     assert rows_digest(other) != rows_digest(Dataset.from_list(PAIRS))
 
 
-def test_the_order_counts():
+def test_row_order_matters():
     rows = changed(prompt_ids=[7])
     assert rows_digest(rows) != rows_digest(rows.select([1, 0, *range(2, 2500)]))

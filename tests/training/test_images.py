@@ -1,4 +1,4 @@
-"""Training on rows with images, from files to a saved model, against the model's forward on its processor's output."""
+"""Training on rows with images, from files to a saved model, against the model's own forward on processor output."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ROWS = 16
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone."""
+    """Stands in for a killed process."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with pairs of which two thirds have pictures, of several sizes, and ``world / kind``, tiny models."""
+    """A folder with pairs, two thirds of them with images of several sizes, and tiny models in ``world / kind``."""
     folder = tmp_path_factory.mktemp("vision")
     rows = []
     for number in range(ROWS + 6):
@@ -84,7 +84,7 @@ def config(world, tmp_path, kind=PreferenceConfig, **settings):
 
 
 def processed(processor, row: dict, world, answer: str, end: str | None = None) -> dict:
-    """What the processor returns for a row's prompt, an answer and its end (default: EOS)."""
+    """Return the processor's output for a row's prompt, an answer and its ending (EOS by default)."""
     asked = [{"role": "user", "content": [*({"type": "image"} for _ in row.get("images", ())), text(row["prompt"])]}]
     prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     pictures = [hf.image_utils.load_image(str(world / name)) for name in row.get("images", ())]
@@ -97,7 +97,7 @@ def processed(processor, row: dict, world, answer: str, end: str | None = None) 
 
 
 def naive(model, processor, row: dict, world, answer: str) -> float:
-    """The average log-probability of an answer by the model's own forward on what the processor returns."""
+    """Return an answer's average log-probability by the model's own forward on the processor's output."""
     inputs = processed(processor, row, world, answer)
     size = len(processor.tokenizer(answer, add_special_tokens=False).input_ids) + 1
     with torch.no_grad():
@@ -110,8 +110,8 @@ def text(content: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_from_files_to_a_saved_model(kind, world, tmp_path):
-    """The tower is trained, and the saved model and processor compute what the run says its model computes."""
+def test_training_from_files_to_a_saved_model(kind, world, tmp_path):
+    """The vision tower is trained, and the saved model and processor reproduce the reported results."""
     output = tmp_path / "out"
     assert cli.main(options(world, kind, output, "--objective=simpo", "--max_steps=3")) == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (world / kind, output))
@@ -134,8 +134,8 @@ def test_from_files_to_a_saved_model(kind, world, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_reward_model_from_files_to_a_saved_model(adapter, world, tmp_path):
-    """On top of a language model; what is saved gives the scores that the run reports, in plain transformers."""
+def test_reward_training_from_files_to_a_saved_model(adapter, world, tmp_path):
+    """Starts from a language model; the saved model gives the reported scores in plain transformers."""
     output = tmp_path / "out"
     more = ["--use_peft=true", "--lora_r=4", "--lora_dropout=0"] if adapter else []
     assert cli.main(["reward", *options(world, "gemma3", output, "--max_steps=3", *more)[1:]]) == 0
@@ -162,15 +162,15 @@ def differ(before, after, name) -> bool:
     return not torch.equal(before[name], after[name])
 
 
-def test_a_reward_model_of_a_kind_that_transformers_lacks(world, tmp_path, capsys):
+def test_a_reward_architecture_that_transformers_lacks_is_an_error(world, tmp_path, capsys):
     assert cli.main(["reward", *options(world, "llava", tmp_path / "out")[1:]]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "model_name_or_path:" in message and "ForSequenceClassification" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reward_model_of_text_trains_its_score(world, tmp_path):
-    """Rows without images freeze the tower and the projector, and not the layer that gives the reward."""
+def test_reward_training_on_text_updates_the_score_layer(world, tmp_path):
+    """Rows without images freeze the tower and the projector but not the reward head."""
     processor = FAMILIES["gemma3"].processor()
     model = make_vision_model("gemma3", processor.tokenizer, kind=hf.Gemma3ForSequenceClassification)
     rows = as_dataset([row for row in rows_of(world) if "images" not in row], "train")
@@ -180,8 +180,8 @@ def test_a_reward_model_of_text_trains_its_score(world, tmp_path):
     assert not torch.equal(model.score.weight, before)
 
 
-def test_answers_to_images_before_and_after(world, tmp_path):
-    """Greedy answers of the start model and of the trained one to held-out prompts, most of which have images."""
+def test_answers_to_images_before_and_after_training(world, tmp_path):
+    """Greedy answers from the start and the trained model to held-out prompts, most of them with images."""
     output = tmp_path / "out"
     more = ["--max_steps=2", "--eval_generations=6", "--eval_strategy=steps", "--eval_steps=2", "--max_length=80"]
     assert cli.main(options(world, "gemma3", output, "--objective=simpo", "--learning_rate=0.01", *more)) == 0
@@ -204,7 +204,7 @@ def test_answers_to_images_before_and_after(world, tmp_path):
     assert all(before != after for before, after in zip(*found, strict=True))
 
 
-def test_judges_see_no_images(world, tmp_path, capsys):
+def test_judges_reject_rows_with_images(world, tmp_path, capsys):
     more = ["--max_steps=1", "--eval_generations=2", "--eval_strategy=steps", "--eval_steps=1", "--eval_judge=exact"]
     assert cli.main(options(world, "llava", tmp_path / "out", "--objective=simpo", *more)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -213,7 +213,7 @@ def test_judges_see_no_images(world, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_weights(world, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_identical_weights(world, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = ["--objective=dpo", "--max_steps=5"]
     assert cli.main(options(world, "llava", whole, *settings)) == 0
@@ -238,8 +238,8 @@ def test_a_killed_run_continues_to_the_same_weights(world, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_two_processes(world, tmp_path):
-    """Not every micro-batch of every process has images."""
+def test_two_processes_train_like_one(world, tmp_path):
+    """Some micro-batches on each process have no images."""
     named = ["--objective=simpo", "--max_steps=2", "--save_strategy=no"]
     both = options(world, "gemma3", tmp_path / "two", *named, "--per_device_train_batch_size=2", "--ddp_backend=gloo")
     done = run_ranks(2, cli.main, both, folder=tmp_path)
@@ -251,8 +251,8 @@ def test_two_processes(world, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo", "ipo", "orpo", "cpo", "kto", "bco"])
-def test_objectives(objective, world, tmp_path):
-    """A step of each on pairs; those that take single responses also on these."""
+def test_every_objective_takes_a_step(objective, world, tmp_path):
+    """On pairs, and for objectives that take them, also on single responses."""
     for unpaired in (False, True):
         rows = rows_of(world)
         if unpaired:
@@ -274,8 +274,8 @@ def test_objectives(objective, world, tmp_path):
         assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, before)
 
 
-def test_supervised_fine_tuning(world, tmp_path):
-    """The loss is the mean over scored tokens of the model's own forward, images in later questions included."""
+def test_supervised_fine_tuning_loss_is_the_mean_over_scored_tokens(world, tmp_path):
+    """Compared with the model's own forward, including images in later turns."""
     processor = FAMILIES["gemma3"].processor()
     model = make_vision_model("gemma3", processor.tokenizer)
     turns = [
@@ -302,8 +302,8 @@ def test_supervised_fine_tuning(world, tmp_path):
     assert found == pytest.approx(-chosen[torch.tensor(row["scored"][0])].mean().item(), abs=1e-4)
 
 
-def test_one_question_about_two_pictures_is_two_prompts(world, tmp_path):
-    """KTO pairs a prompt with a response to another one."""
+def test_one_question_about_two_images_is_two_prompts(world, tmp_path):
+    """KTO pairs each prompt with a response to a different prompt."""
     processor = FAMILIES["llava"].processor()
     rows = [row | {"images": [name]} for row, name in zip(rows_of(world)[:2], ("1-0.png", "2-0.png"), strict=True)]
     rows = [{**row, "prompt": QUESTION} for row in rows]
@@ -317,7 +317,7 @@ def test_one_question_about_two_pictures_is_two_prompts(world, tmp_path):
         with_mismatched(prepared, 512, "train")
 
 
-def test_mistakes(world, tmp_path, make_model):
+def test_mistakes_are_reported(world, tmp_path, make_model):
     processor = FAMILIES["llava"].processor()
     model = make_vision_model("llava", processor.tokenizer)
     rows, args = as_dataset(rows_of(world), "train"), config(world, tmp_path)
@@ -338,8 +338,8 @@ def test_mistakes(world, tmp_path, make_model):
         trainer.train()
 
 
-def test_the_path_is_checked_on_the_images_of_held_out_rows(world, tmp_path):
-    """Here rows of text are right in packed batches, and those with images are not."""
+def test_the_self_check_includes_held_out_rows_with_images(world, tmp_path):
+    """Here, text rows are correct in packed batches but rows with images are not."""
     processor = FAMILIES["gemma3"].processor()
     model = make_vision_model("gemma3", processor.tokenizer)
     model.model.language_model.register_forward_pre_hook(_causal_images, with_kwargs=True)
@@ -356,8 +356,8 @@ def _causal_images(_, args, kwargs):
     return args, kwargs if layout is None else kwargs | {"attention_layout": replace(layout, blocks=None)}
 
 
-def test_sharded_weights_of_the_launcher_are_refused(world, monkeypatch):
-    """Its settings are in the environment, and not in the configuration."""
+def test_sharding_configured_by_the_launcher_is_rejected(world, monkeypatch):
+    """Its settings come from the environment rather than the configuration."""
     processor = FAMILIES["llava"].processor()
     model = make_vision_model("llava", processor.tokenizer)
     rows = PreferenceTrainer.prepare(as_dataset(rows_of(world), "train"), processor, config(world, world), "train")
@@ -368,7 +368,7 @@ def test_sharded_weights_of_the_launcher_are_refused(world, monkeypatch):
         image_reader(model, processor, [rows.dataset], given)
 
 
-def test_without_images_the_tower_is_left_alone(world, tmp_path):
+def test_without_images_the_tower_is_not_trained(world, tmp_path):
     processor = FAMILIES["llava"].processor()
     model = make_vision_model("llava", processor.tokenizer)
     rows = as_dataset([row for row in rows_of(world) if "images" not in row], "train")

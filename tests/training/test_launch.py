@@ -1,4 +1,4 @@
-"""``torchrun -m simpo.cli train`` with two processes: one folder, failures that end both, and what is refused."""
+"""``torchrun -m simpo.cli train`` on two processes: one run folder, failures that end both, and rejected launches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simpo.training.packed import PackedTrainer
 
 LAUNCH = Path(__file__).resolve().parents[2] / "recipes" / "launch"
 
-# Rank 1 meets a mistake in its second step, while rank 0 waits for its gradients.
+# Rank 1 fails in its second step while rank 0 waits for its gradients.
 MISTAKE = """
 import os, sys
 from simpo import SimpoError, cli
@@ -43,7 +43,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def afterwards(folder: Path, arguments: list[str]) -> int:
-    """A finished run, one whose ranks have other recipes, and a disk that is full when a checkpoint is completed."""
+    """Rerun a finished run, a run whose ranks have different recipes, and a run whose disk is full at a checkpoint."""
     rank, calls, tokenize = os.environ["RANK"], [], Tokenization.__call__
 
     def counted(self, *args):
@@ -74,8 +74,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_launch_file_is_one_that_accelerate_reads(name):
-    """Its loader refuses unknown keys."""
+def test_launch_files_are_valid_for_accelerate(name):
+    """accelerate's loader rejects unknown keys."""
     found = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
     assert (found.distributed_type, found.num_machines, found.num_processes) == FILES[name]
     if found.distributed_type == DistributedType.FSDP:
@@ -84,7 +84,7 @@ def test_a_launch_file_is_one_that_accelerate_reads(name):
         assert found.deepspeed_config["zero_stage"] == int(name[-1])
 
 
-def test_every_launch_file_is_checked():
+def test_every_launch_file_is_tested():
     assert {path.stem for path in LAUNCH.glob("*.yaml")} == set(FILES)
 
 
@@ -108,7 +108,7 @@ def options(world: Path, output: Path, rows: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_run(chat_world, tmp_path):
+def test_two_processes_share_one_run(chat_world, tmp_path):
     alone, run = tmp_path / "alone", tmp_path / "run"
     assert cli.main(options(chat_world, alone, 4)) == 0
     given = options(chat_world, run, 2)
@@ -132,7 +132,7 @@ def test_two_processes_share_a_run(chat_world, tmp_path):
     resumed = run_ranks(2, cli.main, given, folder=tmp_path, timeout=100)
     assert resumed.codes == [0, 0], resumed.stderr
     assert resumed.stdout.count(f"continues from {run / 'checkpoint-2'}") == 1
-    assert resumed.stdout.count("saved:") == 1  # by one rank
+    assert resumed.stdout.count("saved:") == 1  # by one rank only
     assert {path.name for path in run.iterdir()} >= {path.name for path in alone.iterdir() if path.name[0] != "."}
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(run / "model.safetensors").items():
@@ -157,7 +157,7 @@ def test_two_processes_share_a_run(chat_world, tmp_path):
     after = run_ranks(2, afterwards, tmp_path, given, folder=tmp_path, timeout=100)
     tokenized = dict(re.findall(r"rank (\d): finished 0 other 2 tokenized (\d+)", after.stdout))
     assert int(tokenized["0"]) > 0
-    assert int(tokenized["1"]) == 0  # found in the cache
+    assert int(tokenized["1"]) == 0  # loaded from the cache
     assert after.stderr.count("simpo: error: gamma_beta_ratio: process 1 has '0.1', process 0 has '0.0'") == 2
     assert not (tmp_path / "other").exists()
     assert any(after.codes)

@@ -1,4 +1,4 @@
-"""Training with rotary frequencies that depend on a row's length: rows of mixed lengths, in any micro-batches."""
+"""Training with rotary frequencies that depend on row length: mixed lengths, in any micro-batches."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def test_dpo_starts_at_ln_2(model, config, random_comparisons, as_dataset, setti
         assert loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_kto_starts_at_one(model, config, random_comparisons, as_dataset):
-    """Also its reference point, whose responses follow other rows' prompts."""
+def test_kto_starts_at_1(model, config, random_comparisons, as_dataset):
+    """Also checks the reference point, which uses responses paired with other rows' prompts."""
     args = config(objective="kto", learning_rate=0.0, logging_steps=1, per_device_train_batch_size=4)
     for loss in losses(PreferenceTrainer(model, args, as_dataset(random_comparisons(*SHAPES)))):
-        assert loss == pytest.approx(1.0, abs=1e-6)  # half a response, two of them
+        assert loss == pytest.approx(1.0, abs=1e-6)  # half per response, two responses
 
 
 @pytest.mark.parametrize("objective", ["simpo", "orpo"])

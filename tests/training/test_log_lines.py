@@ -1,4 +1,4 @@
-"""Logs as lines: all figures, the step, and an estimate that runs out."""
+"""Log lines: all metrics, the step, and a decreasing time estimate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from simpo.runs.files import JsonLines
 from simpo.training.callbacks import LogLines, MetricsFile, log_as_lines
 
 
-def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
+def test_every_log_is_one_line_with_the_remaining_time(make_trainer, make_model, pairs):
     said = []
     trainer = make_trainer(
         pairs(12),
@@ -36,7 +36,7 @@ def test_every_log_is_a_line_with_what_is_left(make_trainer, make_model, pairs):
     assert not any("per_second" in line or "runtime" in line for line in said)
 
 
-def test_on_a_terminal_lines_take_the_place_of_dictionaries(make_trainer, pairs, capsys):
+def test_on_a_terminal_lines_replace_dictionaries(make_trainer, pairs, capsys):
     trainer = make_trainer(pairs(6), per_device_train_batch_size=2, logging_steps=1, disable_tqdm=False)
     log_as_lines(trainer, print)
     trainer.train()
@@ -49,7 +49,7 @@ def test_on_a_terminal_lines_take_the_place_of_dictionaries(make_trainer, pairs,
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"{}\n", b'{"step": 1, "loss": 0.4}\n{"st'])
-def test_metrics_of_a_checkpoint_are_restored(tmp_path, caplog, damage):
+def test_metrics_from_a_checkpoint_are_restored(tmp_path, caplog, damage):
     logs = [{"loss": 0.5, "epoch": 0.5, "step": 1}, {"loss": float("nan"), "epoch": 1.0, "step": 2}]
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)

@@ -1,4 +1,4 @@
-"""Memory that runs out: real failures in a process with little of it, and the advice."""
+"""Running out of memory: real failures in a process with little memory, and the advice given."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from simpo.errors import SimpoError
 from simpo.models.devices import explain_oom
 from simpo.training.batches import ComparisonRows
 
-# Trains on rows of 250 tokens in a process that may take so many MiB more than it has when training starts: with
-# micro-batches of so many tokens, and then with what the errors name until they fit.
+# Trains on rows of 250 tokens in a process with a limit on additional memory in MiB, first with the given
+# micro-batch size, then with whatever the errors recommend until training fits.
 SCRIPT = """
 import resource, sys
 from pathlib import Path
@@ -57,7 +57,7 @@ print("trained:", tokens)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the process's memory as Linux does")
-def test_the_setting_that_is_named_fits(tmp_path):
+def test_the_recommended_setting_fits(tmp_path):
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, "130", "8000", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -78,7 +78,7 @@ def test_the_setting_that_is_named_fits(tmp_path):
         ([30], 30, " fit into memory: set activation_checkpointing"),
     ],
 )
-def test_advice(make_trainer, micro_batch, longest, advice):
+def test_advice_depends_on_the_micro_batch(make_trainer, micro_batch, longest, advice):
     lengths = [*micro_batch, longest]
     rows = Dataset.from_dict(
         {
@@ -91,13 +91,13 @@ def test_advice(make_trainer, micro_batch, longest, advice):
     assert advice in trainer._memory_advice(batch)
 
 
-def test_other_errors_pass():
+def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="shapes"), explain_oom(lambda: "advice"):
         raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_what_had_been_computed_is_freed_first(error):
+def test_activations_are_freed_before_advice_is_computed(error):
     alive = []
 
     class Activation:

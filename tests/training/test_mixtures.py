@@ -30,7 +30,7 @@ def halves(y: Responses) -> tuple[Responses, Responses]:
 
 
 def with_running_shift(rows, model, naive_responses, weights=None):
-    """Four steps of two rows by the definition; the shift is that of the rewards of all earlier steps."""
+    """Train four steps of two rows by the definition; the shift averages the rewards of all earlier steps."""
     policy, chosen, rejected, seen, shifts = copy.deepcopy(model), 0.0, 0.0, 0.0, []
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
     for step in range(4):
@@ -58,14 +58,14 @@ def assert_same(model, expected, tolerance):
 def test_the_shift_is_the_mean_over_all_earlier_steps(budget, make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(8), make_model("gpt2", n_layer=3)
     expected, shifts = with_running_shift(rows, model, naive_responses)
-    assert min(map(abs, shifts[2:])) > 1e-3  # the policy is the reference in the first step
+    assert min(map(abs, shifts[2:])) > 1e-3  # in the first step, policy and reference are equal
     policy = copy.deepcopy(model)
     optimizers = torch.optim.SGD(policy.parameters(), lr=RATE), None
     make_trainer(rows, model=policy, optimizers=optimizers, max_batch_tokens=budget, **SETTINGS).train()
     assert_same(policy, expected, 1e-9)
 
 
-def test_a_resumed_run_has_the_shift_of_the_whole_run(make_trainer, make_model, pairs, tmp_path):
+def test_a_resumed_run_has_the_same_shift_as_an_uninterrupted_run(make_trainer, make_model, pairs, tmp_path):
     rows, model = pairs(8), make_model("gpt2")
     policies = []
     for folder, checkpoint in (("a", None), ("b", tmp_path / "a" / "checkpoint-3")):
@@ -77,7 +77,7 @@ def test_a_resumed_run_has_the_shift_of_the_whole_run(make_trainer, make_model, 
     assert_same(policies[1], policies[0], 0)
 
 
-def test_two_ranks_have_one_shift():
+def test_two_ranks_share_one_shift():
     values, weights = torch.arange(12, dtype=torch.float64).reshape(6, 2), torch.tensor([1, 2, 1, 0.5, 1, 3]).double()
     whole, *ranks = (RunningMeans(("loss", "reward"), torch.device("cpu")) for _ in range(3))
     assert whole.running("reward", lambda sums: sums).item() == 0
@@ -90,23 +90,23 @@ def test_two_ranks_have_one_shift():
     assert found[0].item() == pytest.approx((weights @ values[:, 1] / weights.sum()).item(), rel=1e-15)
 
 
-def test_single_responses_by_the_formula(make_trainer, make_model, pairs, naive_responses):
+def test_single_responses_follow_the_formula(make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(6, responses=1).add_column("label", [True, False, False, True, True, True]), make_model("gpt2")
     label = torch.tensor(rows["label"][:])
 
     def loss(y: Responses, _):
         return F.softplus(torch.where(label, -0.1 * y.ratio, 0.1 * y.ratio)).mean()
 
-    expected = train_naively(rows, model, naive_responses, loss)  # of two steps, in which the shift is 0
+    expected = train_naively(rows, model, naive_responses, loss)  # two steps; the shift is 0 in both
     assert_alike(train(make_trainer, rows, model, objective="bco", max_batch_tokens=45), expected)
 
 
-# ---- Mixtures.
+# ---- mixtures ----
 
 
 @pytest.mark.parametrize("budget", [45, 1000])
-def test_a_mixture_is_the_weighted_sum(budget, make_trainer, make_model, pairs, naive_responses):
-    """With an anchor, a shared hyperparameter, and one that only a part has."""
+def test_a_mixture_is_the_weighted_sum_of_its_parts(budget, make_trainer, make_model, pairs, naive_responses):
+    """With an anchor, a shared hyperparameter, and a hyperparameter that only one part has."""
     rows, model = pairs(5), make_model("gpt2")
 
     def loss(y: Responses, _):
@@ -119,7 +119,7 @@ def test_a_mixture_is_the_weighted_sum(budget, make_trainer, make_model, pairs, 
     assert_alike(train(make_trainer, rows, model, **settings), train_naively(rows, model, naive_responses, loss))
 
 
-def test_ktos_reference_point_in_a_mixture(make_trainer, make_model, pairs, naive_responses):
+def test_kto_reference_point_in_a_mixture(make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(4), make_model("gpt2")
 
     def loss(y: Responses, mismatched: Responses):
@@ -131,7 +131,7 @@ def test_ktos_reference_point_in_a_mixture(make_trainer, make_model, pairs, naiv
     assert_alike(train(make_trainer, rows, model, objective={"simpo": 1, "kto": 0.5}), expected)
 
 
-def test_hyperparameters_of_the_parts():
+def test_hyperparameters_apply_to_their_parts():
     mixture = Mixture.of({"simpo": 1.0, "dpo": 0.5})
     assert mixture.name == "1 simpo + 0.5 dpo"
     values = mixture.resolve({"label_smoothing": 0.1, "gamma": 1.0})
@@ -147,7 +147,7 @@ def test_hyperparameters_of_the_parts():
     assert Mixture.of({"simpo": 1}).anchor(Responses(*torch.ones(2, 3))) is None
 
 
-def test_a_recipe_and_the_command_line(tmp_path):
+def test_mixtures_in_a_recipe_and_on_the_command_line(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("objective: {dpo: 0.8, bco: 0.2}\nuse_cpu: true\nreport_to: none\n")
     (config,) = parse_settings([str(path)], (PreferenceConfig,))
@@ -170,6 +170,6 @@ def test_a_recipe_and_the_command_line(tmp_path):
         ({"objective": {"dpo": 1.0, "orpo": 1.0}, "sft_weight": 0.1}, "sft_weight: objective '1 dpo . 1 orpo'"),
     ],
 )
-def test_bad_mixtures_are_named(settings, message, config):
+def test_bad_mixtures_are_reported_by_name(settings, message, config):
     with pytest.raises(SimpoError, match=message):
         config(**settings)

@@ -1,4 +1,4 @@
-"""Models that also see, trained on text: loaded by their class, their vision parts left alone, saved and reloaded."""
+"""Multimodal models trained on text: loaded by their class, vision parts frozen, saved and reloaded."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def write(chat_world, tmp_path_factory):
-    """``write(kind)``: the folder of a tiny random model of that kind, with the chat world's tokenizer."""
+    """``write(kind)``: the folder of a tiny random model of that kind with the chat world's tokenizer."""
     folder = tmp_path_factory.mktemp("vision")
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
 
@@ -104,8 +104,8 @@ def write(chat_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_reaches_all_but_the_vision_parts(kind, write, random_comparisons, naive_logprobs, caplog):
-    """By the gradients of the model's own forward."""
+def test_text_reaches_everything_but_the_vision_parts(kind, write, random_comparisons, naive_logprobs, caplog):
+    """Determined from the gradients of the model's own forward."""
     folder = write(kind)
     model = load_model(ModelArguments(str(folder), dtype="float64"))
     assert type(model) is KINDS[kind][0]
@@ -128,7 +128,7 @@ def options(chat_world, folder, output, *more) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", [mistral3, qwen2_5_vl])
-def test_trained_saved_sampled_and_read_by_plain_transformers(kind, write, chat_world, tmp_path):
+def test_a_trained_model_is_saved_sampled_and_loaded_by_plain_transformers(kind, write, chat_world, tmp_path):
     folder, output = write(kind), tmp_path / "out"
     assert cli.main(options(chat_world, folder, output)) == 0
     before, after = load_file(folder / "model.safetensors"), load_file(output / "model.safetensors")
@@ -145,8 +145,8 @@ def test_trained_saved_sampled_and_read_by_plain_transformers(kind, write, chat_
 
 
 @pytest.mark.parametrize("modules", [[], ["--lora_target_modules", "q_proj", "v_proj"]])
-def test_an_adapter_is_on_the_language_model_alone(modules, write, chat_world, tmp_path):
-    """Both kinds of towers have layers of these names."""
+def test_an_adapter_is_added_to_the_language_model_only(modules, write, chat_world, tmp_path):
+    """Both kinds of vision tower have layers with these names."""
     output = tmp_path / "out"
     assert cli.main(options(chat_world, write(llava), output, "--use_peft=true", "--lora_r=4", *modules)) == 0
     names = load_file(output / "adapter_model.safetensors")
@@ -157,8 +157,8 @@ def test_an_adapter_is_on_the_language_model_alone(modules, write, chat_world, t
 
 
 @pytest.mark.slow
-def test_two_processes_recompute_activations(write, chat_world, tmp_path):
-    """DDP waits for gradients of every trained parameter, and cannot look for unused ones under checkpointing."""
+def test_two_processes_with_activation_checkpointing(write, chat_world, tmp_path):
+    """DDP waits for a gradient of every trained parameter and cannot detect unused ones under checkpointing."""
     settings = ["--gradient_checkpointing=true", "--ddp_backend=gloo", "--report_to=none"]
     both = options(chat_world, write(gemma3), tmp_path / "two", "--per_device_train_batch_size=4", *settings)
     done = run_ranks(2, cli.main, both, folder=tmp_path)

@@ -1,4 +1,4 @@
-"""Models whose files are not what their configuration says, and what a model can read: refused in one line."""
+"""Model files that contradict their configuration, and limits on what a model can read: rejected in one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def base(make_model, tmp_path_factory):
 
 @pytest.fixture
 def variant(base, tmp_path):
-    """``variant(config=..., rename=..., without=..., extra=...)``: the folder of a model that was tampered with."""
+    """``variant(config=..., rename=..., without=..., extra=...)``: the folder of a modified model."""
 
     def make(config=None, rename=None, without=None, extra=None) -> Path:
         folder = shutil.copytree(base, tmp_path / "variant")
@@ -45,7 +45,7 @@ def variant(base, tmp_path):
 
 
 def layers(count: int) -> dict:
-    """Keys of a configuration with so many layers."""
+    """Return the configuration keys for this many layers."""
     return {"num_hidden_layers": count, "layer_types": ["full_attention"] * count}
 
 
@@ -69,7 +69,7 @@ MASK = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.la
         ),
     ],
 )
-def test_weights_that_are_not_the_models_are_named(changes, message, variant):
+def test_mismatched_weights_are_reported_by_name(changes, message, variant):
     folder = variant(**changes)
     for load in (load_model, lambda name: check_model_files(ModelArguments(name))):
         with pytest.raises(SimpoError, match=message) as error:
@@ -81,8 +81,8 @@ def test_weights_that_are_not_the_models_are_named(changes, message, variant):
 
 
 @pytest.mark.parametrize("changes", [{}, {"extra": MASK}, {"rename": lambda key: key.removeprefix("model.")}])
-def test_weights_that_transformers_expects_are_no_fault(changes, variant, base):
-    """Buffers that old checkpoints store, and the names of a bare model."""
+def test_harmless_weight_differences_are_accepted(changes, variant, base):
+    """Buffers stored in old checkpoints, and weight names of a bare model."""
     found, expected = (load_model(str(folder)).state_dict() for folder in (variant(**changes), base))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
@@ -93,7 +93,7 @@ def test_tied_weights_are_stored_once(make_model, tmp_path):
     load_model(str(tmp_path))
 
 
-def test_an_output_layer_under_another_name_in_its_file(make_model, tmp_path):
+def test_an_output_layer_under_a_different_name_is_loaded(make_model, tmp_path):
     make_model("gpt_neox").save_pretrained(tmp_path)
     assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
     load_model(str(tmp_path))
@@ -101,9 +101,9 @@ def test_an_output_layer_under_another_name_in_its_file(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_reward_model_is_no_policy_and_a_language_model_no_judge(tied, make_model, tmp_path):
+def test_a_reward_model_is_not_a_policy_and_a_language_model_is_not_a_judge(tied, make_model, tmp_path):
     make_model("qwen2", tie_word_embeddings=tied).save_pretrained(tmp_path / "lm")
-    reward = load_reward_model(ModelArguments(str(tmp_path / "lm")), new_head=True)  # which is what training asks for
+    reward = load_reward_model(ModelArguments(str(tmp_path / "lm")), new_head=True)  # as training does
     reward.save_pretrained(tmp_path / "rm")
     with pytest.raises(SimpoError, match=r"unexpected \(score\.weight\)"):
         load_model(str(tmp_path / "rm"))
@@ -116,11 +116,11 @@ def test_a_reward_model_is_no_policy_and_a_language_model_no_judge(tied, make_mo
     head = load_file(tmp_path / "rm/model.safetensors")
     del head["score.weight"]
     save_file(head, tmp_path / "rm/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SimpoError, match=r"score\.weight"):  # a classifier without its head is no language model
+    with pytest.raises(SimpoError, match=r"score\.weight"):  # a classifier without its head is not a language model
         load_reward_model(ModelArguments(str(tmp_path / "rm")), new_head=True)
 
 
-def test_every_command_refuses_a_folder_with_missing_layers(chat_world, tmp_path, capsys):
+def test_every_command_rejects_a_folder_with_missing_layers(chat_world, tmp_path, capsys):
     folder = shutil.copytree(chat_world / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"n_layer": 4}))
@@ -187,14 +187,14 @@ def rows_of(*shapes, token=5) -> Dataset:
             50,
         ),
         (hf.LlavaConfig(text_config=hf.LlamaConfig(max_position_embeddings=50)), 50),
-        (hf.Gemma3TextConfig(max_position_embeddings=50), 50),  # whose RoPE has settings for each kind of layer
+        (hf.Gemma3TextConfig(max_position_embeddings=50), 50),  # its RoPE settings differ by layer type
     ],
 )
-def test_positions(config, positions):
+def test_number_of_positions(config, positions):
     assert Limits.of(config).positions == positions
 
 
-def test_a_row_longer_than_the_positions_is_named():
+def test_a_row_longer_than_the_models_positions_is_reported():
     limits = Limits(20, 100)
     check_rows(limits, rows_of((10, (10, 3)), (19, (1, 1))), "train")
     with pytest.raises(SimpoError, match=r"train: file\.jsonl:2: 21 tokens .* 20; set max_length to 20 or less"):
@@ -202,14 +202,14 @@ def test_a_row_longer_than_the_positions_is_named():
 
 
 @pytest.mark.parametrize("token", [100, 99999, -7])
-def test_a_row_with_an_unknown_token_is_named(token):
+def test_a_row_with_an_unknown_token_is_reported(token):
     with pytest.raises(SimpoError, match=rf"eval: file\.jsonl:1: token id {token}; .* 0 to 99"):
         check_rows(Limits(None, 100), rows_of((3, (4, 2)), token=token), "eval")
 
 
 @pytest.mark.parametrize("shapes", [((3, (4, 2)), (120, (9, 3))), ((120, (9, 3)),)])
-def test_training_does_not_start(shapes, make_trainer):
-    """A GPT-2 with 128 positions is checked before the self-check runs it on the rows."""
+def test_training_does_not_start_with_unreadable_rows(shapes, make_trainer):
+    """The rows of a GPT-2 with 128 positions are checked before the self-check runs the model on them."""
     with pytest.raises(SimpoError, match=r"train: .*129 tokens"):
         make_trainer(rows_of(*shapes))
     with pytest.raises(SimpoError, match=r"eval: file\.jsonl:1: token id 61; .* 0 to 60"):
@@ -219,7 +219,7 @@ def test_training_does_not_start(shapes, make_trainer):
         trainer.evaluate(rows_of((120, (9, 3))))
 
 
-def test_inspect_names_it_without_weights(chat_world, tmp_path, capsys):
+def test_inspect_reports_unreadable_rows_without_loading_weights(chat_world, tmp_path, capsys):
     folder = shutil.copytree(chat_world / "model", tmp_path / "model")
     (folder / "model.safetensors").unlink()
     data = tmp_path / "data.jsonl"
@@ -237,7 +237,7 @@ def test_inspect_names_it_without_weights(chat_world, tmp_path, capsys):
     assert "the model has embeddings for 0 to 19" in capsys.readouterr().err
 
 
-# ---- the type of the saved weights ----
+# ---- dtype of the saved weights ----
 
 
 def train(chat_world, output, *options) -> int:
@@ -260,12 +260,12 @@ def test_the_finished_model_is_rounded_once(options, chat_world, tmp_path, capsy
     assert (whole / "checkpoint-2" / name).read_bytes() == (rounded / "checkpoint-2" / name).read_bytes()
     if not options:
         assert hf.AutoModelForCausalLM.from_pretrained(rounded, dtype="auto").dtype == torch.bfloat16
-    assert train(chat_world, rounded, *options) == 2  # the same run, but for the type that it was saved in
+    assert train(chat_world, rounded, *options) == 2  # the same run except for the saved dtype
     assert "save_dtype" in capsys.readouterr().err
 
 
-def test_a_classifier_keeps_its_labels_in_order(make_model, tmp_path):
-    """Several labels are refused for training and judging, by their number."""
+def test_a_classifier_keeps_the_order_of_its_labels(make_model, tmp_path):
+    """Models with several labels are rejected for training and judging, and the error gives their number."""
     make_model("qwen2").save_pretrained(tmp_path)
     AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).save_pretrained(tmp_path / "three")
     for kinds in ({"new_head": True}, {"gated": True}):

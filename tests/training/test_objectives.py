@@ -1,4 +1,4 @@
-"""Every objective end to end: steps on pairs, rankings and single responses against the definition, and refusals."""
+"""Every objective end to end: training steps on pairs, rankings and single responses, and rejected settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def taken(y: Responses, index) -> Responses:
 
 
 def train(make_trainer, rows, model, **settings):
-    """Logged losses and weights of a training by plain SGD, all rows in every step."""
+    """Train with plain SGD, all rows in every step; return logged losses and weights."""
     model = copy.deepcopy(model)
     trainer = make_trainer(
         rows,
@@ -39,7 +39,7 @@ def train(make_trainer, rows, model, **settings):
 
 
 def train_naively(rows, model, naive_responses, loss):
-    """The same by the definition: ``loss(responses, mismatched)``, whose reference is the start model."""
+    """Train by the definition with ``loss(responses, mismatched)``; the reference is the start model."""
     rows = with_mismatched(rows, MAX_LENGTH, "")
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
@@ -68,7 +68,7 @@ def assert_alike(found, expected):
 
 
 def context(row, mismatched: Responses) -> dict:
-    """KTO's reference point."""
+    """Return the context KTO needs: its reference point."""
     return {"z_ref": row.beta * mismatched.ratio.mean().clamp(min=0)} if "z_ref" in row.needs else {}
 
 
@@ -82,7 +82,7 @@ def pair_loss(name: str):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains_as_its_formula_says(name, make_trainer, make_model, pairs, naive_responses):
+def test_every_objective_trains_by_its_formula(name, make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(5), make_model("gpt2")
     expected = train_naively(rows, model, naive_responses, pair_loss(name))
     assert_alike(train(make_trainer, rows, model, objective=name, max_batch_tokens=45), expected)
@@ -93,14 +93,14 @@ def test_every_objective_trains_as_its_formula_says(name, make_trainer, make_mod
 
 
 @pytest.mark.parametrize("path", ["packed", "padded"])
-def test_where_policy_and_reference_are_one_dpo_is_the_logarithm_of_two(path, make_trainer, make_model, pairs):
+def test_dpo_loss_is_ln_2_while_policy_equals_reference(path, make_trainer, make_model, pairs):
     rows = pairs(4)
     trainer = make_trainer(rows, eval_dataset=rows, objective="dpo", forward_path=path)
     assert trainer.score_rows(rows)["loss"] == pytest.approx([math.log(2)] * 4, abs=1e-9)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-9)
 
 
-def test_in_half_precision_the_reference_is_rounded_as_the_policy_is(make_trainer, make_model, pairs):
+def test_in_half_precision_the_reference_is_rounded_like_the_policy(make_trainer, make_model, pairs):
     rows, model = pairs(4), make_model("gpt2", torch.float32, std=0.1)
     trainer = make_trainer(rows, model=model, objective="dpo", bf16=True, learning_rate=0.0, logging_steps=1)
     assert trainer.score_rows(rows)["loss"] == pytest.approx([math.log(2)] * 4, abs=1e-3)
@@ -115,14 +115,14 @@ def test_in_half_precision_the_reference_is_rounded_as_the_policy_is(make_traine
 
 @pytest.fixture
 def rankings(random_comparisons, as_dataset):
-    """Two, three and four responses; of the three and the four some are equally good."""
+    """Rankings of two, three and four responses; some of the latter are tied."""
     rows = as_dataset(random_comparisons((5, (3, 4)), (2, (2, 5, 3)), (7, (4, 1, 6, 2)), (3, (5, 2))))
     scores = [[2.0, 1.0], [5.0, 1.0, 1.0], [4.0, 3.0, 3.0, 0.5], None]
     return rows.add_column("scores", scores, feature=List(Value("float64")))
 
 
 def plackett_luce(rewards, couples):
-    """Each response against all that are worse, of one ranking whose (better, worse) pairs are ``couples``."""
+    """Return the Plackett-Luce loss of one ranking given its (better, worse) pairs in ``couples``."""
     terms = []
     for number in dict.fromkeys(better for better, _ in couples):
         rivals = [number, *(worse for better, worse in couples if better == number)]
@@ -131,7 +131,7 @@ def plackett_luce(rewards, couples):
 
 
 @pytest.mark.parametrize("name", ["simpo", "cpo", "dpo", "kto", "listwise", "listwise_dpo"])
-def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, make_model, naive_responses):
+def test_a_ranking_is_the_mean_over_its_ordered_pairs(name, rankings, make_trainer, make_model, naive_responses):
     row, model = OBJECTIVES[name], make_model("gpt2")
     starts = [0, 2, 5, 9]
     ordered = [[(0, 1)], [(0, 1), (0, 2)], [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], [(0, 1)]]
@@ -155,8 +155,8 @@ def test_rankings_are_the_mean_over_ordered_pairs(name, rankings, make_trainer, 
 
 
 @pytest.mark.parametrize("name", ["listwise_nca", "info_nca"])
-def test_scored_responses_train_as_the_formula_says(name, rankings, make_trainer, make_model, naive_responses):
-    """Every response counts by the softmax of the scores, also those with equal ones; a pair without scores is hard."""
+def test_scored_responses_train_by_the_formula(name, rankings, make_trainer, make_model, naive_responses):
+    """Responses, including tied ones, are weighted by the softmax of the scores; a pair without scores is hard."""
     model = make_model("gpt2")
     scores = [[2.0, 1.0], [5.0, 1.0, 1.0], [4.0, 3.0, 3.0, 0.5], [0.0, -math.inf]]
 
@@ -177,11 +177,11 @@ def test_scored_responses_train_as_the_formula_says(name, rankings, make_trainer
         assert_alike(train(make_trainer, rankings, model, **settings), expected)
 
 
-def test_figures_of_rankings_are_means_over_ordered_pairs(rankings, make_trainer, naive_responses):
+def test_ranking_metrics_are_means_over_ordered_pairs(rankings, make_trainer, naive_responses):
     trainer = make_trainer(rankings)
     found = trainer.score_rows(rankings)
     avg = naive_responses(trainer.model, rankings["prompt_ids"][:], rankings["response_ids"][:]).avg[2:5].tolist()
-    rewards = [2 * value for value in avg]  # of the second row, whose first response is better than both others
+    rewards = [2 * value for value in avg]  # for the second row, whose first response beats both others
     assert found["rewards/chosen"][1] == pytest.approx(rewards[0])
     assert found["rewards/rejected"][1] == pytest.approx((rewards[1] + rewards[2]) / 2)
     assert found["rewards/margins"][1] == pytest.approx(rewards[0] - (rewards[1] + rewards[2]) / 2)
@@ -189,7 +189,7 @@ def test_figures_of_rankings_are_means_over_ordered_pairs(rankings, make_trainer
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0], [1.0, 2.0], [3.0], [float("nan"), 1.0]])
-def test_tokenized_scores_have_to_rank(scores, make_trainer, pairs):
+def test_tokenized_scores_must_rank_the_responses(scores, make_trainer, pairs):
     rows = pairs(2).add_column("scores", [[2.0, 1.0], scores], feature=List(Value("float64")))
     with pytest.raises(SimpoError, match="train row 1: "):
         make_trainer(rows)
@@ -200,12 +200,12 @@ def test_tokenized_scores_have_to_rank(scores, make_trainer, pairs):
 
 @pytest.fixture
 def judged(pairs):
-    """Single responses with labels."""
+    """Labeled single responses."""
     rows = pairs(6, responses=1)
     return rows.add_column("label", [True, False, False, True, True, False])
 
 
-def test_single_responses_train_as_the_formula_says(judged, make_trainer, make_model, naive_responses):
+def test_single_responses_train_by_the_formula(judged, make_trainer, make_model, naive_responses):
     row, model, label = OBJECTIVES["kto"], make_model("gpt2"), torch.tensor(judged["label"][:])
 
     def loss(y: Responses, mismatched: Responses):
@@ -218,7 +218,7 @@ def test_single_responses_train_as_the_formula_says(judged, make_trainer, make_m
         assert_alike(train(make_trainer, judged, model, **settings), expected)
 
 
-def test_figures_of_single_responses_are_those_of_their_kind(judged, make_trainer, make_model, naive_responses):
+def test_single_responses_have_their_own_metrics(judged, make_trainer, make_model, naive_responses):
     label, other = np.array(judged["label"][:]), make_model("gpt2", std=0.2)
     rows = moved(judged, other, naive_responses)
     trainer = make_trainer(rows, objective="kto", learning_rate=0.0, per_device_train_batch_size=6, logging_steps=1)
@@ -237,7 +237,7 @@ def test_figures_of_single_responses_are_those_of_their_kind(judged, make_traine
 
 
 def moved(rows: Dataset, reference, naive_responses) -> Dataset:
-    """``rows`` with the log-probabilities of another reference, so that the first step's point is not 0."""
+    """Return ``rows`` with another reference's log-probabilities, so that the first reference point is not 0."""
     rows = with_mismatched(rows, MAX_LENGTH, "")
     prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
     with torch.no_grad():
@@ -248,7 +248,7 @@ def moved(rows: Dataset, reference, naive_responses) -> Dataset:
 
 
 @pytest.mark.parametrize("budget", [1000, 40, 20])
-def test_the_reference_point_is_that_of_the_whole_step(budget, make_trainer, make_model, pairs, naive_responses):
+def test_the_reference_point_covers_the_whole_step(budget, make_trainer, make_model, pairs, naive_responses):
     """4 pairs in 1, 2 and 4 micro-batches, against the definition."""
     model, reference = make_model("gpt2", std=0.2), make_model("gpt2")
     rows = pairs(4)
@@ -275,7 +275,7 @@ def test_the_reference_point_is_that_of_the_whole_step(budget, make_trainer, mak
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-9)
 
 
-def test_one_pair_a_step(make_trainer, make_model, pairs, naive_responses):
+def test_a_step_of_one_pair(make_trainer, make_model, pairs, naive_responses):
     rows, model, reference = pairs(3), make_model("gpt2", std=0.2), make_model("gpt2")
     rows = moved(rows, reference, naive_responses)
     trainer = make_trainer(
@@ -295,8 +295,8 @@ def test_one_pair_a_step(make_trainer, make_model, pairs, naive_responses):
     assert sorted(row for row, _ in points) == [0, 1, 2]
 
 
-def test_held_out_rows_have_one_reference_point(make_trainer, make_model, pairs, naive_responses):
-    """Whatever the batches of the evaluation."""
+def test_held_out_rows_share_one_reference_point(make_trainer, make_model, pairs, naive_responses):
+    """It does not depend on the evaluation batch size."""
     rows = moved(pairs(7), make_model("gpt2", std=0.2), naive_responses)
     found = [
         make_trainer(pairs(2), objective="kto", per_device_eval_batch_size=size).score_rows(rows)["loss"]
@@ -305,7 +305,7 @@ def test_held_out_rows_have_one_reference_point(make_trainer, make_model, pairs,
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=0, atol=1e-12)
 
 
-def test_mismatched_responses_are_of_other_prompts_each_taken_once(random_comparisons, as_dataset):
+def test_mismatched_responses_come_from_other_prompts_and_are_used_once(random_comparisons, as_dataset):
     comparisons = random_comparisons(*[(4, (3, 2))] * 9)
     prompts = [comparisons[number].prompt_ids for number in (0, 0, 0, 1, 2, 2, 3, 4, 4)]
     rows = as_dataset([replace(c, prompt_ids=p) for c, p in zip(comparisons, prompts, strict=True)])
@@ -317,10 +317,10 @@ def test_mismatched_responses_are_of_other_prompts_each_taken_once(random_compar
     assert found[MISMATCHED_IDS][:] == with_mismatched(rows, MAX_LENGTH, "")[MISMATCHED_IDS][:]
 
 
-def test_mismatched_responses_fit(random_comparisons, as_dataset):
+def test_mismatched_responses_fit_into_the_length_limit(random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((2, (9, 9)), (8, (2, 2)), (3, (3, 3))))
     found = with_mismatched(rows, 11, "")
-    assert [len(ids) for ids in found[MISMATCHED_IDS]] == [2, 3, 2]  # of 9 tokens there is no room anywhere
+    assert [len(ids) for ids in found[MISMATCHED_IDS]] == [2, 3, 2]  # the response of 9 tokens fits nowhere
     with pytest.raises(
         SimpoError, match="train: max_length 10 leaves no room for a response to another prompt in made up:1"
     ):
@@ -334,7 +334,7 @@ def test_mismatched_responses_fit(random_comparisons, as_dataset):
 
 
 def naive_kl(policy, reference, row) -> torch.Tensor:
-    """Mean over the response tokens of the sum over the vocabulary."""
+    """Return the KL summed over the vocabulary, averaged over response tokens."""
     found = []
     for response in row["response_ids"]:
         ids = torch.tensor([row["prompt_ids"] + response])
@@ -347,8 +347,8 @@ def naive_kl(policy, reference, row) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["simpo", "dpo"])
-def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
-    """The mean over the tokens of both responses, with its gradient; 0 before the first step."""
+def test_kl_term_matches_the_definition(name, make_trainer, make_model, pairs, naive_responses):
+    """Averaged over the tokens of both responses, with its gradient; 0 before the first step."""
     rows, model, kls = pairs(4), make_model("gpt2"), []
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)
@@ -386,7 +386,7 @@ def test_the_kl_term(name, make_trainer, make_model, pairs, naive_responses):
 
 
 def naive_alignments(policy, rows):
-    """``[R]`` for each response the mean over its tokens of ``log p(token) - log sum_v p(v)**2``."""
+    """Return for each response ``[R]`` the mean of ``log p(token) - log sum_v p(v)**2`` over its tokens."""
     found = []
     for row in rows:
         for response in row["response_ids"]:
@@ -398,7 +398,7 @@ def naive_alignments(policy, rows):
 
 @pytest.mark.parametrize("budget", [45, 1000])
 @pytest.mark.parametrize("settings", [{"objective": "dpo"}, {"objective": "simpo", "sft_weight": 0.3}])
-def test_pairs_are_weighed_as_in_wpo(settings, budget, make_trainer, make_model, pairs, naive_responses):
+def test_wpo_weights_match_the_definition(settings, budget, make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(5), make_model("gpt2", std=0.5)
     policy, objective = copy.deepcopy(model), OBJECTIVES[settings["objective"]]
     optimizer, losses, means = torch.optim.SGD(policy.parameters(), lr=RATE), [], []
@@ -435,7 +435,7 @@ def test_pairs_are_weighed_as_in_wpo(settings, budget, make_trainer, make_model,
     assert_alike(([entry["loss"] for entry in logs], trained), (losses, policy))
 
 
-def test_a_pairs_weight_is_at_most_one():
+def test_a_pairs_weight_is_at_most_1():
     y = Responses(torch.tensor([3.0, -2.0, 1.0, 1.0]), torch.tensor([2.0, 4.0, 2.0, 1.0]))  # averages 1.5, -0.5, 0.5, 1
     weights = wpo_weights(y, OrderedPairs.of(torch.tensor([2, 2])))
     assert weights.tolist() == [1, 1]
@@ -446,7 +446,7 @@ def test_a_pairs_weight_is_at_most_one():
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("budget", [45, 1000])
 def test_tokens_beyond_the_shorter_response_count_less(budget, stored, make_trainer, make_model, pairs):
-    """LD-DPO; and what is stored of the reference is not that of DPO."""
+    """LD-DPO; also, what is stored for the reference is not the same as for DPO."""
     rows, model, alpha = pairs(5), make_model("gpt2", std=0.5), 0.4
     assert any(len(a) != len(b) for a, b in rows["response_ids"])
     policy, rate = copy.deepcopy(model), 0.1
@@ -483,10 +483,10 @@ def test_tokens_beyond_the_shorter_response_count_less(budget, stored, make_trai
     assert_alike((logs, trained), (losses, policy))
 
 
-# ---- what is refused ----
+# ---- rejected settings ----
 
 
-def test_ld_alpha_is_for_pairs_and_a_reference(rankings, pairs, make_trainer):
+def test_ld_alpha_requires_pairs_and_a_reference(rankings, pairs, make_trainer):
     with pytest.raises(SimpoError, match=r"ld_alpha: train: .*made up:1, made up:2$"):
         make_trainer(rankings, objective="dpo", ld_alpha=0.5)
     for name, more in (("simpo", {}), ("kto", {}), ("dpo", {"sft_weight": 0.1}), ("dpo", {"ld_alpha": 1.1})):
@@ -494,7 +494,7 @@ def test_ld_alpha_is_for_pairs_and_a_reference(rankings, pairs, make_trainer):
             make_trainer(pairs(2), objective=name, **{"ld_alpha": 0.5} | more)
 
 
-def test_weights_are_of_pairs(judged, make_trainer):
+def test_wpo_weights_require_pairs(judged, make_trainer):
     with pytest.raises(SimpoError, match="wpo_weights: train: "):
         make_trainer(judged, objective="kto", wpo_weights=True)
     for name in ("listwise", {"dpo": 1.0, "listwise": 1.0}):
@@ -502,7 +502,7 @@ def test_weights_are_of_pairs(judged, make_trainer):
             make_trainer(judged, objective=name, wpo_weights=True)
 
 
-def test_single_responses_are_for_kto(judged, make_trainer, pairs):
+def test_single_responses_require_kto(judged, make_trainer, pairs):
     with pytest.raises(SimpoError, match=r"train: objective 'dpo' needs pairs, .* single responses; .* kto, bco$"):
         make_trainer(judged, objective="dpo")
     with pytest.raises(SimpoError, match="train: every row has the label true; both desirable"):

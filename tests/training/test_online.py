@@ -1,4 +1,4 @@
-"""Training on the model's own answers: gradients against the definition, rollouts as files, and exact resume."""
+"""Training on the model's own answers: gradients against the definition, rollout files, and exact resume."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ GRADIENTS = ("reinforce", "rloo", "grpo", "dr_grpo", "gspo")  # ppo: test_ppo.py
 
 
 def annotate(answered):
-    """Rewards that differ between answers and depend on them alone."""
+    """Return rewards that differ between answers and depend on nothing else."""
     return [[(sum(sampled.ids) % 17) / 10 for sampled in one.samples] for one in answered]
 
 
 @pytest.fixture
 def online(chat_world, tmp_path):
-    """``online(**settings)``: a trainer of the tiny chat model in float64, without clipping of gradients and decay."""
+    """``online(**settings)``: a trainer for the tiny chat model in float64, without clipping or weight decay."""
 
     def make(
         *,
@@ -61,7 +61,7 @@ def online(chat_world, tmp_path):
 
 
 class Watch(TrainerCallback):
-    """Keeps the logs, and the gradients and the number of files of rollouts before each optimizer step."""
+    """Records logs, and the gradients and number of rollout files before each optimizer step."""
 
     def __init__(self):
         self.logs, self.gradients, self.files = [], [], []
@@ -83,7 +83,7 @@ def rollout(folder, number=0):
 
 
 def naive_loss(name, model, records, args):
-    """The loss of one on-policy step by the papers' formulas, one sequence at a time: a scalar with a gradient."""
+    """Return the differentiable loss of one on-policy step by the papers' formulas, one sequence at a time."""
     total, count = 0.0, 0
     rewards = []
     for record in records:
@@ -124,19 +124,19 @@ def naive_loss(name, model, records, args):
     return total / count
 
 
-# ---- One update.
+# ---- updates ----
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_the_gradient_is_that_of_the_definition(online, name):
+def test_gradients_match_the_definition(online, name):
     watch = Watch()
     trainer = online(objective=name, max_steps=2, callbacks=[watch], learning_rate=1e-2, kl_coef=0.3, logging_steps=1)
     trainer.train()
-    # the second step: the policy has moved away from the reference, and its answers are its own
+    # use the second step: the policy has moved away from the reference but is still on-policy
     again = online(
         objective=name, max_steps=1, learning_rate=1e-2, kl_coef=0.3, output_dir=trainer.args.output_dir + "/a"
     )
-    again.train()  # the weights after the first step
+    again.train()  # leaves the weights after the first step
     model, records = again.model, rollout(trainer.args.output_dir, 1)
     model.zero_grad()
     naive_loss(name, model, records, trainer.args).backward()
@@ -155,8 +155,8 @@ def test_ratios_are_1_until_the_first_update(online, name):
     assert second["policy/ratio"] != 1 and second["rollout/staleness"] == 1
 
 
-def test_what_is_logged_of_a_rollout(online, tmp_path):
-    """Means over the prompts of the step, from the answers in its file."""
+def test_logged_rollout_metrics(online, tmp_path):
+    """Means over the step's prompts, recomputed from the answers in the rollout file."""
     watch = Watch()
     online(max_steps=1, callbacks=[watch], logging_steps=1, temperature=0.001, prompts=4).train()
     records, log = rollout(tmp_path), watch.logs[0]
@@ -174,8 +174,8 @@ def test_what_is_logged_of_a_rollout(online, tmp_path):
     assert log["seconds/rollouts"] > 0 and log["seconds/training"] > 0
 
 
-def test_in_mixed_precision_the_policy_is_the_one_that_sampled(online, chat_world, tmp_path):
-    """The log-probabilities are those of bf16, within its rounding, and the first ratios are exactly 1."""
+def test_in_mixed_precision_the_training_policy_equals_the_sampling_policy(online, chat_world, tmp_path):
+    """Log-probabilities equal those in bf16 within rounding, and the first ratios are exactly 1."""
     watch = Watch()
     online(dtype=torch.float32, bf16=True, max_steps=2, sync_every=2, callbacks=[watch], logging_steps=1).train()
     first, second = watch.logs[:2]
@@ -216,7 +216,7 @@ def test_micro_batches_do_not_change_a_step(online, objective, tmp_path):
         assert all((one - other).abs().max() < 1e-9 for one, other in zip(gradients, found[0], strict=True))
 
 
-def test_a_prompt_without_a_pair_teaches_nothing(online):
+def test_a_prompt_without_a_pair_has_no_gradient(online):
     watch = Watch()
     trainer = online(
         objective="simpo", annotator=lambda answered: [[0.5] * K for _ in answered], max_steps=1, callbacks=[watch]
@@ -226,7 +226,7 @@ def test_a_prompt_without_a_pair_teaches_nothing(online):
     assert trainer.mean_loss() == 0
 
 
-def test_soft_labels_prefer_answers_with_the_probability_of_their_scores(online, tmp_path):
+def test_soft_labels_are_the_preference_probabilities_of_the_scores(online, tmp_path):
     watch, beta = Watch(), 0.5
     trainer = online(
         objective="dpo",
@@ -249,7 +249,7 @@ def test_soft_labels_prefer_answers_with_the_probability_of_their_scores(online,
             .sum()
             for ids in record["response_ids"]
         )
-        margin = beta * (first - first.detach() - second + second.detach())  # the policy is the reference still
+        margin = beta * (first - first.detach() - second + second.detach())  # policy and reference are still equal
         p = 1 / (1 + math.exp(record["scores"][1] - record["scores"][0]))
         if p != 0.5:
             total = total - p * torch.nn.functional.logsigmoid(margin)
@@ -259,7 +259,7 @@ def test_soft_labels_prefer_answers_with_the_probability_of_their_scores(online,
     assert (watch.gradients[0] - expected).abs().max() < 1e-9 and expected.abs().max() > 1e-4
 
 
-def test_an_adapter_is_compared_with_the_model_below_it(online, chat_world, tmp_path):
+def test_the_reference_of_an_adapter_is_its_base_model(online, chat_world, tmp_path):
     watch = Watch()
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(chat_world / "model"), LoraConfig(r=2, fan_in_fan_out=True)
@@ -271,10 +271,10 @@ def test_an_adapter_is_compared_with_the_model_below_it(online, chat_world, tmp_
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in frozen.items())
 
 
-# ---- Rollouts.
+# ---- rollouts ----
 
 
-def test_every_step_has_its_prompts_and_their_answers_are_stored_first(online, tmp_path):
+def test_every_step_uses_its_prompts_and_answers_are_stored_before_training(online, tmp_path):
     watch, asked = Watch(), []
 
     def counting(answered):
@@ -285,7 +285,7 @@ def test_every_step_has_its_prompts_and_their_answers_are_stored_first(online, t
         sync_every=4, rollout_epochs=2, num_train_epochs=2, prompts=18, annotator=counting, callbacks=[watch]
     )
     trainer.train()
-    # 18 prompts, 4 a step: 5 minibatches, 2 in a rollout, the last of which has 1 step a pass, for 2 prompts
+    # 18 prompts, 4 per step: 5 minibatches, 2 per rollout; the last rollout has 1 step per pass, with 2 prompts
     assert trainer.state.global_step == 2 * 5 * 2
     assert list(map(len, asked)) == [8, 8, 2] * 2
     assert watch.files == [1] * 4 + [2] * 4 + [3] * 2 + [4] * 4 + [5] * 4 + [6] * 2
@@ -295,7 +295,7 @@ def test_every_step_has_its_prompts_and_their_answers_are_stored_first(online, t
         assert list(map(len, record["behavior_logps"])) == list(map(len, record["response_ids"]))
 
 
-def test_each_pass_over_a_rollout_has_all_of_its_prompts():
+def test_each_pass_over_a_rollout_covers_all_of_its_prompts():
     schedule = Schedule(18, per_step=4, sync_every=6, rollout_epochs=3, seed=1, drop_last=False)
     places = [schedule.position(1, step) for step in range(schedule.steps)]
     assert [(one.rollout, one.first_step, one.epoch, one.minibatch) for one in places[:6]] == [
@@ -309,8 +309,8 @@ def test_each_pass_over_a_rollout_has_all_of_its_prompts():
 
 
 @pytest.mark.parametrize("objective", ["rloo", "simpo"])
-def test_prompts_whose_scores_are_all_equal_are_counted(objective, online):
-    """The first of the four prompts of the step."""
+def test_prompts_with_equal_scores_are_counted(objective, online):
+    """In this test, the first of the step's four prompts."""
 
     def flat(answered):
         first, *others = annotate(answered)
@@ -321,7 +321,7 @@ def test_prompts_whose_scores_are_all_equal_are_counted(objective, online):
     assert watch.logs[0]["rollout/equal_scores"] == 0.25
 
 
-def test_answers_without_a_score_are_counted_and_teach_nothing(online, tmp_path):
+def test_answers_without_a_score_are_counted_and_have_no_gradient(online, tmp_path):
     def partly(answered):
         return [[None, math.nan, *scores[2:]] for scores in annotate(answered)]
 
@@ -338,8 +338,8 @@ def test_answers_without_a_score_are_counted_and_teach_nothing(online, tmp_path)
         online(annotator=partly, output_dir=str(tmp_path / "other")).train()
 
 
-def test_the_gold_annotator_is_asked_last_and_named_in_its_errors(online):
-    """It is not asked for answers of which the annotator leaves too many without a score."""
+def test_the_gold_annotator_runs_last_and_is_named_in_its_errors(online):
+    """It does not run on answers if the annotator leaves too many of them unscored."""
     asked = []
 
     def silent(answered):
@@ -363,7 +363,7 @@ def test_the_gold_annotator_is_asked_last_and_named_in_its_errors(online):
     assert asked == ["annotator", "gold_annotator"]
 
 
-def test_an_answer_that_was_cut_off_can_have_a_score_of_its_own(online, tmp_path):
+def test_a_truncated_answer_can_get_a_fixed_score(online, tmp_path):
     watch = Watch()
     trainer = online(unfinished_score=-3.0, max_steps=1, callbacks=[watch], logging_steps=1)
     trainer.train()
@@ -373,7 +373,7 @@ def test_an_answer_that_was_cut_off_can_have_a_score_of_its_own(online, tmp_path
 
 
 @pytest.mark.parametrize(("pairs", "count"), [("best_worst", 2), ("all", K)])
-def test_pairs_are_of_the_best_and_the_worst_answer_or_of_all(online, tmp_path, pairs, count):
+def test_pairs_use_the_best_and_worst_answer_or_all_answers(online, tmp_path, pairs, count):
     trainer = online(objective="simpo", pairs=pairs, max_steps=1, dtype=torch.float32)
     trainer.train()
     for row, record in zip(trainer.step_rows, rollout(tmp_path), strict=True):
@@ -383,16 +383,16 @@ def test_pairs_are_of_the_best_and_the_worst_answer_or_of_all(online, tmp_path, 
             assert record["scores"][record["response_ids"].index(ids)] == score
 
 
-# ---- Resume.
+# ---- resuming ----
 
 
 class StoppedError(Exception):
-    """Stands for a kill."""
+    """Stands in for a kill."""
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dpo"])
 @pytest.mark.parametrize("moment", ["annotation", "before the step", "after the step"])
-def test_a_training_that_was_stopped_ends_with_the_same_bits(online, tmp_path, objective, moment):
+def test_a_stopped_run_resumes_to_identical_weights(online, tmp_path, objective, moment):
     shared = {"objective": objective, "sync_every": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
     shared |= {"learning_rate": 1e-2, "dtype": torch.float32, "disable_dropout": False, "lr_scheduler_type": "cosine"}
     whole = online(**shared, output_dir=str(tmp_path / "whole"))
@@ -412,7 +412,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(online, tmp_path, o
     asked = []
 
     def stopping(answered):
-        torch.manual_seed(len(asked))  # an annotator may draw random numbers
+        torch.manual_seed(len(asked))  # annotators are allowed to use random numbers
         if moment == "annotation" and len(asked) == 2:
             raise StoppedError
         asked.append(answered)
@@ -431,12 +431,12 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(online, tmp_path, o
 
 
 @pytest.mark.parametrize("damage", [lambda text: text.replace("0", "1", 1), lambda text: text[: len(text) // 2]])
-def test_damaged_rollouts_are_sampled_again_or_refused(online, tmp_path, damage, caplog):
+def test_damaged_rollouts_are_resampled_or_rejected(online, tmp_path, damage, caplog):
     shared = {"objective": "grpo", "sync_every": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
     whole = online(**shared)
     whole.train()
     folder = Path(whole.args.output_dir)
-    shutil.rmtree(folder / "checkpoint-6")  # checkpoint-4 is within rollout 2
+    shutil.rmtree(folder / "checkpoint-6")  # checkpoint-4 is in the middle of rollout 2
     path = folder / "rollouts" / "000003.jsonl"
     sampled = path.read_bytes()
     path.write_text(damage(path.read_text()))
@@ -451,7 +451,7 @@ def test_damaged_rollouts_are_sampled_again_or_refused(online, tmp_path, damage,
     path.write_text(damage(path.read_text()))
     with pytest.raises(SimpoError, match=r"000002\.jsonl is missing or damaged"):
         online(**shared).train(resume_from_checkpoint=True)
-    assert {metric.stage for metric in again.summary()} == {"after"}  # the first is another file than was written
+    assert {metric.stage for metric in again.summary()} == {"after"}  # the first file was tampered with
     (folder / "rollouts" / "000000.jsonl").unlink()
     assert {metric.stage for metric in again.summary()} == {"after"}
     assert caplog.text.count("000000.jsonl is missing or damaged") == 2
@@ -460,7 +460,7 @@ def test_damaged_rollouts_are_sampled_again_or_refused(online, tmp_path, damage,
         online(**shared).train(resume_from_checkpoint=True)
 
 
-def test_what_a_kill_left_incomplete_is_removed(online, tmp_path):
+def test_incomplete_files_left_by_a_kill_are_removed(online, tmp_path):
     left = tmp_path / "rollouts/.000000.jsonl.7.partial"
     left.parent.mkdir()
     left.write_text("{")
@@ -468,13 +468,13 @@ def test_what_a_kill_left_incomplete_is_removed(online, tmp_path):
     assert not left.exists() and [path.name for path in tmp_path.glob("rollouts/0*.jsonl")] == ["000000.jsonl"]
 
 
-def test_the_rollouts_of_another_training_are_refused(online):
+def test_rollouts_from_another_run_are_rejected(online):
     online(max_steps=1).train()
     with pytest.raises(SimpoError, match=r"output_dir: .*rollouts"):
         online(max_steps=1, learning_rate=2e-3).train()
 
 
-# ---- Settings.
+# ---- settings ----
 
 
 @pytest.mark.parametrize(
@@ -511,19 +511,19 @@ def test_the_rollouts_of_another_training_are_refused(online):
         ({"ptx_weight": 1.0}, "ptx_weight: .*ptx_dataset_name"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(tmp_path, settings, message):
+def test_unusable_settings_are_reported_by_name(tmp_path, settings, message):
     with pytest.raises(SimpoError, match=message):
         OnlineConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
-def test_prompts_that_leave_no_room_are_named(online):
+def test_prompts_that_leave_no_room_for_an_answer_are_reported(online):
     with pytest.raises(SimpoError, match=r"train_dataset\[0\].*max_new_tokens 60 .*64 positions"):
         online(max_new_tokens=60, max_length=100)
     with pytest.raises(SimpoError, match="max_prompt_length 2"):
         online(max_new_tokens=38)
 
 
-def test_a_horizon_that_could_make_the_coefficient_negative_is_named(online):
+def test_a_horizon_that_could_make_kl_coef_negative_is_rejected(online):
     assert online(kl_target=1.0).args.kl_horizon == 10_000
     with pytest.raises(SimpoError, match="kl_horizon: 1 "):
         online(kl_target=1.0, kl_horizon=1)

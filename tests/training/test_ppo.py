@@ -1,4 +1,4 @@
-"""PPO in training: one update against the definition, the value function's place in steps and checkpoints, resume."""
+"""PPO training: one update against the definition, the value function in steps and checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def annotate(answered):
 
 
 class ShortAnswers(TransformersEngine):
-    """Answers of different lengths, which a model with random weights would never end."""
+    """Truncates answers to different lengths, because a model with random weights would never end them."""
 
     def generate(self, prompts, settings, seed):
         found = super().generate(prompts, settings, seed)
@@ -39,7 +39,7 @@ class ShortAnswers(TransformersEngine):
 
 @pytest.fixture(scope="module")
 def reward_model(chat_world):
-    """A random reward model of the policy's vocabulary, as a folder."""
+    """The folder of a random reward model with the policy's vocabulary."""
     folder = chat_world / "reward"
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
     tokenizer.save_pretrained(folder)
@@ -54,7 +54,7 @@ def reward_model(chat_world):
 
 @pytest.fixture
 def ppo(chat_world, tmp_path):
-    """``ppo(**settings)``: a trainer with PPO of the tiny chat model in float64."""
+    """``ppo(**settings)``: a PPO trainer for the tiny chat model in float64."""
 
     def make(*, model=None, annotator=annotate, callbacks=None, prompts=4, dtype=torch.float64, **settings):
         quiet = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": [], "disable_tqdm": True}
@@ -82,11 +82,11 @@ def rollout(folder, number=0):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---- One update.
+# ---- updates ----
 
 
 def naive_estimates(records, args):
-    """Advantages and returns of every token of every answer, by the papers' sums over later tokens."""
+    """Return advantages and returns for every token, by the papers' sums over later tokens."""
     scores = [score for record in records for score in record["scores"]]
     mean = sum(scores) / len(scores)
     std = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
@@ -110,7 +110,7 @@ def naive_estimates(records, args):
 
 
 def naive_loss(trainer, start_model, records, demonstrations):
-    """PPO-ptx's loss, one sequence and one token at a time, and the share of tokens that clipping affects."""
+    """Return the PPO-ptx loss, one sequence and token at a time, and the share of clipped tokens."""
     args, model, value = trainer.args, trainer.model, trainer._value
     advantages, returns = naive_estimates(records, args)
     answers = [(record, k) for record in records for k in range(K)]
@@ -138,7 +138,7 @@ def naive_loss(trainer, start_model, records, demonstrations):
             total = total + args.value_weight * 0.5 * max((values[t] - target) ** 2, (near - target) ** 2)
             entropy = -(distributions[t].exp() * distributions[t]).sum()
             total = total - args.entropy_coef * entropy
-            if args.kl_in == "loss":  # exact
+            if args.kl_in == "loss":  # exact KL
                 total = total + args.kl_coef * (distributions[t].exp() * (distributions[t] - reference[t])).sum()
             tokens += 1
     nll, count = 0.0, 0
@@ -151,7 +151,7 @@ def naive_loss(trainer, start_model, records, demonstrations):
 
 
 class Compare(TrainerCallback):
-    """Before the second step, with the weights after the first: gradients of policy and value function, and naive."""
+    """Before the second step, compares the gradients of policy and value function with naive ones."""
 
     def __init__(self, folder, start_model):
         self.folder, self.start_model, self.trainer, self.logs = folder, start_model, None, []
@@ -179,7 +179,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("network", [False, True])
-def test_the_gradient_of_a_second_pass_is_that_of_the_definition(ppo, chat_world, reward_model, tmp_path, network):
+def test_gradients_in_the_second_pass_match_the_definition(ppo, chat_world, reward_model, tmp_path, network):
     compare = Compare(tmp_path / "run", AutoModelForCausalLM.from_pretrained(chat_world / "model").double())
     more = {"value_model": str(reward_model), "max_batch_tokens": 80}
     if not network:
@@ -200,7 +200,7 @@ def test_the_gradient_of_a_second_pass_is_that_of_the_definition(ppo, chat_world
     assert compare.clipped > 0 and second["policy/clip_fraction"] > 0 and second["policy/ratio"] != 1
     assert sorted(row for batch in rows for row in batch) == sorted([0, 1, 2, 3] * 2)
     assert len(rows) > 2 if network else len(rows) == 2
-    assert len(calls) == len(rows) + (0 if network else 2)  # and one of demonstrations a step
+    assert len(calls) == len(rows) + (0 if network else 2)  # plus one for the demonstrations in each step
     records = rollout(tmp_path / "run")
     values = torch.tensor([value for record in records for own in record["values"] for value in own]).double()
     returns = torch.tensor([value for own in naive_estimates(records, trainer.args)[1] for value in own]).double()
@@ -209,13 +209,11 @@ def test_the_gradient_of_a_second_pass_is_that_of_the_definition(ppo, chat_world
     assert (values == 0).all() != network
 
 
-# ---- The value function and the optimizer.
+# ---- the value function and the optimizer ----
 
 
-def test_the_value_function_follows_the_policy_and_stays_out_of_the_saved_model(
-    ppo, chat_world, reward_model, tmp_path
-):
-    """An adapter where the policy has one, a learning rate of its own, and a place in checkpoints alone; K = 1."""
+def test_the_value_function_mirrors_the_policy_and_is_not_in_the_saved_model(ppo, chat_world, reward_model, tmp_path):
+    """It gets an adapter if the policy has one, has its own learning rate, and is only in checkpoints; K = 1."""
     lora = LoraConfig(r=2, fan_in_fan_out=True)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_world / "model"), lora)
     settings = {"value_model": str(reward_model), "value_learning_rate": 0.5, "num_generations": 1, "max_steps": 1}
@@ -241,7 +239,7 @@ def test_the_value_function_follows_the_policy_and_stays_out_of_the_saved_model(
         trainer._value.load(checkpoint)
 
 
-def test_policy_and_value_function_are_clipped_each_by_itself(ppo):
+def test_policy_and_value_function_gradients_are_clipped_separately(ppo):
     trainer = ppo(optim="sgd", learning_rate=1.0, max_grad_norm=1e-3, max_steps=1)
     own = [list(trainer.model.parameters()), trainer._value.parameters]
     before = [[each.detach().clone() for each in parameters] for parameters in own]
@@ -251,8 +249,8 @@ def test_policy_and_value_function_are_clipped_each_by_itself(ppo):
         assert torch.cat(moved).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_what_the_policy_may_load_the_value_function_may(chat_world, reward_model, tmp_path, capsys):
-    """Pickled weights, and code that comes with the files; neither is read without being allowed."""
+def test_the_value_function_follows_the_policys_loading_permissions(chat_world, reward_model, tmp_path, capsys):
+    """Pickled weights, and code that comes with the model; neither is loaded without permission."""
     pickled = shutil.copytree(reward_model, tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     model = hf.GPT2ForSequenceClassification.from_pretrained(reward_model)
@@ -288,7 +286,7 @@ def test_what_the_policy_may_load_the_value_function_may(chat_world, reward_mode
     assert main([*arguments, "--allow_pickle=true"]) == 0
 
 
-def test_a_reward_model_that_cannot_read_the_policys_tokens_is_refused(ppo, chat_world, reward_model, tmp_path):
+def test_a_reward_model_that_cannot_read_the_policys_tokens_is_rejected(ppo, chat_world, reward_model, tmp_path):
     with pytest.raises(SimpoError, match=r"value_model: .*model"):
         ppo(value_model=str(chat_world / "model"))
     short = shutil.copytree(reward_model, tmp_path / "short")
@@ -305,11 +303,11 @@ def test_a_reward_model_that_cannot_read_the_policys_tokens_is_refused(ppo, chat
         ppo(value_model=str(other))
 
 
-# ---- What is logged.
+# ---- logs ----
 
 
-def test_the_value_functions_loss_is_that_of_answers_with_a_score(ppo, tmp_path):
-    """Three of eight answers to every prompt but the last, and none to that; the first values are 0."""
+def test_the_value_loss_covers_only_answers_with_a_score(ppo, tmp_path):
+    """Three of eight answers per prompt have a score, and none for the last prompt; initial values are 0."""
 
     def partly(answered):
         *most, last = annotate(answered)
@@ -328,8 +326,8 @@ def test_the_value_functions_loss_is_that_of_answers_with_a_score(ppo, tmp_path)
     assert compare.logs[0]["value/loss"] == pytest.approx(sum(losses) / 3)
 
 
-def test_the_pretraining_loss_goes_on_after_a_resume(ppo, chat_world, tmp_path):
-    """A log of three steps, with a checkpoint after the second."""
+def test_the_logged_pretraining_loss_continues_after_a_resume(ppo, chat_world, tmp_path):
+    """Logging every three steps, with a checkpoint after the second."""
     demonstrations = {"ptx_weight": 0.7, "ptx_dataset_name": str(chat_world / "sft.jsonl"), "ptx_batch_size": 8}
     settings = {"max_steps": 3, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2, **demonstrations}
     through, resumed = ppo(**settings), ppo(**settings)
@@ -342,11 +340,11 @@ def test_the_pretraining_loss_goes_on_after_a_resume(ppo, chat_world, tmp_path):
     assert expected["ptx/loss"] > 0 and found == expected
 
 
-# ---- Rows of a rollout.
+# ---- training rows from a rollout ----
 
 
 def record(*, scores, values, kl_coef=0.1, score_mean=0.0, score_std=1.0, shift=0.0):
-    """A prompt with an answer of two tokens for every score."""
+    """Return a prompt with an answer of two tokens for every score."""
     count = len(scores)
     return {
         "prompt_ids": [1, 2], "response_ids": [[3 + k, 4] for k in range(count)], "where": "rows:1",
@@ -364,7 +362,7 @@ def settings(tmp_path):
     return make
 
 
-def test_answers_without_a_score_teach_neither_policy_nor_value_function(settings):
+def test_answers_without_a_score_train_neither_policy_nor_value_function(settings):
     values = [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]
     args = settings(whiten_rewards=True)
     (partly,) = training_rows([record(scores=[None, 1.0, 2.0], values=values)], args)
@@ -374,12 +372,12 @@ def test_answers_without_a_score_teach_neither_policy_nor_value_function(setting
     assert partly["returns"][2:] == pytest.approx(known["returns"])
 
 
-def test_the_coefficient_and_the_scale_of_scores_go_on_from_the_rollout_before(settings):
+def test_kl_coef_and_score_scale_continue_from_the_previous_rollout(settings):
     args = settings(kl_coef=0.2, kl_target=0.25, kl_horizon=10, normalize_scores=True)
     first = [record(scores=[1.0, 3.0], values=None)]
     assert adapted_columns(first, None, args) == {"kl_coef": 0.2, "score_mean": 2.0, "score_std": 1.0}
     before = [record(scores=[5.0, 5.0], values=None, kl_coef=0.3, score_mean=2.0, score_std=1.0, shift=0.55)]
-    # two answers that are 0.05 nats from the start model, 0.2 less than the target is counted as 0.2 of it
+    # two answers 0.05 nats from the start model; deviations from the target are clipped to 0.2 of it
     found = adapted_columns(first, before, args)
     assert found == {"kl_coef": pytest.approx(0.3 * (1 - 0.2 * 2 / 10)), "score_mean": 2.0, "score_std": 1.0}
     with pytest.raises(SimpoError, match=r"normalize_scores: .*5"):

@@ -21,8 +21,8 @@ def naive(counts: list[int], scores: list[float]) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_every_response_with_every_worse_one(scored):
-    scores = SCORES if scored else [float(-n) for n in range(len(SCORES))]  # without scores the order is what counts
+def test_every_response_is_paired_with_every_worse_one(scored):
+    scores = SCORES if scored else [float(-n) for n in range(len(SCORES))]  # without scores, order decides
     pairs = OrderedPairs.of(torch.tensor(COUNTS), torch.tensor(scores) if scored else None)
     expected = naive(COUNTS, scores)
     assert list(zip(*(part.tolist() for part in pairs[:3]), strict=True)) == expected
@@ -32,12 +32,12 @@ def test_every_response_with_every_worse_one(scored):
     for comparison in (0, 1, 3):
         own = [number for number, (_, _, of) in enumerate(expected) if of == comparison]
         torch.testing.assert_close(means[comparison], values[own].mean(dim=0))
-    assert means[2].tolist() == [0, 0]  # of one response there are none
+    assert means[2].tolist() == [0, 0]  # a single response has no pairs
     torch.testing.assert_close(pairs.mean(values[:, 0]), means[:, 0])
 
 
-def test_of_pairs_nothing_changes():
-    """To the bit: one pair a comparison, in the order of the batch."""
+def test_pairs_are_left_unchanged():
+    """Bit for bit: one ordered pair per comparison, in batch order."""
     pairs = OrderedPairs.of(torch.full((5,), 2))
     assert pairs.better.tolist() == [0, 2, 4, 6, 8]
     assert pairs.worse.tolist() == [1, 3, 5, 7, 9]

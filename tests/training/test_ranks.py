@@ -1,4 +1,4 @@
-"""1, 2 and 4 processes, with DDP and FSDP2, train alike: rows, gradients, logs, evaluation, weights, checkpoints."""
+"""Training on 1, 2 and 4 processes, with DDP and FSDP2, gives the same gradients, logs, weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from simpo.models.adapters import add_adapter
 from simpo.packing.model import state_of
 from simpo.training.checkpoints import check_checkpoint
 
-ROWS, ROWS_PER_STEP, STEPS = 19, 8, 6  # two epochs, whose last steps have 3 rows: fewer than 4 ranks
+ROWS, ROWS_PER_STEP, STEPS = 19, 8, 6  # two epochs; their last steps have 3 rows, fewer than 4 ranks
 SETTINGS = {
     "per_device_eval_batch_size": 3,
-    "max_batch_tokens": 27,  # one or two rows a micro-batch
+    "max_batch_tokens": 27,  # one or two rows per micro-batch
     "num_train_epochs": 2,
     "learning_rate": 1e-2,
     "max_grad_norm": 0.5,  # clips in every step
@@ -40,22 +40,22 @@ SETTINGS = {
     "disable_tqdm": True,
 }
 SAVES = {"save_strategy": "steps", "save_steps": 4}
-# Half as long as the runs with SETTINGS alone, with up to three rows a micro-batch, and two in a rank's full steps.
+# Half as long, with up to three rows per micro-batch and two per rank in full steps.
 SHORT = {"num_train_epochs": 1, "max_batch_tokens": 60}
 BEST = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
 BEST |= {"load_best_model_at_end": True}
 DPO = SHORT | {"objective": "dpo"}
 DPO_SAVES = DPO | {"save_strategy": "steps", "save_steps": 2}
 KL = SHORT | {"objective": "dpo", "precompute_ref_log_probs": False, "kl_weight": 0.1}
-KL |= {"wpo_weights": True, "ld_alpha": 0.5}  # all that needs more than the sums of log-probabilities
+KL |= {"wpo_weights": True, "ld_alpha": 0.5}  # everything that needs more than summed log-probabilities
 LORA = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["c_attn", "c_fc"]}
 KTO = SHORT | {"objective": "kto"}
 COLUMNS = SHORT | {"row_columns": ["weight", "label_probability", "margin"]}
 SHAPE = ("hidden_size", "num_attention_heads", "num_key_value_heads")
-# Adam would blow up the rounding of what these models do in fp32.
+# Adam would amplify the fp32 rounding errors in these models.
 STATES = SHORT | {"optim": "sgd", "learning_rate": 1e-3}
 CHECKPOINTING = {"gradient_checkpointing": True}
-ROPE = SHORT | {"max_batch_tokens": 110}  # rows with frequencies of their own in one micro-batch
+ROPE = SHORT | {"max_batch_tokens": 110}  # rows with different frequencies in one micro-batch
 LAYERS = {
     "dynamic": "LlamaDecoderLayer",
     "qwen3_5_text": "Qwen3_5DecoderLayer",
@@ -65,7 +65,7 @@ KINDS = {"pairs": (PreferenceTrainer, PreferenceConfig), "sft": (SFTTrainer, SFT
 
 
 class Job(NamedTuple):
-    """A training that leaves its model in the folder ``name``."""
+    """A training run that saves its model to the folder ``name``."""
 
     name: str
     data: str = "pairs"
@@ -128,7 +128,7 @@ ALONE = [
 
 
 class ByTheLongest(LlamaRotaryEmbedding):
-    """Frequencies by the longest row of a forward, which nothing in the configuration says."""
+    """Computes frequencies from the longest row in a forward; nothing in the configuration says so."""
 
     def forward(self, x, position_ids):
         self.attention_scaling = 1.0 if position_ids.max() < 20 else 1.2
@@ -136,7 +136,7 @@ class ByTheLongest(LlamaRotaryEmbedding):
 
 
 class Gradients(TrainerCallback):
-    """Keeps them as they are before each optimizer step."""
+    """Records the gradients before each optimizer step."""
 
     def __init__(self):
         self.steps = []
@@ -150,7 +150,7 @@ def whole(tensor):
 
 
 def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
-    """Train and evaluate on this rank; what it saw."""
+    """Train and evaluate on this rank and return everything recorded."""
     trainer_type, config_type = KINDS["sft" if job.data == "sft" else "pairs"]
     settings = SETTINGS | {"per_device_train_batch_size": ROWS_PER_STEP // world} | (job.settings or {})
     if job.data != "sft":
@@ -160,14 +160,14 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
     if job.shards:
         layer = LAYERS.get(job.model, "GPT2Block")
         settings |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layer}}
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's memory of the job before
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate's leftovers from the previous job
     args = config_type(output_dir=str(folder / job.name), **settings)
     if job.shards:
-        # accelerate makes DDP of FSDP on a CPU; on what it takes for devices it shards, here with gloo underneath
+        # On a CPU, accelerate turns FSDP into DDP. It shards on what looks like an accelerator, here backed by gloo.
         PartialState().distributed_type = DistributedType.MULTI_XPU
     model = hf.AutoModelForCausalLM.from_pretrained(folder / job.model, dtype=job.dtype)
     if job.lora:
-        torch.manual_seed(int(os.environ.get("RANK", "0")))  # the main rank's new weights are to be all ranks'
+        torch.manual_seed(int(os.environ.get("RANK", "0")))  # differs by rank; the main rank's weights must win
         model = add_adapter(model, LORA)
     rows, gradients = load_from_disk(folder / job.data), Gradients()
     if job.name == "sharded-before":
@@ -203,7 +203,7 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
 
 
 def watch_points(trainer) -> list[float]:
-    """KTO's reference point in every step."""
+    """Record KTO's reference point in every step."""
     points, before_step = [], trainer.before_step
 
     def watched(*args):
@@ -215,7 +215,7 @@ def watch_points(trainer) -> list[float]:
 
 
 def watch_rows(trainer) -> list[list[int]]:
-    """Rows of this rank in every step, without fillers; every micro-batch has to reach backward."""
+    """Record this rank's rows in every step, without fillers; every micro-batch must reach backward."""
     seen, training_step, backward = [], trainer.training_step, trainer.accelerator.backward
     left = []
 
@@ -244,7 +244,7 @@ def run_jobs(jobs: list[Job], folder: Path, world: int) -> int:
 
 @pytest.fixture(scope="module")
 def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
-    """``done(name)``: what every rank saw in a job; ``done.folder`` has the models."""
+    """``done(name)``: what every rank recorded in a job; ``done.folder`` contains the models."""
     folder = tmp_path_factory.mktemp("ranks")
     pairs(ROWS).save_to_disk(folder / "pairs")
     with_values(pairs(ROWS)).save_to_disk(folder / "columns")
@@ -254,7 +254,7 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     long.save_to_disk(folder / "long")
     lengths = [(3 + row % 9, (2 + row * 7 % 17, 2 + row * 5 % 23)) for row in range(ROWS)]
     as_dataset(random_comparisons(*lengths)).save_to_disk(folder / "mixed")
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # beyond 16 tokens, of which rows have up to 37
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # applies beyond 16 tokens; rows have up to 37
     make_model("llama", max_position_embeddings=16, rope_parameters=rope).save_pretrained(folder / "dynamic")
     kinds = {"qwen3_5_text": ["linear_attention", "full_attention"], "falcon_h1": None}
     for name, layers in kinds.items():
@@ -263,7 +263,7 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
     model = make_model("gpt2")
     model.save_pretrained(folder / "model")
     with torch.no_grad():
-        model.transformer.wpe.weight[22] = torch.nan  # only the long row comes so far
+        model.transformer.wpe.weight[22] = torch.nan  # only the long row reaches this position
     model.save_pretrained(folder / "poisoned")
     for world, jobs in ((2, IN_TWO), (4, IN_FOUR)):
         ended = run_ranks(world, run_jobs, jobs, folder, world, folder=folder, timeout=900)
@@ -281,7 +281,7 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
 
 
 def with_values(rows):
-    """Rows with a weight, a label probability and a margin each."""
+    """Return rows with a weight, a label probability and a margin each."""
     for number, name in enumerate(COLUMNS["row_columns"], start=1):
         rows = rows.add_column(name, [((row * number * 7) % 10 + 0.3) / 11 for row in range(len(rows))])
     return rows
@@ -326,7 +326,7 @@ def assert_same_weights(one: Path, other: Path, tolerance: float) -> None:
         ("fsdp-2-hybrid", "one-hybrid", 2),
     ],
 )
-def test_ranks_train_as_one_process_does(name, alone, ranks, done):
+def test_all_ranks_together_train_like_one_process(name, alone, ranks, done):
     (expected,) = done(alone)
     found = done(name)
     assert len(found) == ranks
@@ -349,7 +349,7 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
         for stage in ("before", "after"):
             for figure, values in rank[stage].items():
                 if name.endswith(("kto", "lora", "kl")) and (stage, figure) == ("before", "rewards/accuracies"):
-                    continue  # both rewards are 0 up to rounding, of which it is a matter which is larger
+                    continue  # both rewards are 0 up to rounding, so their order is arbitrary
                 assert values.tolist() == pytest.approx(expected[stage][figure].tolist(), abs=tolerance)
         assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], abs=tolerance)
     shares = zip(*(rank["seen"] for rank in found), strict=True)
@@ -363,8 +363,8 @@ def test_ranks_train_as_one_process_does(name, alone, ranks, done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-of-ddp-2", "ddp-4-of-2", "one-of-fsdp-2", "fsdp-4-of-fsdp-2", "fsdp-4-of-ddp-2"])
-def test_a_checkpoint_continues_on_another_number_of_processes(name, done):
-    """Saved by two; all are the run of one process that never stopped."""
+def test_a_checkpoint_continues_on_a_different_number_of_processes(name, done):
+    """Saved by two processes; every continuation equals a single-process run without interruption."""
     assert_same_weights(done.folder / name, done.folder / "one", 1e-9)
     (expected,) = done("one")
     assert len(done(name)[0]["gradients"]) == STEPS - 4
@@ -373,14 +373,14 @@ def test_a_checkpoint_continues_on_another_number_of_processes(name, done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-lora-of-fsdp-2", "fsdp-2-lora-of-ddp-2"])
-def test_an_adapters_checkpoint_continues_sharded_or_not(name, done):
+def test_an_adapter_checkpoint_continues_with_or_without_sharding(name, done):
     assert_same_weights(done.folder / name, done.folder / "one-lora", 1e-9)
     assert len(done(name)[0]["gradients"]) == STEPS // 2 - 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["ddp-2/checkpoint-4", "ddp-2-lora/checkpoint-2"])
-def test_checkpoints_of_sharded_runs_are_ordinary(checkpoint, done):
+def test_checkpoints_of_sharded_runs_have_the_usual_format(checkpoint, done):
     checkpoints = [done.folder / checkpoint.replace("ddp", kind) for kind in ("ddp", "fsdp")]
     names = [sorted(path.name for path in checkpoint.iterdir()) for checkpoint in checkpoints]
     assert names[0] == names[1]
@@ -388,13 +388,13 @@ def test_checkpoints_of_sharded_runs_are_ordinary(checkpoint, done):
 
 
 @pytest.mark.slow
-def test_a_sharded_checkpoint_is_whole(done):
+def test_a_sharded_checkpoint_is_complete(done):
     sharded = done.folder / "fsdp-2" / "checkpoint-4"
     check_checkpoint(sharded, hf.AutoModelForCausalLM.from_pretrained(sharded))
 
 
 @pytest.mark.slow
-def test_sharded_in_bf16_figures_are_not_rounded(done):
+def test_sharded_bf16_metrics_are_not_rounded(done):
     (expected,) = done("one")
     for rank in done("fsdp-2-bf16"):
         assert rank["type"] == DistributedType.FSDP
@@ -408,14 +408,14 @@ def test_sharded_in_bf16_figures_are_not_rounded(done):
 
 
 @pytest.mark.slow
-def test_every_rank_names_the_row_whose_loss_is_not_finite(done):
+def test_every_rank_names_the_row_with_a_non_finite_loss(done):
     first, second = done("ddp-2-nan")
     assert first == second
     assert "the loss is not finite; rows: made up:18;" in first["error"]
 
 
 @pytest.mark.slow
-def test_a_change_of_processes_is_said(done, caplog):
+def test_a_changed_number_of_processes_is_reported(done, caplog):
     settings = {"learning_rate": 0.0, "max_steps": 4}
     run(Job("said", settings=settings, resume="ddp-2/checkpoint-4"), done.folder, 1)
     assert "2 processes and continues on 1" in caplog.text

@@ -1,4 +1,4 @@
-"""The reference is the policy that training starts from: computed once, found again, and never anything else."""
+"""The reference is the policy at the start of training: computed once, cached, and never anything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_r
 
 @pytest.fixture
 def counted(make_trainer):
-    """``counted(rows, **settings)``: a DPO trainer, and how many rows its reference had to score so far."""
+    """``counted(rows, **settings)``: a DPO trainer, and the number of rows its reference has scored so far."""
 
     def make(rows, **settings):
         trainer = make_trainer(rows, **{"objective": "dpo"} | settings)
@@ -33,14 +33,14 @@ def flat(logps) -> list[float]:
     return [logp for several in logps for logp in several]
 
 
-def test_it_is_what_the_start_model_says(counted, pairs, naive_responses, make_model):
+def test_reference_log_probabilities_come_from_the_start_model(counted, pairs, naive_responses, make_model):
     rows = pairs(7)
     trainer, _ = counted(rows)
     expected = naive_responses(make_model("gpt2"), rows["prompt_ids"][:], rows["response_ids"][:]).logp.tolist()
     assert flat(trainer.add_columns(rows)[REF_LOGPS]) == pytest.approx(expected, abs=1e-9)
 
 
-def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
+def test_the_reference_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
     monkeypatch.setattr(reference, "_ROWS_PER_FILE", 3)
     rows, held_out = pairs(8), pairs(3, seed=1)
     first, scored = counted(rows, eval_dataset=held_out)
@@ -54,10 +54,10 @@ def test_it_is_computed_once_for_all_objectives(counted, pairs, monkeypatch):
         assert other.add_columns(rows)[REF_LOGPS][:] == first.add_columns(rows)[REF_LOGPS][:]
     kto, scored = counted(rows, objective="kto")
     kto.add_columns(kto.train_dataset)
-    assert scored == [3, 3, 2]  # the mismatched responses only
+    assert scored == [3, 3, 2]  # only the mismatched responses
 
 
-def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path, caplog):
+def test_a_killed_reference_computation_continues(counted, pairs, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(reference, "_ROWS_PER_FILE", 2)
     rows = pairs(7)
     trainer, scored = counted(rows)
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(counted, pairs, monkeypatch, tmp_path
         assert f"0000{number}.json is damaged; computing it again" in caplog.text
 
 
-def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatch, tmp_path, make_model):
+def test_an_unnamed_cache_is_found_by_its_fingerprint(counted, pairs, monkeypatch, tmp_path, make_model):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     for std in (0.3, 0.2):
         trainer, scored = counted(pairs(3), reference_cache=None, model=make_model("gpt2", std=std))
@@ -84,7 +84,7 @@ def test_without_a_name_it_is_kept_by_its_fingerprint(counted, pairs, monkeypatc
     assert len(list((tmp_path / "home" / "simpo" / "reference").iterdir())) == 2
 
 
-def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_path):
+def test_a_cache_folder_of_another_model_is_rejected(counted, pairs, make_model, tmp_path):
     counted(pairs(3))[0].add_columns(pairs(3))
     with pytest.raises(SimpoError, match=f"reference_cache: {tmp_path}.* of another model or precision; use"):
         counted(pairs(3), model=make_model("gpt2", std=0.2))
@@ -93,7 +93,7 @@ def test_a_folder_of_another_model_is_refused(counted, pairs, make_model, tmp_pa
         counted(pairs(3))
 
 
-def test_a_folder_that_no_longer_says_whose_it_is_is_no_other_models(counted, pairs, make_model, tmp_path):
+def test_a_cache_folder_without_its_fingerprint_is_not_used(counted, pairs, make_model, tmp_path):
     rows = pairs(3)
     first, other = counted(rows)[0].add_columns(rows)[REF_LOGPS][:], make_model("gpt2", std=0.2)
     (tmp_path / "reference" / "policy.json").unlink()
@@ -102,7 +102,7 @@ def test_a_folder_that_no_longer_says_whose_it_is_is_no_other_models(counted, pa
     assert scored == [3]
 
 
-def test_the_fingerprint_is_of_what_a_policy_computes(make_model):
+def test_the_fingerprint_covers_everything_that_affects_the_policy(make_model):
     def of(precision="no", **changes):
         return policy_fingerprint(make_model("gpt2", **changes), precision)
 
@@ -115,14 +115,14 @@ def test_the_fingerprint_is_of_what_a_policy_computes(make_model):
     assert policy_fingerprint(model, "no") != before
 
 
-def test_a_new_adapter_leaves_the_fingerprint_as_it_was(make_model):
-    """So that runs of other adapters, and one of all weights, find what has been computed."""
+def test_a_new_adapter_does_not_change_the_fingerprint(make_model):
+    """So runs with other adapters, and full fine-tuning, reuse the cache."""
     targets = ["c_attn", "c_fc", "wte"]
     given = [{"lora_r": 4}, {"lora_r": 8, "lora_target_modules": targets}, {"lora_modules_to_save": ["lm_head"]}]
     fresh = [add_adapter(make_model("gpt2"), settings) for settings in given]
     prints = [policy_fingerprint(model, "no") for model in [make_model("gpt2"), *fresh]]
     assert prints[0] == prints[1] == prints[2]
-    assert prints[3] != prints[0]  # a whole layer of its own is not looked into
+    assert prints[3] != prints[0]  # a fully trained layer does not count as unchanged
     for factor in ("lora_B", "lora_embedding_A"):
         (tensor, *_) = (tensor for name, tensor in fresh[1].named_parameters() if f".{factor}." in name)
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_new_adapter_leaves_the_fingerprint_as_it_was(make_model):
             tensor.zero_()
 
 
-def test_rows_that_come_too_late_are_refused(counted, pairs):
+def test_rows_passed_too_late_are_rejected(counted, pairs):
     trainer, _ = counted(pairs(4), max_steps=1)
     trainer.train()
     trainer.evaluate(pairs(4))
@@ -141,10 +141,10 @@ def test_rows_that_come_too_late_are_refused(counted, pairs):
         trainer.evaluate(pairs(3, seed=1))
 
 
-def test_a_reference_that_is_not_finite_is_named(counted, random_comparisons, as_dataset, make_model):
+def test_a_non_finite_reference_is_reported(counted, random_comparisons, as_dataset, make_model):
     model = make_model("gpt2")
     with torch.no_grad():
-        model.transformer.wpe.weight[22] = torch.nan  # only the last row comes so far, and no check looks at it
+        model.transformer.wpe.weight[22] = torch.nan  # only the last row, which no self-check sees, gets there
     rows = as_dataset(random_comparisons(*[(4, (5, 6))] * 18, (25, (2, 3))))
     with pytest.raises(SimpoError, match="the reference's log-probability is not finite; rows: made up:18; fix"):
         counted(rows, model=model)[0].train()
@@ -154,7 +154,7 @@ def test_a_reference_that_is_not_finite_is_named(counted, random_comparisons, as
     "settings", [{}, {"precompute_ref_log_probs": False}, {"objective": "kto"}, {"kl_weight": 0.5}]
 )
 def test_a_resumed_run_has_the_same_reference(settings, make_trainer, make_model, pairs, tmp_path):
-    """Not the checkpoint: also where the cache is gone."""
+    """Not the checkpoint's policy, even if the cache is gone."""
     rows, held_out, settings = pairs(10), pairs(4, seed=2), {"objective": "dpo"} | SETTINGS | settings
 
     def run(name, resume=None, **changes):
@@ -175,15 +175,15 @@ def test_a_resumed_run_has_the_same_reference(settings, make_trainer, make_model
 
 
 def products(trainer, batch) -> list[tuple[str, str]]:
-    """Every matrix product of a step, with its shapes."""
+    """Return every matrix product in a step, with its shapes."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         trainer.training_step(trainer.model, batch)
     names = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
     return sorted((e.name, str(e.input_shapes)) for e in profiled.events() if e.name.startswith(names))
 
 
-def test_a_step_of_dpo_costs_what_one_of_simpo_costs(make_trainer, make_model, pairs):
-    """The same matrix products, of the same shapes; the reference beside it adds some."""
+def test_a_dpo_step_costs_the_same_as_a_simpo_step(make_trainer, make_model, pairs):
+    """The same matrix products with the same shapes; computing the reference alongside adds more."""
     rows, counted = pairs(6), {}
     for name, settings in {"simpo": {}, "dpo": {}, "beside": {"precompute_ref_log_probs": False}}.items():
         objective = "dpo" if name == "beside" else name

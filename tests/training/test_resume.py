@@ -1,4 +1,4 @@
-"""Runs that are stopped, damaged or repeated: the weights and figures are those of a run that went through."""
+"""Stopped, damaged and repeated runs end with the same weights and metrics as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TIMES = ("runtime", "per_second", "preparation_time")
 
 
 class At(TrainerCallback):
-    """Calls ``action`` when ``step`` optimizer steps are done."""
+    """Calls ``action`` after ``step`` optimizer steps."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -41,7 +41,7 @@ class At(TrainerCallback):
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone."""
+    """Stands in for a killed process."""
 
 
 def die():
@@ -49,7 +49,7 @@ def die():
 
 
 def plan(patches: pytest.MonkeyPatch, step, action):
-    """Let the next run call ``action`` after that step."""
+    """Make the next run call ``action`` after that step."""
     train = workflow.PackedTrainer.train
 
     def watched(self, *args, **kwargs):
@@ -103,9 +103,9 @@ def figures(folder: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def through(chat_world, tmp_path_factory):
-    """A run of 12 steps that nothing stopped."""
-    output = tmp_path_factory.mktemp("through") / "run"
+def uninterrupted(chat_world, tmp_path_factory):
+    """An uninterrupted run of 12 steps."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert cli.main(options(chat_world, output)) == 0
     return output
 
@@ -122,51 +122,51 @@ def killed_once(chat_world, tmp_path_factory):
 
 @pytest.fixture
 def killed(killed_once, tmp_path):
-    """A copy of it, to be continued with ``options(..., **LIMIT)``."""
+    """A copy of the killed run, to be continued with ``options(..., **LIMIT)``."""
     return shutil.copytree(killed_once, tmp_path / "run")
 
 
-def test_a_run_leaves_everything_that_tells_its_story(through, chat_world):
-    names = {path.name for path in through.iterdir()}
+def test_a_run_writes_all_of_its_files(uninterrupted, chat_world):
+    names = {path.name for path in uninterrupted.iterdir()}
     assert names >= {
         "model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json", "manifest.json",
         "run.json", "recipe.yaml", "recipe.resolved.yaml", "environment.json", "log.txt", "metrics.jsonl",
         "held_out_before.jsonl", "held_out_after.jsonl", "trainer_state.json",
     }  # fmt: skip
-    assert "training_args.bin" not in names  # a pickle, which holds tokens
-    assert not list(through.rglob("training_args.bin"))
-    assert sum("loss" in line for line in metrics(through)) == 4
-    assert sum("eval_loss" in line for line in metrics(through)) == 2
-    before = [json.loads(line) for line in (through / "held_out_before.jsonl").read_text().splitlines()]
+    assert "training_args.bin" not in names  # it is a pickle and contains tokens
+    assert not list(uninterrupted.rglob("training_args.bin"))
+    assert sum("loss" in line for line in metrics(uninterrupted)) == 4
+    assert sum("eval_loss" in line for line in metrics(uninterrupted)) == 2
+    before = [json.loads(line) for line in (uninterrupted / "held_out_before.jsonl").read_text().splitlines()]
     assert [line["where"] for line in before] == [f"test.jsonl:{n}" for n in range(1, 9)]
     mean = sum(line["rewards/margins"] for line in before) / len(before)
-    assert {(n, s): v for n, s, v in figures(through)}["eval_rewards/margins", "before"] == pytest.approx(mean)
+    assert {(n, s): v for n, s, v in figures(uninterrupted)}["eval_rewards/margins", "before"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 12])
-def test_a_killed_run_goes_on_to_the_same_bits(step, through, chat_world, at, tmp_path):
-    """Before the first checkpoint, within both epochs, at an epoch's end, and after the last step."""
+def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_world, at, tmp_path):
+    """Killed before the first checkpoint, within both epochs, at an epoch's end, and after the last step."""
     output = tmp_path / "run"
     patches = at(step, die)
     with pytest.raises(Killed):
         cli.main(options(chat_world, output))
     patches.undo()
     assert cli.main(options(chat_world, output)) == 0
-    assert same_weights(output, through)
-    assert metrics(output) == metrics(through)
-    assert figures(output) == figures(through)
+    assert same_weights(output, uninterrupted)
+    assert metrics(output) == metrics(uninterrupted)
+    assert figures(output) == figures(uninterrupted)
 
 
-# What a run does after its last step, in order: what is patched to die, in which module or class.
+# The stages after the last step, in order: the function patched to fail, and where it lives.
 ENDING = [
-    (ResumableTrainer, "_complete"),  # the last checkpoint is being written
-    (workflow, "shared_staging"),  # the model is about to be saved
+    (ResumableTrainer, "_complete"),  # while writing the last checkpoint
+    (workflow, "shared_staging"),  # just before saving the model
     (workflow, "write_scores"),
     (workflow, "write_model_card"),
     (workflow, "write_results"),
     (RunFolder, "finish"),
 ]
-# Six steps to an epoch: runs that end within one, by their number of steps or of epochs, and at its end.
+# An epoch has six steps. These runs end within an epoch, by steps or by epochs, or at its end.
 MID, FRACTION = {"max_steps": 4, "num_train_epochs": None}, {"num_train_epochs": 1.6}
 EPOCHS = {"eval_strategy": "epoch"}
 KINDS = {
@@ -198,7 +198,7 @@ def of_kind(world: Path, kind: str, output: Path) -> list[str]:
 
 
 def doomed(name, original):
-    """``original`` until the run's last step, then death; earlier checkpoints and scores are written."""
+    """Return ``original``, except that it dies on the last step; earlier checkpoints and scores are written."""
 
     def call(*args, **kwargs):
         early = name == "_complete" and args[0].state.global_step < args[0].state.max_steps
@@ -210,45 +210,45 @@ def doomed(name, original):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_killed_after_its_last_step_takes_no_other(kind, chat_world, tmp_path, monkeypatch):
-    """Killed at each moment of its ending in turn, and each time started again."""
-    through, output = tmp_path / "through", tmp_path / "run"
-    assert cli.main(of_kind(chat_world, kind, through)) == 0
-    for place, name in ENDING if kind == "simpo" else ENDING[2:5:2]:  # for the others the scores and the results
+def test_a_run_killed_after_its_last_step_takes_no_more_steps(kind, chat_world, tmp_path, monkeypatch):
+    """Killed at each stage of its ending in turn, and restarted each time."""
+    uninterrupted, output = tmp_path / "uninterrupted", tmp_path / "run"
+    assert cli.main(of_kind(chat_world, kind, uninterrupted)) == 0
+    for place, name in ENDING if kind == "simpo" else ENDING[2:5:2]:  # for other kinds only the scores and the results
         with monkeypatch.context() as patches:
             patches.setattr(place, name, doomed(name, getattr(place, name)))
             with pytest.raises(Killed):
                 cli.main(of_kind(chat_world, kind, output))
     assert cli.main(of_kind(chat_world, kind, output)) == 0
     stored = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    for folder in ["", *(path.name for path in checkpoints(through))]:
-        assert (output / folder / stored).read_bytes() == (through / folder / stored).read_bytes(), folder
-    assert metrics(output) == metrics(through)
-    assert figures(output) == figures(through)
+    for folder in ["", *(path.name for path in checkpoints(uninterrupted))]:
+        assert (output / folder / stored).read_bytes() == (uninterrupted / folder / stored).read_bytes(), folder
+    assert metrics(output) == metrics(uninterrupted)
+    assert figures(output) == figures(uninterrupted)
     for name in ("held_out_before.jsonl", "held_out_after.jsonl"):
-        assert (output / name).read_bytes() == (through / name).read_bytes()
+        assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["held_out_after.jsonl", "examples_after.jsonl"])
-def test_a_failure_while_the_trained_model_is_scored_leaves_that_model(name, through, chat_world, at, tmp_path):
-    """A folder in the place of a file stops the run; once it is gone, the run ends with the files of any other."""
+def test_a_failure_while_scoring_the_trained_model_keeps_that_model(name, uninterrupted, chat_world, at, tmp_path):
+    """A folder blocks the place of a file; once it is removed, the run ends with the same files as any other."""
     output = tmp_path / "run"
     patches = at(12, (output / name).mkdir)
     assert cli.main(options(chat_world, output)) == 2
     patches.undo()
-    assert same_weights(output, through)
+    assert same_weights(output, uninterrupted)
     for file in ("config.json", "tokenizer.json", "chat_template.jinja", "trainer_state.json"):
-        assert (output / file).is_file() == (through / file).is_file(), file
+        assert (output / file).is_file() == (uninterrupted / file).is_file(), file
     (output / name).rmdir()
     assert cli.main(options(chat_world, output)) == 0
-    assert {path.name for path in output.iterdir()} == {path.name for path in through.iterdir()}
-    assert same_weights(output, through) and figures(output) == figures(through)
+    assert {path.name for path in output.iterdir()} == {path.name for path in uninterrupted.iterdir()}
+    assert same_weights(output, uninterrupted) and figures(output) == figures(uninterrupted)
     for file in ("held_out_after.jsonl", "examples_after.jsonl"):
-        assert (output / file).read_bytes() == (through / file).read_bytes()
+        assert (output / file).read_bytes() == (uninterrupted / file).read_bytes()
 
 
 class Averaging(torch.optim.SGD):
-    """Plain SGD whose weights in evaluation are twice those in training, as schedule-free ones are others."""
+    """SGD whose weights in evaluation mode are twice those in training mode, similar to schedule-free optimizers."""
 
     _factor = 1.0
 
@@ -267,8 +267,8 @@ class Averaging(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_the_saved_weights_are_those_of_evaluation(held_out, chat_world, tmp_path, monkeypatch):
-    """Of optimizers whose weights in training and in evaluation differ, with held-out rows or without."""
+def test_the_saved_weights_are_the_evaluation_weights(held_out, chat_world, tmp_path, monkeypatch):
+    """For optimizers whose training and evaluation weights differ, with and without held-out rows."""
     monkeypatch.setattr(
         workflow.PackedTrainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *given: (Averaging, {"lr": 0.0}))
     )
@@ -281,14 +281,14 @@ def test_the_saved_weights_are_those_of_evaluation(held_out, chat_world, tmp_pat
 
 
 @pytest.mark.parametrize("asked", [{"max_steps": 4}, {"max_steps": 3}])
-def test_a_checkpoint_of_the_last_step_or_beyond(asked, through, chat_world, tmp_path, capsys):
-    """With the last step already taken nothing is trained; beyond it there is no such training."""
-    named = {"resume_from_checkpoint": through / "checkpoint-4", "num_train_epochs": None}
+def test_resuming_from_the_last_step_or_beyond(asked, uninterrupted, chat_world, tmp_path, capsys):
+    """After the last step, nothing is trained; a checkpoint beyond it cannot belong to this run."""
+    named = {"resume_from_checkpoint": uninterrupted / "checkpoint-4", "num_train_epochs": None}
     output = tmp_path / "run"
     code = cli.main(options(chat_world, output, **named | asked))
     if asked["max_steps"] == 4:
         assert code == 0
-        assert same_weights(output, through / "checkpoint-4")
+        assert same_weights(output, uninterrupted / "checkpoint-4")
         assert {n: v for n, s, v in figures(output)}["train/steps"] == 4
     else:
         assert code == 2
@@ -298,18 +298,18 @@ def test_a_checkpoint_of_the_last_step_or_beyond(asked, through, chat_world, tmp
 @pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: the last one, and the one before
 def test_a_signal_at_the_last_step_loses_no_evaluation(step, chat_world, at, tmp_path):
     changes = {"max_steps": step + 1, "num_train_epochs": None, "eval_strategy": "epoch"}
-    assert cli.main(options(chat_world, tmp_path / "through", **changes)) == 0
+    assert cli.main(options(chat_world, tmp_path / "uninterrupted", **changes)) == 0
     patches = at(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 143
     patches.undo()
     assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 0
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "through")
-    assert same_weights(tmp_path / "run", tmp_path / "through")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "uninterrupted")
+    assert same_weights(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: within an epoch, and at its end
-def test_a_signal_saves_and_stops(signum, code, step, through, chat_world, at, tmp_path, capsys):
+def test_a_signal_saves_and_stops(signum, code, step, uninterrupted, chat_world, at, tmp_path, capsys):
     output = tmp_path / "run"
     patches = at(step, lambda: os.kill(os.getpid(), signum))
     changes = {"save_strategy": "no"}
@@ -322,17 +322,17 @@ def test_a_signal_saves_and_stops(signum, code, step, through, chat_world, at, t
     assert saved[0].name.removeprefix("checkpoint-") in message
     assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
     assert cli.main(options(chat_world, output, **changes)) == 0
-    assert same_weights(output, through)
-    assert metrics(output) == metrics(through)
+    assert same_weights(output, uninterrupted)
+    assert metrics(output) == metrics(uninterrupted)
 
 
-def test_a_second_signal_ends_it_at_once():
+def test_a_second_signal_ends_the_run_immediately():
     with pytest.raises(KeyboardInterrupt), StopOnSignal():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
+def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with StopOnSignal() as stop:
@@ -366,20 +366,20 @@ def flip_one_byte(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 @pytest.mark.parametrize("damage", [truncate, empty, flip_one_byte, Path.unlink])
-def test_a_damaged_checkpoint_is_skipped(damage, name, through, chat_world, killed, caplog):
+def test_a_damaged_checkpoint_is_skipped(damage, name, uninterrupted, chat_world, killed, caplog):
     assert [path.name for path in checkpoints(killed)] == ["checkpoint-6", "checkpoint-4"]
     damage(killed / "checkpoint-6" / name)
     assert last_good_checkpoint(killed) == killed / "checkpoint-4"
     assert "checkpoint-6 is damaged" in caplog.text
     assert name in caplog.text
-    if damage is flip_one_byte and name == "model.safetensors":  # once all the way: each takes a second
+    if damage is flip_one_byte and name == "model.safetensors":  # once to the very end; each such run takes a second
         assert cli.main(options(chat_world, killed, **LIMIT)) == 0
-        assert same_weights(killed, through)
+        assert same_weights(killed, uninterrupted)
         assert f"continues from {killed / 'checkpoint-4'}" in (killed / "log.txt").read_text()
-        assert "missing keys" not in caplog.text  # of tied weights one is stored
+        assert "missing keys" not in caplog.text  # only one of two tied weights is stored
 
 
-def test_a_run_killed_before_it_removes_a_checkpoint_removes_it_later(chat_world, tmp_path, monkeypatch):
+def test_a_checkpoint_not_yet_removed_at_a_kill_is_removed_later(chat_world, tmp_path, monkeypatch):
     output, changes = tmp_path / "run", {"save_total_limit": 1, "max_steps": 4, "num_train_epochs": None}
     with monkeypatch.context() as patches:
         rotate = resumable.rotate
@@ -391,16 +391,14 @@ def test_a_run_killed_before_it_removes_a_checkpoint_removes_it_later(chat_world
     assert [path.name for path in checkpoints(output)] == ["checkpoint-4"]
 
 
-def test_the_limit_leaves_the_newest_checkpoints(through, chat_world, tmp_path):
+def test_the_limit_keeps_the_newest_checkpoints(uninterrupted, chat_world, tmp_path):
     output = tmp_path / "run"
     assert cli.main(options(chat_world, output, save_total_limit=1)) == 0
     assert [path.name for path in checkpoints(output)] == ["checkpoint-12"]
     assert last_good_checkpoint(output) is not None
 
 
-def test_the_limit_also_holds_when_the_last_checkpoint_was_written_before_a_kill(
-    make_trainer, make_model, pairs, tmp_path
-):
+def test_the_limit_holds_when_the_last_checkpoint_was_written_before_a_kill(make_trainer, make_model, pairs, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
     rows = pairs(8)
     make_trainer(rows, model=make_model("gpt2"), **settings).train()  # nothing is removed, as after such a kill
@@ -409,7 +407,7 @@ def test_the_limit_also_holds_when_the_last_checkpoint_was_written_before_a_kill
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
-def test_the_best_checkpoint_stays_and_is_loaded(chat_world, tmp_path):
+def test_the_best_checkpoint_is_kept_and_loaded(chat_world, tmp_path):
     output = tmp_path / "run"
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rewards/margins"}
     best |= {"load_best_model_at_end": "true", "greater_is_better": "false", "save_total_limit": 1}
@@ -424,13 +422,13 @@ def test_the_best_checkpoint_stays_and_is_loaded(chat_world, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["recipe", "data", "model"])
-def test_another_run_is_not_continued(change, through, chat_world, killed, tmp_path, capsys):
+def test_a_different_run_is_not_continued(change, uninterrupted, chat_world, killed, tmp_path, capsys):
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join((chat_world / "train.jsonl").open().readlines()[:-1]))
     changes = {
         "recipe": {"beta": 5.0},
         "data": {"dataset_name": fewer},
-        "model": {"model_name_or_path": through},
+        "model": {"model_name_or_path": uninterrupted},
     }[change]
     assert cli.main(options(chat_world, killed, **LIMIT | changes)) == 2
     message = capsys.readouterr().err
@@ -438,13 +436,13 @@ def test_another_run_is_not_continued(change, through, chat_world, killed, tmp_p
     assert message.count("\n") == 1
     if change == "recipe":
         assert cli.main(options(chat_world, killed, **LIMIT | changes, accept_changes="true")) == 0
-        assert not same_weights(killed, through)
+        assert not same_weights(killed, uninterrupted)
         assert json.loads((killed / "run.json").read_text())["changes"]
 
 
-def test_a_finished_run_says_so_and_stays(chat_world, through, tmp_path, capsys):
+def test_a_finished_run_says_so_and_is_left_alone(chat_world, uninterrupted, tmp_path, capsys):
     output = tmp_path / "run"
-    shutil.copytree(through, output)
+    shutil.copytree(uninterrupted, output)
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert cli.main(options(chat_world, output)) == 0
     printed = capsys.readouterr()
@@ -454,14 +452,14 @@ def test_a_finished_run_says_so_and_stays(chat_world, through, tmp_path, capsys)
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert changed <= {"log.txt", ".lock", ".lock.pid"}
     report = output / "report.html"
-    for spoil in (report.unlink, lambda: os.utime(report, ns=(0, 0))):  # deleted, or of the time before its end
+    for spoil in (report.unlink, lambda: os.utime(report, ns=(0, 0))):  # deleted, or older than the end of the run
         spoil()
         assert cli.main(options(chat_world, output)) == 0
         assert report.stat().st_mtime_ns >= (output / "run.json").stat().st_mtime_ns
         assert str(report) in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_model_is_named(make_trainer, make_model, pairs, tmp_path):
+def test_a_checkpoint_of_a_different_model_is_reported(make_trainer, make_model, pairs, tmp_path):
     rows = pairs(4)
     make_trainer(rows, model=make_model("gpt2"), save_strategy="steps", save_steps=1, max_steps=1).train()
     other = make_trainer(rows, model=make_model("gpt2", n_embd=16), max_steps=2)
@@ -479,11 +477,11 @@ def test_resuming_without_a_checkpoint_is_an_error(make_trainer, pairs):
         make_trainer(pairs(4)).train(resume_from_checkpoint=True)
 
 
-def test_a_full_disk_while_saving(chat_world, through, make_disk, capsys):
-    """A real one: the checkpoint before stays whole, the message is one line, and with room again the run goes on."""
+def test_a_full_disk_while_saving(chat_world, uninterrupted, make_disk, capsys):
+    """On a full disk, the previous checkpoint survives and the error is one line; with space again, the run goes on."""
     disk = make_disk("1m")
     output, ballast = disk / "run", disk / "ballast"
-    size = sum(path.stat().st_size for path in (through / "checkpoint-2").iterdir())
+    size = sum(path.stat().st_size for path in (uninterrupted / "checkpoint-2").iterdir())
     ballast.write_bytes(b"0" * ((1 << 20) - int(1.6 * size) - 64 * 1024))
     assert cli.main(options(chat_world, output)) == 2
     message = capsys.readouterr().err.strip().splitlines()
@@ -492,10 +490,10 @@ def test_a_full_disk_while_saving(chat_world, through, make_disk, capsys):
     assert last_good_checkpoint(output) == output / "checkpoint-2"
     ballast.unlink()
     assert cli.main(options(chat_world, output, save_total_limit=1)) == 0
-    assert same_weights(output, through)
+    assert same_weights(output, uninterrupted)
 
 
-def test_another_training_in_the_same_folder_is_not_mixed_with_it(make_trainer, make_model, pairs, tmp_path):
+def test_a_different_training_run_in_the_same_folder_is_rejected(make_trainer, make_model, pairs, tmp_path):
     rows, settings = pairs(8), {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
     make_trainer(rows, model=make_model("gpt2"), **settings).train()
     kept = load_file(tmp_path / "checkpoint-2/model.safetensors")
@@ -505,8 +503,8 @@ def test_another_training_in_the_same_folder_is_not_mixed_with_it(make_trainer, 
     torch.testing.assert_close(load_file(tmp_path / "checkpoint-2/model.safetensors"), kept, rtol=0, atol=0)
 
 
-def test_steps_that_are_done_again_are_saved_again(make_trainer, make_model, pairs, tmp_path):
-    """Going back to an earlier checkpoint with rows in another order replaces the later ones, and the limit holds."""
+def test_repeated_steps_are_saved_again(make_trainer, make_model, pairs, tmp_path):
+    """Resuming from an earlier checkpoint with reordered rows replaces the later ones, and the limit holds."""
     rows = pairs(16)
     settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4, "save_total_limit": 2}
     make_trainer(rows, model=make_model("gpt2"), **settings | {"save_total_limit": None}).train()
@@ -522,7 +520,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rew
 BEST |= {"load_best_model_at_end": "true", "greater_is_better": "false", "save_total_limit": 1}
 
 
-def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(chat_world, at, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_found_in_a_moved_folder(chat_world, at, tmp_path, monkeypatch):
     patches = at(7, die)
     with pytest.raises(Killed):
         cli.main(options(chat_world, tmp_path / "before", **BEST))
@@ -537,8 +535,8 @@ def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(chat_world, at,
 
 
 @pytest.mark.parametrize("changes", [BEST, BEST | {"save_strategy": "best", "load_best_model_at_end": "false"}])
-def test_what_a_stopped_run_says_is_saved_is_there(changes, chat_world, at, tmp_path, capsys):
-    """Also with a limit of one beside the best, and where only the best is saved."""
+def test_checkpoints_reported_as_saved_exist(changes, chat_world, at, tmp_path, capsys):
+    """Also with a limit of one plus the best, and if only the best is saved."""
     output = tmp_path / "run"
     patches = at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(options(chat_world, output, **changes)) == 143
@@ -547,53 +545,53 @@ def test_what_a_stopped_run_says_is_saved_is_there(changes, chat_world, at, tmp_
     assert last_good_checkpoint(output) == output / "checkpoint-4"
 
 
-def test_figures_before_are_those_of_the_settings_that_are_continued_with(chat_world, killed, tmp_path):
+def test_metrics_before_training_follow_the_settings_of_the_continued_run(chat_world, killed, tmp_path):
     assert cli.main(options(chat_world, killed, **LIMIT, beta=10.0, accept_changes="true")) == 0
     assert cli.main(options(chat_world, tmp_path / "other", max_steps=1, beta=10.0)) == 0
     before = [{n: v for n, s, v in figures(folder) if s == "before"} for folder in (killed, tmp_path / "other")]
     assert before[0] == before[1]
 
 
-def test_the_checkpoint_that_a_run_starts_from_is_part_of_it(chat_world, through, tmp_path, capsys):
+def test_the_checkpoint_a_run_starts_from_belongs_to_its_identity(chat_world, uninterrupted, tmp_path, capsys):
     output = tmp_path / "run"
-    named = {"resume_from_checkpoint": through / "checkpoint-2"}
+    named = {"resume_from_checkpoint": uninterrupted / "checkpoint-2"}
     assert cli.main(options(chat_world, output, **named)) == 0
-    assert same_weights(output, through) and metrics(output) == metrics(through)
-    assert "damaged" not in (output / "log.txt").read_text()  # a new run has no lines yet, and misses none
+    assert same_weights(output, uninterrupted) and metrics(output) == metrics(uninterrupted)
+    assert "damaged" not in (output / "log.txt").read_text()  # a new run has no log lines yet, so none are missing
     capsys.readouterr()
-    assert cli.main(options(chat_world, output, resume_from_checkpoint=through / "checkpoint-4")) == 2
+    assert cli.main(options(chat_world, output, resume_from_checkpoint=uninterrupted / "checkpoint-4")) == 2
     assert "resume_from_checkpoint: contents changed" in capsys.readouterr().err
     assert cli.main(options(chat_world, tmp_path / "new", resume_from_checkpoint=tmp_path / "nowhere")) == 2
     assert not (tmp_path / "new").exists()
 
 
-def test_a_mixture_of_experts_goes_on_with_its_own_experts(make_trainer, make_model, pairs, tmp_path):
-    """transformers stores experts under names that the model does not have, and ``Trainer`` would leave them out."""
+def test_a_mixture_of_experts_resumes_with_its_experts(make_trainer, make_model, pairs, tmp_path):
+    """transformers stores experts under different names, and ``Trainer`` would not load them."""
     rows, settings = pairs(8), {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "num_train_epochs": 2}
-    settings["logging_steps"] = 3  # the first log is of steps before and after the checkpoint
-    through = make_trainer(rows, model=make_model("mixtral", torch.float32), **settings)
-    through.train()
+    settings["logging_steps"] = 3  # the first log covers steps before and after the checkpoint
+    uninterrupted = make_trainer(rows, model=make_model("mixtral", torch.float32), **settings)
+    uninterrupted.train()
     make_trainer(
         rows, model=make_model("mixtral", torch.float32), save_strategy="steps", save_steps=2, **settings
     ).train()
     resumed = make_trainer(rows, model=make_model("mixtral", torch.float32), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for (name, expected), found in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
+    for (name, expected), found in zip(uninterrupted.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
-    logged, again = through.state.log_history[0], resumed.state.log_history[0]
+    logged, again = uninterrupted.state.log_history[0], resumed.state.log_history[0]
     assert {"router/aux_loss", "router/max_load"} < logged.keys() and again == logged
     deeper = make_trainer(rows, model=make_model("mixtral", torch.float32, num_hidden_layers=2), **settings)
     with pytest.raises(SimpoError, match="belongs to another model"):
         deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_a_pickle_that_is_no_state_of_a_training_ends_in_one_line(through, chat_world, tmp_path, capsys):
+def test_a_pickle_that_is_not_a_trainer_state_gives_a_one_line_error(uninterrupted, chat_world, tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     checkpoint = tmp_path / "checkpoint-2"
-    shutil.copytree(checkpoints(through)[-1], checkpoint)
+    shutil.copytree(checkpoints(uninterrupted)[-1], checkpoint)
     torch.save({"last_epoch": Evil()}, checkpoint / "scheduler.pt")
     write_manifest(checkpoint)
     argv = options(chat_world, tmp_path / "run", resume_from_checkpoint=checkpoint)

@@ -1,4 +1,4 @@
-"""Reward models against the definition, one sequence and one pair at a time, and read by plain transformers."""
+"""Reward models against the definition, one sequence and one pair at a time, and loaded by plain transformers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLAIN = {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 
 
 @pytest.fixture
 def rankings(random_comparisons):
-    """Pairs and rankings of up to five responses, some as good as others, with a column ``margin`` for the pairs."""
+    """Pairs and rankings of up to five responses, some tied, with a ``margin`` column for the pairs."""
     found = random_comparisons((9, (3, 7)), (2, (1, 4, 2, 5, 3)), (14, (5, 2)), (3, (6, 2, 4)))
     scores = [None, [5.0, 3.0, 3.0, 1.0, -2.0], None, [1.0, 0.5, 0.0]]
     return Dataset.from_dict(
@@ -71,7 +71,7 @@ class Gradients(TrainerCallback):
 
 
 def naive_pairs(model, row):
-    """Rewards of every ordered pair of a row, and the difference of their scores."""
+    """Return the rewards of every ordered pair in a row and the differences of their scores."""
     rewards = []
     for response in row["response_ids"]:
         hidden = model.transformer(torch.tensor([row["prompt_ids"] + response]), use_cache=False)[0]
@@ -94,7 +94,7 @@ def naive_loss(model, rows, *, margin=lambda row, gap: 0.0, centre=0.0):
 
 
 def gap_of_scores(row, gap):
-    """A pair's margin comes from its columns, a ranking's from its scores."""
+    """Return the margin: from the column for a pair, from the scores for a ranking."""
     extra = json.loads(row["extra"])
     return gap if row["scores"] else extra["chosen_score"] - extra["rejected_score"]
 
@@ -109,7 +109,7 @@ CASES = [
 @pytest.mark.parametrize(("settings", "terms"), CASES)
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [500, 45])
-def test_losses_and_gradients_are_those_of_the_definition(settings, terms, path, budget, make_reward_trainer, rankings):
+def test_losses_and_gradients_match_the_definition(settings, terms, path, budget, make_reward_trainer, rankings):
     gradients = Gradients()
     trainer = make_reward_trainer(
         rankings,
@@ -133,7 +133,7 @@ def test_losses_and_gradients_are_those_of_the_definition(settings, terms, path,
 
 
 @pytest.mark.parametrize(("margin", "noted"), [("none", True), ("column", False)])
-def test_a_margin_that_is_not_used_is_reported(margin, noted, rankings, tmp_path):
+def test_an_unused_margin_is_reported(margin, noted, rankings, tmp_path):
     args = RewardConfig(**QUIET, output_dir=str(tmp_path), margin=margin)
     prepared = RewardTrainer.prepare(rankings.select([0, 2]), None, args, "train")
     assert any("the margin column is not used" in notice for notice in prepared.report.notices) == noted
@@ -143,7 +143,7 @@ def test_a_margin_that_is_not_used_is_reported(margin, noted, rankings, tmp_path
     assert not any("margin" in notice for notice in plain.report.notices)
 
 
-def test_margins_of_a_column(make_reward_trainer, rankings):
+def test_margins_from_a_column(make_reward_trainer, rankings):
     pairs = rankings.select([0, 2])
     trainer = make_reward_trainer(pairs, margin="column", max_steps=1, logging_steps=1, per_device_train_batch_size=2)
     expected = naive_loss(trainer.model, pairs, margin=lambda row, _: json.loads(row["extra"])["margin"])
@@ -152,7 +152,7 @@ def test_margins_of_a_column(make_reward_trainer, rankings):
 
 
 @torch.no_grad()
-def test_held_out_scores_have_every_pair(make_reward_trainer, rankings):
+def test_held_out_scores_cover_every_pair(make_reward_trainer, rankings):
     trainer = make_reward_trainer(rankings, max_batch_tokens=45)
     trainer.model.eval()
     scores = trainer.score_rows(rankings)
@@ -179,14 +179,14 @@ def test_held_out_scores_have_every_pair(make_reward_trainer, rankings):
         ([1], "column", {"margin": 1}, "more than two responses; use scores"),
     ],
 )
-def test_margins_that_are_not_there(rows, margin, extra, said, make_reward_trainer, rankings):
+def test_missing_margins_are_reported(rows, margin, extra, said, make_reward_trainer, rankings):
     rows = rankings.select(rows).map(lambda _: {"extra": json.dumps(extra)})
     with pytest.raises(SimpoError, match=said):
         make_reward_trainer(rows, margin=margin)
 
 
-def test_margins_determine_the_result(make_reward_trainer, rankings):
-    """The same tokens with other margins are other data."""
+def test_margins_are_part_of_the_runs_identity(make_reward_trainer, rankings):
+    """The same tokens with different margins are different data."""
     other = rankings.select([0]).map(lambda _: {"extra": json.dumps({"margin": 3.0})})
     digests = [
         rows_digest(make_reward_trainer(rows, margin="column").train_dataset) for rows in (rankings.select([0]), other)
@@ -194,7 +194,7 @@ def test_margins_determine_the_result(make_reward_trainer, rankings):
     assert digests[0] != digests[1]
 
 
-def test_what_cannot_be_trained(make_model, make_reward_trainer, rankings, tmp_path):
+def test_untrainable_models_and_rows_are_rejected(make_model, make_reward_trainer, rankings, tmp_path):
     with pytest.raises(SimpoError, match="GPT2LMHeadModel is not a reward model; load it with AutoModelForSequence"):
         make_reward_trainer(rankings, model=make_model("gpt2"))
     feedback = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "label": [True]})
@@ -208,7 +208,7 @@ def test_what_cannot_be_trained(make_model, make_reward_trainer, rankings, tmp_p
             RewardConfig(str(tmp_path), use_cpu=True, **settings)
 
 
-# ---- on text, from the command line ----
+# ---- text, from the command line ----
 
 ROWS = [
     Answers("p", "What is 1 and 2?", ("It is 3.", "I would say 11, 1.")),
@@ -218,7 +218,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def train_reward(chat_world, tmp_path_factory):
-    """``train_reward(*options)``: a folder that ``simpo reward`` has written."""
+    """``train_reward(*options)``: a folder written by ``simpo reward``."""
 
     def train(*options: str):
         folder = tmp_path_factory.mktemp("reward")
@@ -240,7 +240,7 @@ def trained(train_reward):
 
 
 def plain_rewards(folder, model) -> list[float]:
-    """By plain transformers, a padded batch of all answers."""
+    """Compute rewards with plain transformers in one padded batch."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [
         tokenizer.apply_chat_template(
@@ -263,7 +263,7 @@ def test_plain_transformers_gives_the_same_rewards(trained):
     assert plain_rewards(trained, model) == pytest.approx(list(itertools.chain(*scores)), abs=1e-5)
 
 
-def test_the_results_say_how_good_it_is(trained):
+def test_the_results_report_its_quality(trained):
     metrics = {(m.name, m.stage): m for m in read_results(trained / "results.json").metrics}
     after = metrics["eval_rewards/accuracies", "after"]
     assert metrics["eval_loss", "after"].value < 0.4 < metrics["eval_loss", "before"].value
@@ -276,7 +276,7 @@ def test_the_results_say_how_good_it_is(trained):
     assert "text-classification" in (trained / "README.md").read_text()
 
 
-def test_a_finished_run_is_left_and_a_reward_model_trained_further(trained, train_reward, capsys):
+def test_a_finished_run_is_left_alone_and_a_reward_model_can_be_trained_further(trained, train_reward, capsys):
     before = (trained / "model.safetensors").read_bytes()
     assert cli.main(["reward", str(trained.parent / "recipe.yaml")]) == 0
     assert "finished" in capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_a_finished_run_is_left_and_a_reward_model_trained_further(trained, trai
     assert read_results(further / "results.json").command == "reward"
 
 
-def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward, tmp_path):
+def test_an_adapter_includes_its_score_head(chat_world, train_reward, tmp_path):
     folder = train_reward("--use_peft", "true", "--lora_r", "4", "--learning_rate", "0.05")
     base = AutoModelForSequenceClassification.from_pretrained(chat_world / "model", num_labels=1)
     plain = PeftModel.from_pretrained(base, folder)
@@ -303,7 +303,7 @@ def test_an_adapter_has_its_score_head_with_it(chat_world, train_reward, tmp_pat
 
 
 def test_loading(chat_world, trained, caplog, tmp_path, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # as commands do
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # as commands set it
     language_model = ModelArguments(str(chat_world / "model"))
     with pytest.raises(SimpoError, match=r"is not a reward model: its files contain no score\.weight"):
         load_reward_model(language_model)
@@ -321,7 +321,7 @@ def test_loading(chat_world, trained, caplog, tmp_path, monkeypatch):
         load_reward_model(ModelArguments(str(tmp_path)), new_head=True)
 
 
-def test_the_name_of_a_language_model_stands_for_it_with_a_random_head(chat_world, rankings, tmp_path):
+def test_a_language_models_name_loads_it_with_a_random_reward_head(chat_world, rankings, tmp_path):
     trainer = RewardTrainer(str(chat_world / "model"), RewardConfig(**QUIET, output_dir=str(tmp_path)), rankings)
     assert isinstance(trainer.model, GPT2ForSequenceClassification)
     assert trainer.model.config.num_labels == 1

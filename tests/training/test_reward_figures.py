@@ -1,4 +1,4 @@
-"""Held-out figures of reward models against loops over single pairs."""
+"""Held-out metrics of reward models against loops over single pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def figures(margins, lengths):
 
 
 def naive_calibration(pairs: list[float]) -> tuple[float, list[list[bool]]]:
-    """Expected calibration error, and whether those in each of five bins are right."""
+    """Return the expected calibration error and, for each of five bins, which pairs are right."""
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(5)]
     for margin in pairs:
         p = 1 / (1 + math.exp(-margin))
@@ -43,7 +43,7 @@ def pairs():
     return rng.normal(0.7, 2.0, (200, 1)), rng.integers(-3, 4, (200, 1)).astype(float)
 
 
-def test_pairs(pairs):
+def test_metrics_for_pairs(pairs):
     margins, lengths = pairs
     found = figures(margins, lengths)
     error, bins = naive_calibration(margins[:, 0].tolist())
@@ -68,8 +68,8 @@ def test_pairs(pairs):
         assert metric.low < metric.value < metric.high
 
 
-def test_rankings(pairs):
-    """Pairs of one row are drawn together: the same figures, wider intervals."""
+def test_metrics_for_rankings(pairs):
+    """Pairs within a row are resampled together: the same values with wider intervals."""
     margins, lengths = (np.repeat(values, 3, axis=1) for values in pairs)
     margins[:50, 1:] = lengths[:50, 1:] = np.nan
     found, single = figures(margins, lengths), figures(*pairs)
@@ -78,7 +78,7 @@ def test_rankings(pairs):
     assert found["eval_calibration_error"].value == pytest.approx(error, abs=1e-12)
     counts = [found[name].n for name in found if "calibration/" in name]
     assert counts == [len(members) for members in bins]
-    assert found["eval_brier"].value == pytest.approx(single["eval_brier"].value, abs=1e-12)  # rows count alike
+    assert found["eval_brier"].value == pytest.approx(single["eval_brier"].value, abs=1e-12)  # rows have equal weight
     longer = found[f"eval_{ACCURACY}/chosen_longer"]
     expected = np.mean([m > 0 for m, n in zip(margins.ravel(), lengths.ravel(), strict=True) if n > 0])
     assert longer.value == pytest.approx(expected)
@@ -86,8 +86,8 @@ def test_rankings(pairs):
     assert longer.high - longer.low > 1.4 * (pooled.high - pooled.low)
 
 
-def test_one_who_knows_and_one_who_boasts():
-    """Confidence that is right as often as it says has no error; confidence of 0.99 that is right half the time has."""
+def test_calibration_of_a_good_and_an_overconfident_model():
+    """Confidence that matches accuracy has no error; confidence of 0.99 with half the answers right has a large one."""
     p = 0.8
     margins = np.full((1000, 1), math.log(p / (1 - p)))
     margins[800:] *= -1

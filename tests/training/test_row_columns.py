@@ -1,4 +1,4 @@
-"""Row weights, label probabilities and margins: naive references, any split into micro-batches, and bad values."""
+"""Row weights, label probabilities and margins: naive references, any micro-batch split, and bad values."""
 
 # ruff: noqa: E741 - the papers' w and l
 
@@ -29,7 +29,7 @@ ONE, TWO, FOUR = 1000, 60, 30  # max_batch_tokens: 5 rows of 20 tokens in 1, 2 a
 
 
 def with_columns(rows: Dataset, **columns) -> Dataset:
-    """Tokenized rows that have these columns among the others, as the data layer leaves them."""
+    """Return tokenized rows with these extra columns, as the data layer produces them."""
     extras = [json.dumps(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
     return rows.remove_columns("extra").add_column("extra", extras)
 
@@ -100,7 +100,7 @@ CASES += [("beta", "simpo", ONE), ("beta", "bco", TWO), ("beta", "chi_po", FOUR)
 
 
 @pytest.mark.parametrize(("column", "name", "budget"), CASES)
-def test_columns_of_pairs(column, name, budget, make_trainer, make_model, pairs, naive_responses):
+def test_pair_columns_match_the_naive_loss(column, name, budget, make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(5), make_model("gpt2")
     settings, formula = CHANGED[column][name]
     expected = train_naively(rows, model, naive_responses, lambda y, _: formula(*halves(y)).mean())
@@ -111,7 +111,7 @@ def test_columns_of_pairs(column, name, budget, make_trainer, make_model, pairs,
     assert_alike(found, expected)
 
 
-def test_a_margin_of_simpos_hinge(make_trainer, pairs):
+def test_simpos_hinge_uses_the_margin(make_trainer, pairs):
     rows = with_columns(pairs(5), margin=MARGINS)
     trainer = make_trainer(rows, link="hinge", row_columns=["margin"])
     found = trainer.score_rows(rows)
@@ -119,15 +119,15 @@ def test_a_margin_of_simpos_hinge(make_trainer, pairs):
     assert found["loss"].tolist() == pytest.approx(expected, abs=1e-9)
 
 
-def test_rewards_are_logged_with_the_beta_of_their_row(make_trainer, pairs):
+def test_logged_rewards_use_each_rows_beta(make_trainer, pairs):
     rows = with_columns(pairs(5), beta=BETAS)
     found, plain = (make_trainer(rows, beta=1.0, row_columns=names).score_rows(rows) for names in (["beta"], None))
     expected = [beta * reward for beta, reward in zip(BETAS, plain["rewards/chosen"], strict=True)]
     assert found["rewards/chosen"].tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_all_three_together_on_two_ranks(make_trainer, pairs):
-    """The shares of two ranks add up to what one process computes."""
+def test_weights_probabilities_and_margins_together_on_two_ranks(make_trainer, pairs):
+    """The contributions of two ranks add up to the result of one process."""
     rows = with_columns(pairs(5), weight=WEIGHTS, label_probability=PROBABILITIES, margin=MARGINS)
     trainer = make_trainer(rows, row_columns=["weight", "label_probability", "margin"], max_batch_tokens=45)
     rows, model = trainer.train_dataset, trainer.model.eval()
@@ -142,12 +142,12 @@ def test_all_three_together_on_two_ranks(make_trainer, pairs):
         ]
     assert sum(found[2]) == pytest.approx(sum(found[1]), rel=0, abs=1e-12)
     scores = trainer.score_rows(rows)
-    assert scores["weight"].tolist() == [1.0] * 5  # held-out rows count equally
+    assert scores["weight"].tolist() == [1.0] * 5  # held-out rows have equal weights
     expected = sum(w * loss for w, loss in zip(WEIGHTS, scores["loss"], strict=True)) / sum(WEIGHTS)
     assert sum(found[1]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_rows_of_weight_zero_are_dropped_and_counted(config, pairs):
+def test_rows_with_weight_zero_are_dropped_and_counted(config, pairs):
     rows = with_columns(pairs(3), weight=[1, 0, 2.5])
     prepared = PreferenceTrainer.prepare(rows, None, config(row_columns=["weight"]), "train")
     assert prepared.dataset["weight"][:] == [1.0, 2.5]
@@ -158,7 +158,7 @@ def test_rows_of_weight_zero_are_dropped_and_counted(config, pairs):
         PreferenceTrainer.prepare(rows, None, config(row_columns=["weight"]), "train")
 
 
-def test_columns_that_are_not_named_change_nothing(make_trainer, make_model, pairs):
+def test_unnamed_columns_change_nothing(make_trainer, make_model, pairs):
     plain, model = pairs(4), make_model("gpt2")
     others = with_columns(plain, weight=[9, 1, 1, 1], label_probability=[0, 0, 0, 0], margin=[5, 5, 5, 5])
     losses = [make_trainer(rows, model=copy.deepcopy(model)).score_rows(rows)["loss"] for rows in (plain, others)]
@@ -167,7 +167,7 @@ def test_columns_that_are_not_named_change_nothing(make_trainer, make_model, pai
     assert any("margin column is not used" in notice for notice in report.notices)
 
 
-def test_held_out_rows_may_be_without_them(make_trainer, pairs):
+def test_held_out_rows_may_lack_the_columns(make_trainer, pairs):
     rows, plain = with_columns(pairs(4), weight=[1, 2, 3, 4], margin=[0, 1, 2, 3]), pairs(3, seed=1)
     trainer = make_trainer(rows, eval_dataset=plain, row_columns=["weight", "margin"])
     expected = make_trainer(plain, model=copy.deepcopy(trainer.model)).score_rows(plain)["loss"]
@@ -176,7 +176,7 @@ def test_held_out_rows_may_be_without_them(make_trainer, pairs):
         trainer.evaluate(with_columns(plain, margin=[1, 2, None]))
 
 
-def test_a_run_with_other_values_is_another_run(config, pairs):
+def test_different_values_make_a_different_run(config, pairs):
     digests = set()
     for weights in ([1, 2], [1, 3]):
         rows = with_columns(pairs(2), weight=weights)
@@ -185,7 +185,7 @@ def test_a_run_with_other_values_is_another_run(config, pairs):
     assert len(digests) == 2
 
 
-# ---- What is refused.
+# ---- rejected input ----
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,9 @@ def test_a_run_with_other_values_is_another_run(config, pairs):
     ],
 )
 @pytest.mark.parametrize("tokenized", [True, False])
-def test_bad_values_are_named_with_file_and_row(column, value, message, tokenized, config, pairs, chat_world, tmp_path):
+def test_bad_values_are_reported_with_file_and_row(
+    column, value, message, tokenized, config, pairs, chat_world, tmp_path
+):
     if tokenized:
         rows, tokenizer, place = with_columns(pairs(3), **{column: [1, value, 0.5]}), None, "made up:1"
     else:
@@ -221,7 +223,7 @@ def test_bad_values_are_named_with_file_and_row(column, value, message, tokenize
     assert "\n" not in str(error.value)
 
 
-def test_numbers_from_a_file_and_what_the_report_says(config, chat_world, tmp_path):
+def test_file_columns_are_used_or_reported_as_ignored(config, chat_world, tmp_path):
     path, tokenizer = tmp_path / "pairs.csv", AutoTokenizer.from_pretrained(chat_world / "model")
     path.write_text("prompt,chosen,rejected,weight\na?,Yes.,No.,0.5\nb?,No.,Yes.,2\n")
     rows = load_rows(str(path), split="train")
@@ -232,7 +234,7 @@ def test_numbers_from_a_file_and_what_the_report_says(config, chat_world, tmp_pa
         assert columns is None or prepared.dataset["weight"][:] == [0.5, 2.0]
 
 
-def test_rankings_have_weights_only(config, random_comparisons, as_dataset):
+def test_rankings_accept_only_weights(config, random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((5, (3, 4, 2)), (7, (4, 2))))
     rows = rows.add_column("scores", [[3.0, 2.0, 1.0], [2.0, 1.0]], feature=List(Value("float64")))
     rows = with_columns(rows, weight=[1, 2], margin=[1, 2])
@@ -241,7 +243,7 @@ def test_rankings_have_weights_only(config, random_comparisons, as_dataset):
         PreferenceTrainer.prepare(rows, None, config(row_columns=["margin"]), "train")
 
 
-def test_single_responses_have_weights_only(config):
+def test_single_responses_accept_only_weights(config):
     row = {"prompt_ids": [5, 6], "response_ids": [[7]], "weight": 2.0, "beta": 0.2}
     rows = Dataset.from_list([row | {"label": n > 0, "where": f"made up:{n}"} for n in range(2)])
     bco = {"objective": "bco"}
@@ -271,18 +273,18 @@ def test_single_responses_have_weights_only(config):
         ),
     ],
 )
-def test_objectives_that_do_not_have_them(settings, message, config):
+def test_objectives_reject_columns_they_cannot_use(settings, message, config):
     with pytest.raises(SimpoError, match=message):
         config(**settings)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_weights_are_for_every_objective(name, config):
+def test_every_objective_accepts_weights(name, config):
     assert config(objective=name, row_columns=["weight"]).row_columns == ["weight"]
 
 
 @pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if "label_probability" in row.row_columns])
-def test_a_label_probability_is_one_minus_label_smoothing(name):
+def test_a_label_probability_equals_one_minus_label_smoothing(name):
     y = [Responses(*torch.rand(3, 4, dtype=torch.float64).neg()) for _ in range(2)]
     w, l = (replace(side, length=-10 * side.length) for side in y)
     soft = OBJECTIVES[name].with_row_columns(label_probability=torch.full((4,), 0.8, dtype=torch.float64))

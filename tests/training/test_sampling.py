@@ -1,6 +1,6 @@
-"""Answers from weights that are handed over as files: an engine that reads them samples what the model in memory would.
+"""Answers from weights handed over as files: an engine that reads them samples like the model in memory.
 
-vLLM is not installed where these tests run. In its place an engine loads the same folders at the same times, with
+vLLM is not installed where these tests run. Instead, a stand-in engine loads the same folders at the same times with
 transformers; ``benchmarks/vllm_cpu.sh`` runs the real one.
 """
 
@@ -50,7 +50,7 @@ def short(prompt, response):
 
 
 class FolderEngine:
-    """Reads a folder when vLLM would, and samples from it as a model in memory is sampled from."""
+    """Loads a folder whenever vLLM would, and samples from it like from a model in memory."""
 
     def __init__(self, model, stop_ids, engine_args):
         assert "RANK" not in os.environ and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
@@ -76,7 +76,7 @@ class FolderEngine:
 
 
 class StaleEngine(FolderEngine):
-    """Reads nothing but the first folder."""
+    """Never reloads anything after the first folder."""
 
     def reload(self, folder):
         pass
@@ -84,7 +84,7 @@ class StaleEngine(FolderEngine):
 
 @pytest.fixture
 def recipe(chat_world, tmp_path, monkeypatch):
-    """``recipe(**changes)``: the arguments of a small run that hands its weights to the engine in place of vLLM."""
+    """``recipe(**changes)``: arguments for a small run that hands its weights to the engine standing in for vLLM."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=EngineArgs, __version__="0.0"))
     monkeypatch.setattr(sampling, "VllmEngine", FolderEngine)
@@ -101,7 +101,7 @@ def recipe(chat_world, tmp_path, monkeypatch):
 
 
 def rollouts(folder):
-    """The lines of all rollouts, and their log-probabilities by the engine apart."""
+    """Return the lines of all rollouts, and separately the engine's log-probabilities."""
     rows = [row for path in sorted(Path(folder, "rollouts").glob("0*.jsonl")) for row in read_lines(path)]
     return rows, [row.pop("engine_logps", None) for row in rows]
 
@@ -116,8 +116,8 @@ def differs(one, other):
 
 
 @pytest.mark.parametrize("objective", ["rloo", "simpo"])
-def test_handed_over_weights_give_the_rollouts_of_those_in_memory(recipe, objective):
-    """The bits of all answers, scores and weights, and no files of weights are left."""
+def test_handed_over_weights_give_the_same_rollouts_as_weights_in_memory(recipe, objective):
+    """All answers, scores and weights are bit-identical, and no weight files are left behind."""
     assert main(recipe(objective=objective, engine="transformers", output_dir="memory")) == 0
     assert main(recipe(objective=objective)) == 0
     (expected, none), (found, logps) = rollouts("memory"), rollouts("out")
@@ -133,7 +133,7 @@ def test_handed_over_weights_give_the_rollouts_of_those_in_memory(recipe, object
 
 
 def test_an_adapter_is_merged_into_a_copy(recipe, chat_world, monkeypatch):
-    """Its own weights and those below it stay as they are, and the answers are those of the two together."""
+    """The adapter and its base weights stay unchanged, and the answers come from the merged model."""
     adapter = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["c_attn"], "dtype": "float32"}
     watched = []
     write = sampling.VllmSampler._write_weights
@@ -154,7 +154,7 @@ def test_an_adapter_is_merged_into_a_copy(recipe, chat_world, monkeypatch):
     assert [row["response_ids"] for row in found] == [row["response_ids"] for row in expected]
     for row, own in zip(found, logps, strict=True):
         assert own == pytest.approx([sum(one) for one in row["behavior_logps"]], abs=1e-4)
-    # the adapter has moved the answers' log-probabilities by more than that
+    # the adapter changed the log-probabilities by more than that
     moved = [
         sum(own) - sum(start)
         for row in found[-8:]
@@ -166,8 +166,8 @@ def test_an_adapter_is_merged_into_a_copy(recipe, chat_world, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_one_process_of_two_asks_the_engine(recipe, how, tmp_path):
-    """All prompts of a rollout, from whole weights; both processes train as one does with weights in memory."""
+def test_one_of_two_processes_runs_the_engine(recipe, how, tmp_path):
+    """It gets all prompts of a rollout and complete weights; both processes train like one with weights in memory."""
     shared = {"optim": "sgd", "learning_rate": 0.1, "sync_every": 1, "save_strategy": "no"}
     assert main(recipe(**shared, engine="transformers", output_dir="memory")) == 0
     layers = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "GPT2Block"}, "ddp_backend": "gloo"}
@@ -181,8 +181,8 @@ def test_one_process_of_two_asks_the_engine(recipe, how, tmp_path):
     assert [row["response_ids"] for row in rows] == [row["response_ids"] for row in expected]
 
 
-def test_a_run_that_was_killed_continues_with_a_new_engine(recipe, tmp_path):
-    """To the same bytes; the weights that a killed process left are replaced."""
+def test_a_killed_run_continues_with_a_new_engine(recipe, tmp_path):
+    """To identical bytes; weights left behind by a killed process are replaced."""
     assert main(recipe(output_dir="whole")) == 0
     arguments = recipe()
     for moment in (2, 50, 90):  # during the annotation of each rollout
@@ -195,18 +195,18 @@ def test_a_run_that_was_killed_continues_with_a_new_engine(recipe, tmp_path):
         assert (Path("out") / path.relative_to("whole")).read_bytes() == path.read_bytes()
 
 
-def test_an_engine_that_keeps_old_weights_is_started_anew(recipe, monkeypatch, caplog):
-    """Its answers are not used: rollouts and weights are those of the model in memory."""
+def test_an_engine_that_keeps_old_weights_is_restarted(recipe, monkeypatch, caplog):
+    """Its answers are discarded: rollouts and weights equal those of the model in memory."""
     assert main(recipe(engine="transformers", output_dir="memory")) == 0
     monkeypatch.setattr(sampling, "VllmEngine", StaleEngine)
     assert main(recipe()) == 0
     assert rollouts("out")[0] == rollouts("memory")[0] and differs(weights("memory"), weights("out")) == 0
     started = Path("started.txt").read_text().splitlines()
-    assert len(started) == 3 and len(Path("asked.txt").read_text().splitlines()) == 4  # one of them in vain
+    assert len(started) == 3 and len(Path("asked.txt").read_text().splitlines()) == 4  # one of them was discarded
     assert sum("restarting it for every rollout" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_an_engine_with_other_weights_than_the_policys_is_an_error(recipe, monkeypatch, capsys):
+def test_an_engine_with_the_wrong_weights_is_an_error(recipe, monkeypatch, capsys):
     class Other(FolderEngine):
         def read(self, folder):
             super().read(folder)
@@ -219,8 +219,8 @@ def test_an_engine_with_other_weights_than_the_policys_is_an_error(recipe, monke
     assert error.startswith("simpo: error: engine: vLLM's log-probabilities") and error.count("\n") == 1, error
 
 
-def test_the_engine_has_room_for_the_longest_answer_and_the_recipes_arguments(recipe):
-    """Keys that only make room are not part of the run's identity; others of the engine are."""
+def test_the_engine_fits_the_longest_answer_and_gets_the_recipes_arguments(recipe):
+    """Arguments that only affect memory are not part of the run's identity; other engine arguments are."""
     own = {"engine_args": {"enforce_eager": True}, "max_steps": 1}
     assert main(recipe(gpu_memory_utilization=0.3, **own)) == 0
     asked = Path("asked.txt").read_text()
@@ -230,7 +230,7 @@ def test_the_engine_has_room_for_the_longest_answer_and_the_recipes_arguments(re
         "enforce_eager": True,
     }
     assert main(recipe(gpu_memory_utilization=0.2, max_model_len=64, **own)) == 0
-    assert Path("asked.txt").read_text() == asked  # the finished run
+    assert Path("asked.txt").read_text() == asked  # the run is already finished
     assert main(recipe(gpu_memory_utilization=0.3, max_steps=1)) == 2
     assert main(recipe(engine="transformers", max_steps=1)) == 2
 
@@ -249,21 +249,21 @@ def test_the_engine_has_room_for_the_longest_answer_and_the_recipes_arguments(re
         ({"engine_args": {"max_model_len": 39}}, ["max_model_len: 39", "max_length 40"]),
     ],
 )
-def test_mistakes_end_in_one_line(recipe, changes, words, capsys):
+def test_mistakes_give_a_one_line_error(recipe, changes, words, capsys):
     assert main(recipe(**changes)) == 2
     error = capsys.readouterr().err
     assert error.strip().count("\n") == 0 and all(word in error for word in words), error
     assert not Path("out").exists()
 
 
-def test_without_vllm(recipe, monkeypatch, capsys):
+def test_a_missing_vllm_is_reported(recipe, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert main(recipe()) == 2
     assert capsys.readouterr().err == "simpo: error: engine: vLLM is not installed; pip install 'simpo[vllm]'\n"
     assert not Path("out").exists()
 
 
-def test_weights_in_4_bits_are_refused(recipe, monkeypatch, capsys):
+def test_4_bit_weights_are_rejected(recipe, monkeypatch, capsys):
     load = OnlineTrainer.load
 
     def as_if_quantized(*arguments):

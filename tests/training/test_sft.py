@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: its loss is the mean over the scored tokens of a step, however the step is split."""
+"""Supervised fine-tuning: the loss is the mean over a step's scored tokens, however the step is split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simpo.training.batches import scored_tokens
 
 @pytest.fixture
 def conversations(random_comparisons):
-    """``conversations(n)``: random rows of one response, of whose tokens some are scored."""
+    """``conversations(n)``: random rows with one response and some scored tokens."""
 
     def make(rows: int, *, masked: bool = True) -> Dataset:
         generator = torch.Generator().manual_seed(1)
@@ -54,7 +54,7 @@ def make_sft(tmp_path, make_model):
 
 
 def naive_loss(model, rows) -> torch.Tensor:
-    """Cross-entropy with labels of -100, one conversation at a time, over all scored tokens alike."""
+    """Return the cross-entropy with labels of -100, one conversation at a time, averaged over all scored tokens."""
     total, count = 0.0, 0
     for row in rows:
         prompt, (response,) = row["prompt_ids"], row["response_ids"]
@@ -77,8 +77,8 @@ class Gradients(TrainerCallback):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [500, 60])
-def test_gradients_and_logs_are_those_of_the_definition(masked, path, budget, make_sft, make_model, conversations):
-    """Every step of an epoch, the last of which has fewer rows; at learning rate 0 all start from the same weights."""
+def test_gradients_and_logs_match_the_definition(masked, path, budget, make_sft, make_model, conversations):
+    """Every step of an epoch, including the smaller last one; with learning rate 0 all start from the same weights."""
     rows, gradients = conversations(10, masked=masked), Gradients()
     trainer = make_sft(
         rows,
@@ -115,13 +115,13 @@ def test_evaluation_is_the_mean_over_tokens(make_sft, make_model, conversations)
 
 @pytest.mark.parametrize("view", [lambda rows: rows, lambda rows: rows.select([5, 2, 2]), lambda rows: rows.shuffle(1)])
 @pytest.mark.parametrize("masked", [True, False])
-def test_scored_tokens(masked, view, conversations):
+def test_number_of_scored_tokens(masked, view, conversations):
     rows = view(conversations(8, masked=masked))
     expected = [sum(row["scored"][0]) if masked else len(row["response_ids"][0]) for row in rows]
     np.testing.assert_array_equal(scored_tokens(rows), expected)
 
 
-def test_packed_weights_are_those_of_plain_training(make_sft, make_model, conversations):
+def test_packed_training_gives_the_same_weights_as_plain_training(make_sft, make_model, conversations):
     """Three steps of SGD."""
     rows, model = conversations(6), make_model("gpt2")
     naive = copy.deepcopy(model)
@@ -137,8 +137,8 @@ def test_packed_weights_are_those_of_plain_training(make_sft, make_model, conver
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=name)
 
 
-def test_the_command(chat_world, tmp_path, capsys):
-    """Multi-turn messages and prompts with completions in one file; the loss falls; a card and results are left."""
+def test_sft_command(chat_world, tmp_path, capsys):
+    """Conversations and prompt-completion rows in one file; the loss falls, and a card and results are written."""
     rows = [json.loads(line) for line in (chat_world / "sft.jsonl").read_text().splitlines()]
     chat = [
         {"role": role, "content": row[key]}
@@ -175,7 +175,7 @@ def test_the_command(chat_world, tmp_path, capsys):
     ],
 )
 def test_the_saved_model_stops_at_the_end_of_a_turn(trainer_type, row, chat_world, tmp_path, caplog):
-    """Also one whose own settings know another token only."""
+    """Even if its generation settings only know another token."""
     model = AutoModelForCausalLM.from_pretrained(chat_world / "model")
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
     model.generation_config.eos_token_id = 7
@@ -190,7 +190,7 @@ def test_the_saved_model_stops_at_the_end_of_a_turn(trainer_type, row, chat_worl
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"truncation": "paper"}, "truncation"), ({"beta": 2.0}, "beta")])
-def test_what_is_about_pairs_is_refused(settings, message, chat_world, tmp_path, capsys):
+def test_settings_for_pairs_are_rejected(settings, message, chat_world, tmp_path, capsys):
     options = {"model_name_or_path": chat_world / "model", "dataset_name": chat_world / "sft.jsonl"}
     options |= {"output_dir": tmp_path / "out"} | settings
     assert cli.main(["sft", *(f"--{key}={value}" for key, value in options.items())]) == 2
@@ -198,7 +198,7 @@ def test_what_is_about_pairs_is_refused(settings, message, chat_world, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_pairs_are_refused(chat_world, tmp_path):
+def test_pairs_are_rejected(chat_world, tmp_path):
     with pytest.raises(SimpoError):
         SFTConfig(truncation="paper")
     options = {"model_name_or_path": chat_world / "model", "dataset_name": chat_world / "train.jsonl"}

@@ -1,4 +1,4 @@
-"""What an optimizer step is: its gradient, its rows, and how often everything is called."""
+"""What makes up an optimizer step: its gradient, its rows, and the number of calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simpo.training.batches import response_counts, row_sizes
 
 
 class Gradients(TrainerCallback):
-    """Copies of the gradients right before each optimizer step."""
+    """Records copies of the gradients just before each optimizer step."""
 
     def __init__(self):
         self.steps = []
@@ -34,7 +34,7 @@ class CountingSGD(torch.optim.SGD):
 
 
 def watch(trainer):
-    """Record every micro-batch's rows with a weight (``seen``, a list a step), and count the backward calls."""
+    """Record the weighted rows of every micro-batch (``seen``, one list per step) and count backward calls."""
     seen, backwards = [], []
     compute_loss, training_step, backward = trainer.compute_loss, trainer.training_step, trainer.accelerator.backward
 
@@ -84,7 +84,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_gradient_does_not_depend_on_the_split(split, make_trainer, pairs, model, naive_losses):
-    """And it is the gradient of the mean of the pairs' losses by the definition."""
+    """It equals the gradient of the mean loss over pairs by the definition."""
     settings, micro_batches = SPLITS[split]
     rows = pairs(10)
     naive = copy.deepcopy(model)
@@ -100,8 +100,8 @@ def test_the_gradient_does_not_depend_on_the_split(split, make_trainer, pairs, m
 
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(8, 1), (2, 4), (1, 8)])
-def test_accumulation_is_batch_size(per_device, accumulation, make_trainer, pairs, model, naive_losses):
-    """8 pairs a step, however they are spelled: the same rows, gradients, loss and number of steps."""
+def test_accumulation_is_equivalent_to_batch_size(per_device, accumulation, make_trainer, pairs, model, naive_losses):
+    """However 8 pairs per step are configured: the same rows, gradients, loss and number of steps."""
     rows = pairs(20)
     gradients = Gradients()
     trainer = make_trainer(
@@ -120,7 +120,7 @@ def test_accumulation_is_batch_size(per_device, accumulation, make_trainer, pair
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     for step, found, logged in zip(seen, gradients.steps, losses, strict=True):
         naive = copy.deepcopy(model)
-        loss = naive_losses(naive, rows.select(flat(step))).mean()  # also of the last, incomplete step
+        loss = naive_losses(naive, rows.select(flat(step))).mean()  # including the incomplete last step
         loss.backward()
         assert logged == pytest.approx(loss.item(), rel=1e-6)
         for name, parameter in naive.named_parameters():
@@ -139,7 +139,7 @@ def test_accumulation_is_batch_size(per_device, accumulation, make_trainer, pair
         ({"sft_weight": 0.7}, lambda c, r: -torch.nn.functional.logsigmoid(2 * (c - r) - 1) - 0.7 * c),
     ],
 )
-def test_the_configured_objective_is_what_is_differentiated(settings, loss, make_trainer, pairs, model, naive_pairs):
+def test_the_configured_objective_is_differentiated(settings, loss, make_trainer, pairs, model, naive_pairs):
     rows = pairs(6)
     naive = copy.deepcopy(model)
     loss(*naive_pairs(naive, rows)).mean().backward()
@@ -151,7 +151,7 @@ def test_the_configured_objective_is_what_is_differentiated(settings, loss, make
 
 
 EPOCHS = {
-    # settings beyond 4 pairs a step, rows -> rows of each step
+    # settings other than 4 pairs per step, number of rows -> rows in each step
     "complete": ({}, 8, [4, 4]),
     "incomplete last step": ({}, 10, [4, 4, 2]),
     "fewer rows than a step": ({}, 3, [3]),
@@ -194,14 +194,14 @@ def test_steps_rows_and_backward_calls(case, budget, make_trainer, make_model, p
     output = trainer.train()
     assert [len(flat(step)) for step in seen] == steps
     assert optimizer.calls == trainer.state.global_step == output.global_step == len(steps)
-    # rows of 20 tokens: two a micro-batch under the small budget
+    # rows have 20 tokens, so the small budget fits two per micro-batch
     assert len(backwards) == (sum(-(-size // 2) for size in steps) if budget == 40 else len(steps))
     drops = settings.get("dataloader_drop_last")
     per_epoch = count // 4 if drops else -(-count // 4)
     epochs = [seen[start : start + per_epoch] for start in range(0, len(seen), per_epoch)]
     orders = [[row for step in epoch for row in sorted(flat(step))] for epoch in epochs]
     for epoch in orders:
-        assert set(Counter(epoch).values()) == {1}  # no row twice, and none missing of a whole epoch:
+        assert set(Counter(epoch).values()) == {1}  # each row exactly once per complete epoch:
         assert len(epoch) == count or drops or len(orders[-1]) < count
     if settings.get("train_sampling_strategy") == "sequential":
         assert all(epoch == list(range(len(epoch))) for epoch in orders)
@@ -210,8 +210,8 @@ def test_steps_rows_and_backward_calls(case, budget, make_trainer, make_model, p
 
 
 @pytest.mark.parametrize("stop", [2, 4])
-def test_a_resumed_run_sees_the_rows_that_it_had_not_seen(stop, make_trainer, make_model, pairs, tmp_path):
-    """Stopped within the first or the second of two epochs; also the weights are those of the run that went through."""
+def test_a_resumed_run_trains_on_the_remaining_rows(stop, make_trainer, make_model, pairs, tmp_path):
+    """Stopped within the first or second of two epochs; the weights equal those of an uninterrupted run too."""
     rows, settings = pairs(10), {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2}
 
     def run(resume=None, **changes):
@@ -228,14 +228,14 @@ def test_a_resumed_run_sees_the_rows_that_it_had_not_seen(stop, make_trainer, ma
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
 
 
-def test_nothing_to_train_in_a_step_is_said(make_trainer, pairs):
-    """Fewer rows than a step and ``dataloader_drop_last``: an error, not a run of zero steps."""
+def test_nothing_to_train_in_a_step_is_an_error(make_trainer, pairs):
+    """Fewer rows than a step with ``dataloader_drop_last`` would otherwise be a run of zero steps."""
     with pytest.raises(SimpoError, match="dataloader_drop_last"):
         make_trainer(pairs(3), per_device_train_batch_size=4, dataloader_drop_last=True).train()
 
 
-def test_no_forward_is_above_max_batch_tokens(make_trainer, make_model, random_comparisons, as_dataset):
-    """Also on the padded path, where a batch's rows are as wide as its longest."""
+def test_no_forward_exceeds_max_batch_tokens(make_trainer, make_model, random_comparisons, as_dataset):
+    """Also on the padded path, where all rows in a batch are as wide as the longest."""
     rows = as_dataset(random_comparisons((20, (30, 30)), *[(3, (2, 2))] * 12))
     for path, budget in (("packed", 80), ("padded", 230)):
         model = make_model("gpt2", torch.float32)
@@ -249,8 +249,8 @@ def test_no_forward_is_above_max_batch_tokens(make_trainer, make_model, random_c
 
 
 @pytest.mark.parametrize("view", ["whole", "selected", "shuffled", "sliced"])
-def test_lengths_of_rows(view, random_comparisons, as_dataset):
-    """Also of a view of a data set, whose Arrow table has other rows or an offset."""
+def test_row_lengths(view, random_comparisons, as_dataset):
+    """Also for a view of a dataset, whose Arrow table has other rows or an offset."""
     rows = as_dataset(random_comparisons((9, (3, 7)), (1, (1, 4, 2)), (20, (2, 5)), (3, (6,)), (4, (1, 1))))
     rows = {
         "whole": rows,
@@ -266,7 +266,7 @@ def test_lengths_of_rows(view, random_comparisons, as_dataset):
     np.testing.assert_array_equal(response_counts(rows), [len(r) for _, r in sizes])
 
 
-def test_the_budgets_default_takes_the_longest_row(make_trainer, make_model, random_comparisons, as_dataset):
+def test_the_default_budget_fits_the_longest_row(make_trainer, make_model, random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((900, (700, 800)), (3, (2, 2))))
     model = make_model("llama", torch.float32, max_position_embeddings=2048)
     trainer = make_trainer(rows, model=model, per_device_train_batch_size=2, learning_rate=0.0)
@@ -276,14 +276,14 @@ def test_the_budgets_default_takes_the_longest_row(make_trainer, make_model, ran
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
-def test_a_row_above_max_batch_tokens_is_named(make_trainer, random_comparisons, as_dataset):
+def test_a_row_longer_than_max_batch_tokens_is_reported(make_trainer, random_comparisons, as_dataset):
     rows = as_dataset(random_comparisons((3, (2, 2)), (10, (5, 6)), (3, (2, 2))))
     with pytest.raises(SimpoError, match=r"max_batch_tokens: 20 .*row 1, 21 tokens"):
         make_trainer(rows, max_batch_tokens=20).train()
 
 
-def test_flops_of_a_step_are_two_forward_and_four_backward_per_weight_and_token(make_trainer, pairs, model):
-    """Kaplan et al. 2020, arXiv 2001.08361, section 2.1; a pair has 20 tokens, because its prompt is shared."""
+def test_a_step_takes_two_forward_and_four_backward_flops_per_weight_and_token(make_trainer, pairs, model):
+    """Kaplan et al. 2020, arXiv 2001.08361, section 2.1; a pair has 20 tokens because its prompt is shared."""
     trainer = make_trainer(pairs(8), model=model, per_device_train_batch_size=8)
     step = next(iter(trainer.get_train_dataloader()))
     embeddings = {id(weight) for m in model.modules() if isinstance(m, torch.nn.Embedding) for weight in m.parameters()}

@@ -1,4 +1,4 @@
-"""Evaluation, logs, reproducibility, precision, dropout, and what is refused."""
+"""Evaluation, logs, reproducibility, precision, dropout, and rejected settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simpo.training.preference import NAMES
 
 
 def naive_metrics(naive_pairs, model, rows, beta: float = 2.0, gamma: float = 1.0) -> dict[str, np.ndarray]:
-    """Every figure of every row, from the averages by the model's own forward."""
+    """Return every metric of every row from averages computed by the model's own forward."""
     with torch.no_grad():
         chosen, rejected = (averages.double().numpy() for averages in naive_pairs(model, rows))
     return {
@@ -34,7 +34,7 @@ def naive_metrics(naive_pairs, model, rows, beta: float = 2.0, gamma: float = 1.
 
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize(("batch_size", "budget"), [(1, 1000), (3, 1000), (4, 50), (11, 1000), (64, 60)])
-def test_evaluation_is_the_mean_over_every_row_once(batch_size, budget, path, make_trainer, pairs, naive_pairs):
+def test_evaluation_averages_every_row_exactly_once(batch_size, budget, path, make_trainer, pairs, naive_pairs):
     rows = pairs(11, seed=3)
     trainer = make_trainer(
         None,
@@ -57,7 +57,7 @@ def test_evaluation_is_the_mean_over_every_row_once(batch_size, budget, path, ma
         assert found[f"eval_{name}"] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
 
 
-def test_evaluation_of_several_data_sets(make_trainer, pairs, naive_pairs):
+def test_evaluation_on_several_datasets(make_trainer, pairs, naive_pairs):
     data = {"one": pairs(5, seed=1), "two": pairs(3, seed=2)}
     trainer = make_trainer(None, eval_dataset=data, per_device_eval_batch_size=2)
     found = trainer.evaluate()
@@ -66,7 +66,7 @@ def test_evaluation_of_several_data_sets(make_trainer, pairs, naive_pairs):
         assert found[f"eval_{name}_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_scores_are_in_the_order_of_the_rows(make_trainer, pairs, naive_pairs):
+def test_scores_are_in_row_order(make_trainer, pairs, naive_pairs):
     rows = pairs(11, seed=3)
     trainer = make_trainer(pairs(2), per_device_eval_batch_size=4, max_batch_tokens=40)
     found = trainer.score_rows(rows)
@@ -75,8 +75,8 @@ def test_scores_are_in_the_order_of_the_rows(make_trainer, pairs, naive_pairs):
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 5.0, "gamma_beta_ratio": 0.1}, {"gamma": 3.0}])
-def test_the_log_of_the_first_step(settings, make_trainer, make_model, pairs, naive_pairs):
-    """Means over the pairs of the step, before its update, whatever the micro-batches."""
+def test_the_first_log_averages_over_the_step(settings, make_trainer, make_model, pairs, naive_pairs):
+    """Means over the step's pairs before its update, whatever the micro-batches."""
     rows = pairs(6)
     trainer = make_trainer(
         rows, per_device_train_batch_size=6, max_batch_tokens=60, logging_steps=1, max_steps=2, **settings
@@ -91,20 +91,20 @@ def test_the_log_of_the_first_step(settings, make_trainer, make_model, pairs, na
         assert first[name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
 
 
-def test_a_log_is_the_mean_since_the_last_one(make_trainer, make_model, pairs, naive_pairs):
-    """Pairs count alike, also those of a short step; ``loss`` is transformers' mean over the steps."""
+def test_a_log_averages_everything_since_the_previous_one(make_trainer, make_model, pairs, naive_pairs):
+    """All pairs count equally, also those in a short step; ``loss`` is transformers' mean over steps."""
     rows = pairs(10)
     trainer = make_trainer(rows, per_device_train_batch_size=4, logging_steps=3, learning_rate=0.0, num_train_epochs=2)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 2  # an epoch each
+    assert len(logs) == 2  # one epoch each
     expected = naive_metrics(naive_pairs, make_model("gpt2"), rows)
     for entry in logs:
         for name in set(NAMES) - {"loss"}:
             assert entry[name] == pytest.approx(expected[name].mean(), rel=1e-5, abs=1e-6), name
 
 
-def test_evaluation_during_training_leaves_the_training_log_alone(make_trainer, make_model, pairs, naive_pairs):
+def test_evaluation_during_training_does_not_affect_the_training_log(make_trainer, make_model, pairs, naive_pairs):
     rows = pairs(6)
     trainer = make_trainer(
         rows,
@@ -132,7 +132,7 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make_trainer, 
     assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
 
 
-def test_sums_are_logged_for_rows_that_are_not_length_normalized(make_trainer, pairs, monkeypatch):
+def test_sums_are_logged_without_length_normalization(make_trainer, pairs, monkeypatch):
     rows = pairs(5, seed=3)
     averages = make_trainer(rows).score_rows(rows)
     monkeypatch.setattr(type(OBJECTIVES["simpo"]), "average_logps", False)
@@ -142,7 +142,7 @@ def test_sums_are_logged_for_rows_that_are_not_length_normalized(make_trainer, p
         np.testing.assert_allclose(sums[name], averages[name] * lengths, rtol=1e-5)
 
 
-# ---- reproducible, in every precision ----
+# ---- reproducibility and precision ----
 
 
 def weights_after_training(make_trainer, make_model, rows, *, name="gpt2", **settings):
@@ -160,7 +160,7 @@ def weights_after_training(make_trainer, make_model, rows, *, name="gpt2", **set
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"forward_path": "padded"}])
-def test_the_same_seed_gives_the_same_bits(settings, make_trainer, make_model, pairs):
+def test_the_same_seed_gives_identical_weights(settings, make_trainer, make_model, pairs):
     runs = [weights_after_training(make_trainer, make_model, pairs(14), **settings) for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     for name, weight in runs[0][0].items():
@@ -169,7 +169,7 @@ def test_the_same_seed_gives_the_same_bits(settings, make_trainer, make_model, p
     assert any(not torch.equal(weight, other[name]) for name, weight in runs[0][0].items())
 
 
-def test_the_order_of_rows_has_a_seed_of_its_own(make_trainer, make_model, pairs):
+def test_row_order_has_its_own_seed(make_trainer, make_model, pairs):
     runs = [weights_after_training(make_trainer, make_model, pairs(14), seed=seed, data_seed=3)[0] for seed in (1, 2)]
     assert all(torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
 
@@ -180,7 +180,7 @@ def test_bf16_trains_like_fp32(name, make_trainer, make_model, pairs):
     exact = weights_after_training(make_trainer, make_model, pairs(12), name=name)
     rounded = weights_after_training(make_trainer, make_model, pairs(12), name=name, bf16=True)
     assert rounded[1] == pytest.approx(exact[1], abs=1e-2)
-    assert rounded[1] != exact[1]  # it is another precision
+    assert rounded[1] != exact[1]  # it is really a different precision
     assert {weight.dtype for weight in rounded[0].values()} == {torch.float32}
     assert all(not torch.equal(weight, start[name]) for name, weight in rounded[0].items())
 
@@ -198,7 +198,7 @@ def test_training_lowers_the_loss(path, make_trainer, make_model, pairs):
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox", "bloom", "falcon"])
 @pytest.mark.parametrize("off", [True, False])
-def test_disable_dropout(name, off, make_trainer, make_model, pairs):
+def test_disable_dropout_makes_training_deterministic(name, off, make_trainer, make_model, pairs):
     rows = pairs(4)
     trainer = make_trainer(
         rows, model=make_model(name, torch.float32, dropout=0.3), disable_dropout=off, per_device_train_batch_size=4
@@ -210,7 +210,7 @@ def test_disable_dropout(name, off, make_trainer, make_model, pairs):
     assert (first == second) == off
 
 
-def test_disable_dropout_reaches_everything(make_model):
+def test_disable_dropout_reaches_every_module(make_model):
     model = make_model("opt", torch.float32, dropout=0.3)
     assert {layer.dropout for layer in model.model.decoder.layers} == {0.3}
     disable_dropout(model)
@@ -220,8 +220,8 @@ def test_disable_dropout_reaches_everything(make_model):
 
 
 @pytest.mark.parametrize("name", ["gpt_bigcode", "seed_oss", "starcoder2", "phimoe", "mixtral"])
-def test_disable_dropout_knows_every_name_of_it(name):
-    """``attn_dropout``, ``residual_dropout``, and the noise of routers."""
+def test_disable_dropout_knows_every_configuration_key(name):
+    """``attn_dropout``, ``residual_dropout``, and the jitter noise of routers."""
     drops = dict.fromkeys(["attn_pdrop", "residual_dropout", "router_jitter_noise"], 0.3)
     model = build(name, **{key: value for key, value in drops.items() if hasattr(toy_config(name), key)})
     ids = torch.arange(3, 20)[None]
@@ -235,8 +235,8 @@ def test_disable_dropout_knows_every_name_of_it(name):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_the_loss_that_balances_experts(weight, make_trainer, make_model, pairs):
-    """Added where the model's own forward adds it, and logged in any case."""
+def test_the_load_balancing_loss_is_added_and_logged(weight, make_trainer, make_model, pairs):
+    """Added wherever the model's own forward adds it, and logged in any case."""
     model = make_model("mixtral", torch.float32, output_router_logits=True, router_aux_loss_coef=weight)
     trainer = make_trainer(pairs(6), model=model, num_train_epochs=1, logging_steps=1, max_batch_tokens=60)
     (batch, *_) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
@@ -251,7 +251,7 @@ def test_the_loss_that_balances_experts(weight, make_trainer, make_model, pairs)
     assert 1 <= entry["router/max_load"] <= model.config.num_local_experts
 
 
-# ---- models that cannot share, end to end ----
+# ---- models without prompt sharing ----
 
 
 @pytest.mark.parametrize(("name", "path"), [("mamba", "cached"), ("stablelm", "cached"), ("bloom", "padded")])
@@ -272,15 +272,15 @@ def test_a_fallback_trains_to_the_same_weights(name, path, make_trainer, make_mo
             max_steps=1,
         )
         trainer.train()
-    assert trainer.path == path  # Bloom's mask overflows in float64 where a row is padded on the left
+    assert trainer.path == path  # Bloom's mask overflows in float64 for left-padded rows
     assert len([record for record in caplog.records if "cache" in record.message]) == 1
     for (key, found), expected in zip(model.named_parameters(), naive.parameters(), strict=True):
-        # 1e-6: the model's fp32 islands stay as they are here
+        # 1e-6, because the model's internal fp32 computations are kept here
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=key)
         assert not torch.equal(found, start.get_parameter(key)) or found.grad is None or not found.grad.any()
 
 
-def test_saved_after_training_it_is_an_ordinary_model(make_trainer, make_model, pairs, tmp_path):
+def test_a_saved_model_is_an_ordinary_model(make_trainer, make_model, pairs, tmp_path):
     import transformers as hf
 
     trainer = make_trainer(pairs(4), model=make_model("llama", torch.float32), per_device_train_batch_size=2)
@@ -294,11 +294,11 @@ def test_saved_after_training_it_is_an_ordinary_model(make_trainer, make_model, 
     assert torch.equal(trainer.model.eval().generate(ids, **options), loaded.generate(ids, **options))
 
 
-# ---- what is refused ----
+# ---- rejected input ----
 
 
 @pytest.mark.parametrize(("responses", "message"), [(1, "one response"), (3, "3 responses")])
-def test_only_what_can_be_ranked_is_trained_on(responses, message, make_trainer, pairs):
+def test_rows_that_cannot_be_ranked_are_rejected(responses, message, make_trainer, pairs):
     from datasets import concatenate_datasets
 
     rows = concatenate_datasets([pairs(2), pairs(1, responses=responses), pairs(1)])
@@ -308,7 +308,7 @@ def test_only_what_can_be_ranked_is_trained_on(responses, message, make_trainer,
         make_trainer(pairs(2), eval_dataset=rows)
 
 
-def test_missing_pieces_are_named(make_trainer, pairs, config, make_model):
+def test_missing_arguments_are_reported(make_trainer, pairs, config, make_model):
     from datasets import Dataset
 
     with pytest.raises(SimpoError, match="train_dataset"):
@@ -320,7 +320,7 @@ def test_missing_pieces_are_named(make_trainer, pairs, config, make_model):
         PreferenceTrainer(make_model("gpt2"), config(), text)
 
 
-def test_rows_of_other_types_work_or_say_what_to_pass(pairs, config, make_model):
+def test_other_dataset_types_work_or_say_what_to_pass(pairs, config, make_model):
     rows = pairs(4)
     listed = PreferenceTrainer(make_model("gpt2"), config(), rows.to_list(), {"held out": pairs(2, seed=1).to_list()})
     assert listed.train_dataset["response_ids"][:] == rows["response_ids"][:]
@@ -335,8 +335,8 @@ def test_rows_of_other_types_work_or_say_what_to_pass(pairs, config, make_model)
     assert set(PreferenceTrainer(make_model("gpt2"), config(), rows, split).eval_dataset) == {"train", "test"}
 
 
-def test_scored_rows_are_those_of_predict_without_its_event(make_trainer, pairs):
-    """Trackers log what ``on_predict`` gives them, and open a run again that has been closed."""
+def test_scored_rows_equal_predict_without_its_callback(make_trainer, pairs):
+    """Trackers log what ``on_predict`` passes to them, and reopen a run that has been closed."""
 
     class Recorder(TrainerCallback):
         predictions = 0

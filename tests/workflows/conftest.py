@@ -1,4 +1,4 @@
-"""A tiny world to sweep over, and a recipe for it."""
+"""Fixtures: a tiny world to sweep over, and a recipe for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simpo.world.pairs import write_model, write_pairs
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with a tiny chat ``model``, pairs, and a ``recipe.yaml`` that trains for four steps."""
+    """A folder with a tiny chat ``model``, pairs, and a ``recipe.yaml`` for a four-step run."""
     folder = tmp_path_factory.mktemp("world")
     write_pairs(folder / "train.jsonl", 16, seed=0, length_bias=1)
     write_pairs(folder / "test.jsonl", 12, seed=0, held_out=True, length_bias=1)

@@ -1,4 +1,4 @@
-"""``simpo recipe --from``: each toolkit's recipe against what it has to train, and what it lists as gaps."""
+"""``simpo recipe --from``: what each toolkit's recipe must train, and which gaps are listed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ output_dir: out
 
 @pytest.fixture
 def converted(tmp_path):
-    """``converted(text, name)``: the conversion of a recipe, and what a command reads from the new one."""
+    """``converted(text, name)``: the conversion of a recipe, and what a command reads from the result."""
 
     def run(text: str, name: str = "theirs.yaml", *more: str):
         path = tmp_path / name
@@ -101,7 +101,7 @@ def converted(tmp_path):
     return run
 
 
-def test_llama_factory(converted):
+def test_llama_factory_recipes_are_converted(converted):
     found, (model, _, config) = converted(LLAMA_FACTORY, "theirs.yaml", "--dataset_name", "pairs.jsonl")
     assert (found.toolkit, found.command) == ("LLaMA-Factory", "train")
     assert (config.objective, config.hyperparameters) == ("orpo", {"lam": 0.2})
@@ -114,7 +114,7 @@ def test_llama_factory(converted):
     assert found.gaps[-1].startswith("dataset_name is missing")
 
 
-def test_axolotl(converted):
+def test_axolotl_recipes_are_converted(converted):
     found, (model, data, config) = converted(AXOLOTL)
     assert (found.toolkit, found.command) == ("Axolotl", "train")
     assert (config.objective, config.hyperparameters) == ("ipo", {"tau": 0.3, "length_normalized": True})
@@ -122,7 +122,7 @@ def test_axolotl(converted):
     assert data.dataset_mixture == expected
     assert (model.use_peft, model.load_in_4bit, model.lora_r) == (True, True, 32)
     assert (config.eval_strategy, config.eval_steps) == ("steps", 1 / 8)
-    assert config.save_strategy == "epoch"  # every two epochs, of two, is not a share below 1
+    assert config.save_strategy == "epoch"  # "every two epochs" of two epochs is not a fraction below 1
     assert (config.max_length, config.num_train_epochs, config.warmup_steps) == (4096, 2, 0.03)
     named = [gap.partition(": ")[2].partition(":")[0] for gap in found.gaps]
     assert named == ["chat_template", "datasets", "plugins"]
@@ -133,7 +133,7 @@ def test_axolotl(converted):
     ("folder", "objective", "hyperparameters"),
     [("dpo", "dpo", {"beta": 0.05, "label_smoothing": 0.0}), ("orpo", "orpo", {"lam": 0.05})],
 )
-def test_alignment_handbook(folder, objective, hyperparameters, converted):
+def test_alignment_handbook_recipes_are_converted(folder, objective, hyperparameters, converted):
     found, (_, data, config) = converted(HANDBOOK, f"recipes/{folder}/config.yaml")
     assert (found.toolkit, found.command, found.gaps) == ("alignment-handbook", "train", [])
     assert (config.objective, config.hyperparameters) == (objective, hyperparameters)
@@ -141,7 +141,7 @@ def test_alignment_handbook(folder, objective, hyperparameters, converted):
     assert (config.learning_rate, config.warmup_steps, config.num_train_epochs) == (1e-6, 0.1, 3)
 
 
-def test_open_instruct(converted):
+def test_open_instruct_recipes_are_converted(converted):
     found, (model, data, config) = converted(OPEN_INSTRUCT)
     assert (found.toolkit, found.command) == ("open-instruct", "train")
     assert (config.objective, config.beta) == ("dpo_norm", 5)
@@ -152,14 +152,14 @@ def test_open_instruct(converted):
     assert [gap.split(": ")[1] for gap in found.gaps] == ["dataset_mixer"]
 
 
-def test_other_kinds_of_training(converted):
+def test_sft_and_reward_recipes_are_converted(converted):
     assert converted(OPEN_INSTRUCT.replace("loss_type: dpo_norm\n", ""))[0].command == "sft"
     assert converted(AXOLOTL.replace("rl: ipo\nrl_beta: 0.3\n", "reward_model: true\n"))[0].command == "reward"
     text = LLAMA_FACTORY.replace("stage: dpo", "stage: rm")
     assert converted(text, "theirs.yaml", "--dataset_name", "pairs.jsonl")[0].command == "reward"
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_writes_a_recipe_and_lists_gaps(tmp_path, capsys):
     theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
     theirs.write_text(AXOLOTL)
     recipe(["--from", str(theirs), "--output", str(ours)])
@@ -178,19 +178,19 @@ def test_the_command(tmp_path, capsys):
         (AXOLOTL, ["--objective", "dpo"], "--from: .* leave --objective"),
     ],
 )
-def test_what_is_refused(text, arguments, message, tmp_path):
+def test_unusable_input_is_rejected(text, arguments, message, tmp_path):
     path = Path(tmp_path / "theirs.yaml")
     path.write_text(text)
     with pytest.raises(SimpoError, match=message):
         recipe(["--from", str(path), *arguments])
 
 
-def test_something_has_to_be_asked_for():
+def test_a_setting_or_a_recipe_is_required():
     with pytest.raises(SimpoError, match="--setting: missing"):
         recipe(["--objective", "dpo"])
 
 
-def test_what_a_held_out_data_set_of_axolotl_has_in_addition_is_a_gap(converted):
+def test_extra_keys_of_an_axolotl_held_out_set_are_gaps(converted):
     text = AXOLOTL + "test_datasets: [{path: org/held_out, name: english, split: test}]\n"
     found, (_, data, _) = converted(text)
     assert (data.eval_dataset_name, data.dataset_test_split) == ("org/held_out", "test")
@@ -204,7 +204,7 @@ def test_what_a_held_out_data_set_of_axolotl_has_in_addition_is_a_gap(converted)
         OPEN_INSTRUCT.replace("loss_type: dpo_norm", "loss_type: wpo"),
     ],
 )
-def test_no_default_takes_the_place_of_a_loss_without_counterpart(text, tmp_path):
+def test_no_default_replaces_a_loss_without_counterpart(text, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     found = convert(path)
@@ -212,7 +212,7 @@ def test_no_default_takes_the_place_of_a_loss_without_counterpart(text, tmp_path
     assert "objective is missing: add it" in found.gaps
 
 
-def test_values_of_another_kind_are_gaps(tmp_path):
+def test_values_of_the_wrong_type_are_gaps(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("base_model: m\nnum_epochs: 0\nevals_per_epoch: 2\ndatasets: org/pairs\ntest_datasets: 5\n")
     assert [gap.split(": ")[1] for gap in convert(path).gaps[:2]] == ["datasets", "test_datasets"]

@@ -1,4 +1,4 @@
-"""``simpo loop``: whole loops of a tiny model, what they leave, when they stop, and every mistake in one line."""
+"""``simpo loop``: complete loops with a tiny model, their output, when they stop, and one-line errors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[2]
 RECIPE = {
     "rounds": 2, "n": 3, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 10, "eval_n": 2,
     "learning_rate": 2e-2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none",
-    "keep_unfinished": True,  # a random model seldom ends an answer
+    "keep_unfinished": True,  # a random model rarely ends an answer
 }  # fmt: skip
 SCORER = "def length(prompt, response): return -len(response)\n"
 
 
 @pytest.fixture(scope="module")
 def world(chat_world, tmp_path_factory):
-    """A folder with a recipe, and a loop that is done in ``out``: shorter answers are better."""
+    """A folder with a recipe and a finished loop in ``out``; shorter answers are better."""
     folder = tmp_path_factory.mktemp("loop")
     (folder / "scorer_of_test.py").write_text(SCORER)
     here = {"prompts": chat_world / "train.jsonl", "eval_prompts": chat_world / "test.jsonl"}
@@ -53,7 +53,7 @@ def metrics(folder):
     return {(metric.name, metric.stage): metric for metric in read_results(folder / "results.json").metrics}
 
 
-def test_each_round_starts_from_the_last(world):
+def test_each_round_starts_from_the_previous_one(world):
     out = world / "out"
     for number in (1, 2):
         folder = out / f"round-{number}"
@@ -73,7 +73,7 @@ def test_each_round_starts_from_the_last(world):
 
 
 def test_every_round_is_reported(world, capsys, monkeypatch):
-    """Short answers were rewarded, and they win; the same command leaves the loop as it is and prints the same."""
+    """Short answers were rewarded, and they win. The same command leaves the loop alone and prints the same report."""
     out = world / "out"
     found = metrics(out)
     for number in (1, 2):
@@ -93,14 +93,14 @@ def test_every_round_is_reported(world, capsys, monkeypatch):
 
 
 def products(folder):
-    """What a loop is run for: the bytes of its files by their names, without logs, times and machines."""
+    """Return the contents of the files a loop exists to produce, without logs, times and machine details."""
     patterns = ("results.json", "*.jsonl", "model.safetensors", "recipe.resolved.yaml")
     found = {path for pattern in patterns for path in folder.rglob(pattern)}
     return {path.relative_to(folder): path.read_bytes() for path in found if path.name != "metrics.jsonl"}
 
 
 def test_more_rounds_continue_from_the_last_one(world, tmp_path, monkeypatch, capsys):
-    """The same bytes as a loop with all rounds from the start; fewer rounds than exist are a mistake."""
+    """The result is identical to a loop with all rounds from the start; fewer rounds than exist are an error."""
     (tmp_path / "scorer_of_test.py").write_text(SCORER)
     monkeypatch.chdir(tmp_path)
     command = ["loop", str(world / "loop.yaml"), "--output_dir", "out", "--rounds"]
@@ -122,8 +122,8 @@ def test_more_rounds_continue_from_the_last_one(world, tmp_path, monkeypatch, ca
     assert "rounds: out already has 2, more than the 1" in printed and printed.count("\n") == 1
 
 
-def test_a_stage_is_what_its_command_makes(world, chat_world, monkeypatch, tmp_path):
-    """From the same inputs, the same bytes."""
+def test_a_stage_equals_its_command(world, chat_world, monkeypatch, tmp_path):
+    """The same inputs give the same bytes."""
     monkeypatch.chdir(world)
     round_1 = Path("out/round-1")
     seed = json.loads((round_1 / "responses/run.json").read_text())["identity"]["seed"]
@@ -144,7 +144,7 @@ def test_a_stage_is_what_its_command_makes(world, chat_world, monkeypatch, tmp_p
 
 @torch.no_grad()
 def test_the_drift_is_the_mean_log_ratio(world, chat_world):
-    """Against plain transformers, one answer at a time."""
+    """Compared with plain transformers, one answer at a time."""
     answers = world / "out/round-2/answers/responses.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(chat_world / "model")
     models = [
@@ -169,8 +169,8 @@ def test_the_drift_is_the_mean_log_ratio(world, chat_world):
     assert found.n == 8 and found.low < found.value < found.high
 
 
-def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
-    """One of its held-out prompts is trained on, which is said."""
+def test_the_loop_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
+    """Also reports that one held-out prompt is a training prompt."""
     monkeypatch.chdir(world)
     recipe = yaml.safe_load(Path("loop.yaml").read_text())
     held_out = Path(recipe["eval_prompts"]).read_text()
@@ -180,7 +180,7 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "note: 1 of 9 eval_prompts are" in printed
     assert "stopped after round 1: KL" in printed
-    assert "simpo chat /" in printed  # the start, because no round was good
+    assert "simpo chat /" in printed  # the start model, because no round was good
     found = metrics(world / "stopped")
     assert (found["rounds", None].value, found["last_good_round", None].value) == (1, 0)
     assert not (world / "stopped/round-2").exists()
@@ -189,8 +189,8 @@ def test_it_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
     assert not (world / "stopped/round-2").exists()
 
 
-def test_a_server_is_asked_without_further_questions(world, chat_world, tmp_path, monkeypatch, capsys):
-    """What all rounds will send is agreed to once, with more than is sent in the end: no pair has equal answers yet."""
+def test_a_servers_cost_is_confirmed_once(world, chat_world, tmp_path, monkeypatch, capsys):
+    """The estimate covers all rounds and exceeds what is sent, because it cannot know which answers will be equal."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -208,7 +208,7 @@ def test_a_server_is_asked_without_further_questions(world, chat_world, tmp_path
     assert metrics(tmp_path / "out")["round-1/win_rate/api", None].n == 8
 
 
-def test_several_annotators(world, chat_world, monkeypatch, capsys):
+def test_several_annotators_in_a_loop(world, chat_world, monkeypatch, capsys):
     """Their weighted scores make the pairs, and each of them judges the round."""
     monkeypatch.chdir(world)
     recipe = yaml.safe_load(Path("loop.yaml").read_text())
@@ -253,7 +253,7 @@ def test_several_annotators(world, chat_world, monkeypatch, capsys):
         (["--stop_win_rate=50"], "stop_win_rate: "),
         (["--dataset_name=x.jsonl"], "dataset_name: unknown key"),
         (["--resume_from_checkpoint=checkpoint-5"], "resume_from_checkpoint: "),
-        # what is found when the stages are checked
+        # errors found when the stages are checked
         (["--model_name_or_path=nowhere/at/all"], "there is no folder 'nowhere/at/all'"),
         (["--engine=vllm"], "vLLM is not installed"),
         (["--chat_template=nothing.jinja"], "chat_template: 'nothing.jinja'"),
@@ -274,8 +274,8 @@ def test_several_annotators(world, chat_world, monkeypatch, capsys):
         (["--judges=api", "--judge_url=http://127.0.0.1:9/v1", "--judge_model=m"], "--yes"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(options, said, world, chat_world, monkeypatch, capsys):
-    """Nothing has been computed either."""
+def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(options, said, world, chat_world, monkeypatch, capsys):
+    """Nothing has been computed, either."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world))
     options = [option.format(model=chat_world / "model") for option in options]
@@ -286,7 +286,7 @@ def test_mistakes_are_one_line_and_leave_nothing(options, said, world, chat_worl
     assert not Path("never").exists()
 
 
-def test_nobody_may_share_a_loop(world, monkeypatch, capsys):
+def test_a_loop_runs_in_one_process(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["loop", "loop.yaml", "--output_dir", "never"]) == 2

@@ -37,7 +37,7 @@ def made(records, **settings):
 
 
 def test_best_against_worst():
-    """If two answers are equally good, or equally bad, the first one counts."""
+    """Among equally good or equally bad answers, the first one is used."""
     found = made(
         [
             record(0, ("bb", 2), ("dddd", 4), ("a", 1), ("eeee", 4), ("c", 1)),
@@ -52,13 +52,13 @@ def test_best_against_worst():
     assert found[1] == {IDENTICAL: 2, TOO_FEW: 3, EQUAL: 1, UNSCORED: 2, EMPTY: 2}
 
 
-def test_answers_that_were_cut_are_left_out():
-    """A pair would end them with a token that the model did not write there; keep_unfinished keeps them."""
+def test_truncated_answers_are_left_out():
+    """A pair would end them with a token the model did not write; keep_unfinished keeps them."""
     cut = [
         record(0, ("best and", 9), ("good", 5), ("bad", 1), ("but", 0)) | {"finished": [False, True, True, False]},
         record(1, ("a", 2), ("b", 1)) | {"finished": [True, False]},
         record(2, ("a", None), (" ", 1), ("c", 2), ("d", 1)) | {"finished": [False, True, True, True]},
-        record(3, ("x", 2), ("y", 1)),  # from elsewhere: nothing is known of it
+        record(3, ("x", 2), ("y", 1)),  # from elsewhere: whether they are finished is unknown
     ]
     assert made(cut) == (
         [("0", "good", "bad"), ("2", "c", "d"), ("3", "x", "y")],
@@ -80,7 +80,7 @@ def random_records(seed):
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_gap": 1.5}, {"max_length_ratio": 2.0}])
-def test_all_pairs_are_those_of_a_naive_enumeration(limits):
+def test_all_pairs_match_a_naive_enumeration(limits):
     for seed in range(5):
         records = list(random_records(seed))
         expected = set()
@@ -102,7 +102,7 @@ def test_all_pairs_are_those_of_a_naive_enumeration(limits):
 
 
 def test_best_against_random():
-    """Every worse answer is met with some seed, the same one with the same seed, whatever prompts stand before."""
+    """Over seeds, every worse answer occurs; a given seed always draws the same one, whatever prompts come before."""
     one = record(7, ("a", 1), ("best", 9), ("b", 2), ("c", 9), ("d", 3))
     drawn = {made([one], pairs="best_random", seed=seed)[0][0][2] for seed in range(40)}
     assert drawn == {"a", "b", "d"}
@@ -113,10 +113,10 @@ def test_best_against_random():
         assert alone[0][1] == "best"
     assert made([record(0, ("x", 1), ("y", 1))], pairs="best_random") == ([], {EQUAL: 1})
     many = [record(number, ("best", 9), ("a", 1), ("b", 1)) for number in range(20)]
-    assert {rejected for _, _, rejected in made(many, pairs="best_random")[0]} == {"a", "b"}  # not one draw for all
+    assert {rejected for _, _, rejected in made(many, pairs="best_random")[0]} == {"a", "b"}  # a draw per prompt
 
 
-def test_a_ranking_has_every_different_answer_best_first():
+def test_a_ranking_contains_every_distinct_answer_best_first():
     rows, report = make_pairs(
         [record(0, ("a", 1), ("b", 3), ("a", 1), ("c", None), ("d", 2)), record(1, ("a", 1), ("b", 1))],
         PairSettings(pairs="ranking"),
@@ -135,7 +135,7 @@ def test_a_ranking_has_every_different_answer_best_first():
         {"pairs": "ranking", "max_length_ratio": 2.0},
     ],
 )
-def test_settings_out_of_bounds(settings):
+def test_settings_out_of_bounds_are_rejected(settings):
     with pytest.raises(SimpoError, match="|".join(settings)):
         PairSettings(**settings)
 
@@ -145,8 +145,8 @@ def write(path, *records):
     return path
 
 
-def test_the_command(tmp_path, capsys):
-    """Rows that simpo train takes, with every drop in the results; the same command leaves the folder as it is."""
+def test_the_command_writes_training_rows(tmp_path, capsys):
+    """simpo train accepts the rows, and every drop is in the results. The same command leaves the folder alone."""
     messages = [{"role": "user", "content": "Hello?"}]
     file = write(
         tmp_path / "annotated.jsonl",
@@ -199,7 +199,7 @@ def test_the_command(tmp_path, capsys):
         ("{]\n{}\n", "not a JSON object"),
     ],
 )
-def test_what_cannot_be_paired_is_one_line(content, said, tmp_path, capsys):
+def test_unusable_input_gives_a_one_line_error(content, said, tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     file.write_text(content)
     assert main(["pair", str(file), "--output_dir", str(tmp_path / "out")]) == 2
@@ -210,14 +210,14 @@ def test_what_cannot_be_paired_is_one_line(content, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_nobody_may_share_a_pairing(tmp_path, capsys, monkeypatch):
+def test_pairing_runs_in_one_process(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["pair", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
     assert "simpo pair runs in one process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_from_a_function_that_sees_the_prompt(tmp_path):
+def test_scores_from_a_function_that_sees_the_prompt(tmp_path):
     file = write(tmp_path / "r.jsonl", *({"id": c, "prompt": f"p{c}", "responses": ["0", "1"]} for c in "01"))
     report = pair_responses(file, lambda prompt, response: float(prompt == f"p{response}"), tmp_path / "pairs.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
@@ -226,7 +226,7 @@ def test_from_a_function_that_sees_the_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_function_must_give_numbers(bad, tmp_path):
+def test_a_function_must_return_numbers(bad, tmp_path):
     file = write(tmp_path / "r.jsonl", {"id": "0", "prompt": "p", "responses": ["a", "b"]})
     with pytest.raises(SimpoError, match="prompt 0: "):
         pair_responses(file, lambda prompt, response: bad if response == "b" else 1.0, tmp_path / "pairs.jsonl")
@@ -234,7 +234,7 @@ def test_a_function_must_give_numbers(bad, tmp_path):
 
 
 @pytest.mark.parametrize("pairs", ["best_worst", "ranking"])
-def test_what_a_prompt_is_rendered_with_stays_with_its_pairs(pairs):
+def test_rendering_options_of_a_prompt_stay_with_its_pairs(pairs):
     context = {"tools": [{"type": "function"}], "chat_template_kwargs": {"enable_thinking": False}}
     given = record(0, ("a", 1.0), ("b", 0.0)) | context
     rows, _ = make_pairs([given], PairSettings(pairs=pairs))

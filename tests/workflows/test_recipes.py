@@ -1,4 +1,4 @@
-"""``simpo recipe``: every objective in every setting parses, with the published values where there are some."""
+"""``simpo recipe``: every objective in every setting parses, with published values where they exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simpo.world.pairs import write_model, write_pairs, write_prompts
 RECIPES = Path(__file__).parents[2] / "recipes"
 ONLINE = ("ppo", "rloo", "grpo", "online-simpo", "online-dpo")
 
-# The README of github.com/princeton-nlp/SimPO, "For DPO, the best hyperparameters": beta and learning rate.
+# From the README of github.com/princeton-nlp/SimPO, "For DPO, the best hyperparameters": beta and learning rate.
 DPO = {
     "mistral-base": (0.01, 5e-7),
     "mistral-instruct": (0.01, 5e-7),
@@ -27,7 +27,7 @@ DPO = {
     "llama3-instruct-v0.2": (0.01, 3e-7),
     "gemma2": (0.01, 5e-7),
 }
-# Of SimPO; tests/test_recipe.py has the values that these must have.
+# SimPO's recipes; tests/config/test_recipe.py has their values.
 SHIPPED = {
     "mistral-base": "mistral-7b-base-simpo",
     "mistral-instruct": "mistral-7b-instruct-simpo",
@@ -45,7 +45,7 @@ def test_every_objective_parses(setting, tmp_path, caplog):
         path.write_text(compose_recipe(objective, setting))
         model, data, config = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)], PreferenceConfig)
         assert (config.objective, model.model_name_or_path) == (objective, SETTINGS[setting].model)
-        assert data.dataset_mixer or data.eval_dataset_name  # held-out pairs in every setting
+        assert data.dataset_mixer or data.eval_dataset_name  # every setting has held-out pairs
         knobs = set(row.hyperparameters) - {"label_smoothing", "link", "length_normalized"}
         assert knobs <= yaml.safe_load(path.read_text()).keys()
         assert config.hyperparameters.keys() == row.hyperparameters.keys()
@@ -58,7 +58,7 @@ def test_every_objective_parses(setting, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("setting", SHIPPED)
-def test_simpos_recipes_are_those_of_the_repository(setting):
+def test_simpos_recipes_are_the_shipped_ones(setting):
     shipped = yaml.safe_load((RECIPES / f"{SHIPPED[setting]}.yaml").read_text())
     assert yaml.safe_load(compose_recipe("simpo", setting)) == shipped
 
@@ -71,7 +71,7 @@ def test_dpo_has_the_published_values(setting):
     assert text.count("# published") == 2
 
 
-def test_what_is_not_published_says_so():
+def test_unpublished_values_are_marked():
     assert "# published" not in compose_recipe("kto", "llama3-base")
     assert "lam: 0.5  # searched over {0.1, 0.5, 1.0, 2.0} in the paper" in compose_recipe("orpo", "llama3-base")
     assert "beta: 5.0  # the objective's default" in compose_recipe("dpo_norm", "llama3-base")
@@ -89,13 +89,13 @@ def test_written_recipes_are_up_to_date(path, capsys):
     assert capsys.readouterr().out == path.read_text(), f"run: simpo {command}"
 
 
-def test_there_is_a_tiny_recipe_for_every_objective():
+def test_every_objective_has_a_tiny_recipe():
     assert {path.stem for path in (RECIPES / "tiny").iterdir()} == OBJECTIVES.keys() | set(ONLINE)
 
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
-    """A folder with what the tiny recipes look for, at a small scale: ``runs/demo-1``."""
+    """A folder with everything the tiny recipes expect in ``runs/demo-1``, at a small scale."""
     folder = tmp_path_factory.mktemp("demo")
     write_model(folder / "runs/demo-1/sft", seed=0)
     write_prompts(folder / "runs/demo-1/prompts.jsonl", 32, seed=0)
@@ -108,11 +108,11 @@ def demo_folder(tmp_path_factory):
 def test_tiny_online_recipes_run(name, demo_folder, monkeypatch):
     monkeypatch.chdir(demo_folder)
     options = ["--max_steps=2", "--eval_steps=1"]
-    options += ["--normalize_scores=false"] if name == "ppo" else []  # every answer of a random model has the score 0
+    options += ["--normalize_scores=false"] if name == "ppo" else []  # a random model's answers all score 0
     assert main(["online", str(RECIPES / f"tiny/{name}.yaml"), *options]) == 0
     found = {(m.name, m.stage): m for m in read_results(Path(f"runs/tiny-{name}/results.json")).metrics}
     assert found["train/steps", None].value == 2
-    assert found["rollout/reward", "after"].n == (32 if name in ("online-simpo", "ppo") else 16)  # prompts of a rollout
+    assert found["rollout/reward", "after"].n == (32 if name in ("online-simpo", "ppo") else 16)  # prompts per rollout
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
@@ -144,7 +144,7 @@ def test_the_command_writes_a_new_file(tmp_path, capsys):
         (["--objective", "dpo"], "--setting"),
     ],
 )
-def test_mistakes_end_in_one_line(given, said, capsys):
+def test_mistakes_give_a_one_line_error(given, said, capsys):
     assert main(["recipe", *given]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What a sweep prints about its outcome: how sure the choice is, and where to look further."""
+"""What a sweep prints about its outcome: how certain the choice is, and where to look further."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACCURACY = "eval_rewards/accuracies"
 
 
 def printed(folder, results: dict[str, tuple[float, float, float]]) -> str:
-    """The text that is printed for trials with these learning rates and results."""
+    """Return the text printed for trials with these learning rates and results."""
     distribution = optuna.distributions.CategoricalDistribution(tuple(results))
     tried = [
         optuna.create_trial(
@@ -38,10 +38,10 @@ def printed(folder, results: dict[str, tuple[float, float, float]]) -> str:
     ("others", "further"),
     [
         ((0.5, 0.4, 0.6), True),
-        ((0.65, 0.55, 0.75), False),  # within the best one's interval, where it may be chance which is the best
+        ((0.65, 0.55, 0.75), False),  # within the best trial's interval, so which one is best may be chance
     ],
 )
-def test_an_end_that_is_the_best_is_a_reason_to_look_further(others, further, tmp_path, capsys):
+def test_a_best_value_at_the_edge_suggests_looking_further(others, further, tmp_path, capsys):
     text = printed(tmp_path, {"1e-6": (0.7, 0.6, 0.8), "3e-6": others, "1e-5": others})
     assert ("learning_rate: the best, 1e-6, is the smallest that was tried; try smaller ones too" in text) == further
     assert ("2 of the other 2 finished trials lie within the interval of the best" in text) == (not further)

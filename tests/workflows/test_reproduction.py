@@ -1,4 +1,4 @@
-"""The registered studies, the rule, one real trial against closed forms, and the page in a browser."""
+"""The registered studies, the decision rule, one real trial against closed forms, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_registered_studies_can_be_run(tmp_path: Path):
     assert len(table.seeds) >= 5
 
 
-def test_studies_by_name_and_number():
+def test_studies_are_found_by_name_and_number():
     assert [study.name for study in read_studies(["3", "objectives"])] == ["objectives", "gamma"]
     with pytest.raises(SimpoError, match="ablation"):
         read_studies(["ablatoin"])
@@ -108,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_that_does_not_learn_is_its_start(base: Path):
+def test_a_model_that_does_not_learn_equals_its_start_model(base: Path):
     found = run_trial(base, Trial({"objective": "simpo", "learning_rate": 0.0}, ON_POLICY, 1))
     assert set(found) == set(METRICS)
     assert found["win_rate"] == 0.5
@@ -139,7 +139,7 @@ def test_trials_are_exact_and_stored_once(base: Path, tmp_path: Path):
 
 
 def endless_after_the_first(base: Path, trial: Trial) -> dict[str, float]:
-    """A trial that tells the tests its process and the parent's in a scratch file, and does not end."""
+    """A trial that writes its own and its parent's process id to a scratch file and then never ends."""
     if trial.seed:
         run_trial(base, trial)
         (Path(tempfile.gettempdir()) / f"busy-{os.getppid()}-{os.getpid()}").touch()
@@ -162,7 +162,7 @@ def run_four(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_does_not_wait_for_trials(base: Path, tmp_path: Path, signum: int):
-    """Neither for the one that is running nor for those that its process has taken; what was done is kept."""
+    """Neither for the running one nor for those queued in its process; finished trials are kept."""
     (tmp_path / "base").symlink_to(base)
     (tmp_path / "scratch").mkdir()
     sent: list[float | int] = []
@@ -177,7 +177,7 @@ def test_a_signal_does_not_wait_for_trials(base: Path, tmp_path: Path, signum: i
     threading.Thread(target=send_when_busy, daemon=True).start()
     found = run_ranks(1, run_four, tmp_path, folder=tmp_path)
     assert found.codes == [143 if signum == signal.SIGTERM else -signal.SIGKILL], found.stderr
-    assert time.monotonic() - sent[0] < 10  # about one second, except on a busy machine
+    assert time.monotonic() - sent[0] < 10  # takes about one second unless the machine is busy
     while Path(f"/proc/{sent[1]}/cmdline").exists() and Path(f"/proc/{sent[1]}/cmdline").read_bytes():  # no zombie
         assert time.monotonic() - sent[0] < 30
         time.sleep(0.1)
@@ -186,7 +186,7 @@ def test_a_signal_does_not_wait_for_trials(base: Path, tmp_path: Path, signum: i
     assert [line["trial"]["seed"] for line in JsonLines(tmp_path / "trials.jsonl", checked=True)] == [0]
 
 
-def test_studies_of_earlier_calls_are_known_by_their_trials(tmp_path: Path):
+def test_studies_from_earlier_calls_are_recognized_by_their_trials(tmp_path: Path):
     objectives, ablation, *_ = read_studies()
     trials = Trials(tmp_path, 1, print)
     *most, last = [arm.trial(arm.candidates()[0], seed) for arm in ablation.arms.values() for seed in ablation.seeds]
@@ -199,7 +199,7 @@ def test_studies_of_earlier_calls_are_known_by_their_trials(tmp_path: Path):
     assert [trial.key for trial in again.tuned(ablation)] == [trial.key for trial in [*most, last]]
 
 
-def test_the_plan_for_real_models_is_made_of_our_commands(capsys: pytest.CaptureFixture):
+def test_the_plan_for_real_models_uses_our_commands(capsys: pytest.CaptureFixture):
     lines = list(plan(read_studies(), "llama3-base"))
     commands = [line for line in lines if line.startswith(("simpo", "for"))]
     assert sum(line.startswith("simpo recipe") for line in commands) == 9
@@ -212,7 +212,7 @@ def test_the_plan_for_real_models_is_made_of_our_commands(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("seeds", [3, 1])
-def test_the_page_tells_the_number_of_seeds_and_what_is_undefined(seeds: int):
+def test_the_page_states_the_number_of_seeds_and_undefined_results(seeds: int):
     (study,) = read_studies(["gamma"])
     metric, first = study.claims[0].metric, next(iter(study.arms))
     measured = {name: {one: np.linspace(0.1, 0.9, seeds) for one in METRICS} for name in study.arms}

@@ -1,4 +1,4 @@
-"""What a sweep varies, from the options of a command line."""
+"""What a sweep varies, from command-line options."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ def axes(**given):
     return read_axes({key: [text] for key, text in given.items()}, KEYS)
 
 
-def test_values_ranges_and_what_is_no_axis():
+def test_values_and_ranges_become_axes():
     given = {"learning_rate": ["3e-7,1e-6"], "seed": ["1..64"], "beta": ["2"], "x": ["[1, 2]"], "y": ["1", "2,3"]}
     rate, seed = read_axes(given, KEYS)
     assert rate == Axis("learning_rate", ("3e-7", "1e-6"))
     assert seed == Axis("seed", ("1", "64"), int)
     assert (str(rate), str(seed)) == ("learning_rate 3e-7, 1e-6", "seed 1 to 64 (logarithmic)")
-    assert not read_axes({"data": ["../a..b"]}, KEYS)  # no numbers
+    assert not read_axes({"data": ["../a..b"]}, KEYS)  # not numbers
 
 
-def test_a_grid_is_every_combination_the_last_axis_first():
+def test_a_grid_is_every_combination_with_the_last_axis_varying_fastest():
     found = list(combinations(axes(objective="simpo,dpo", beta="1,2,3")))
     assert found == [{"objective": o, "beta": b} for o in ("simpo", "dpo") for b in ("1", "2", "3")]
 
 
-def test_one_at_a_time_has_every_value():
+def test_one_at_a_time_covers_every_value():
     found = list(one_at_a_time(axes(objective="simpo,dpo", beta="1..30")))
     assert {"objective": "dpo", "beta": "1"} in found
     assert {"objective": "simpo", "beta": "30"} in found
@@ -48,7 +48,7 @@ def test_one_at_a_time_has_every_value():
         ({"seed": "1..20"}, "20", "largest"),
     ],
 )
-def test_ends(given, value, end):
+def test_values_at_the_end_of_an_axis_are_recognized(given, value, end):
     assert axes(**given)[0].end(value) == end
 
 
@@ -65,6 +65,6 @@ def test_ends(given, value, end):
         ({"objective": "1..2"}, "no ranges"),
     ],
 )
-def test_mistakes(given, said):
+def test_mistakes_are_reported(given, said):
     with pytest.raises(SimpoError, match=said.replace("?", r"\?")):
         axes(**given)

@@ -1,4 +1,4 @@
-"""Who takes which trial: every one once, and one that a killed process left is taken again."""
+"""Assigning trials to processes: each runs once, and one left by a killed process is taken again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GRID = (Axis("learning_rate", ("3e-7", "1e-6")), Axis("objective", ("simpo", "dp
 
 @pytest.fixture
 def open_study(tmp_path):
-    """``open_study(axes, sampler, trials)``: a study in one folder, as each of several processes opens it."""
+    """``open_study(axes, sampler, trials)``: a study in one folder, opened as by each of several processes."""
 
     def make(axes=GRID, sampler="grid", trials=4) -> Study:
         return Study(tmp_path, axes, sampler, trials, smaller_is_better=False)
@@ -22,7 +22,7 @@ def open_study(tmp_path):
     return make
 
 
-def test_a_grid_is_shared_out_and_every_combination_comes_once(open_study):
+def test_a_grid_is_divided_and_every_combination_runs_once(open_study):
     processes = [open_study(), open_study()]
     taken = [processes[turn % 2].take() for turn in range(4)]
     assert [trial.number for trial in taken] == [0, 1, 2, 3]
@@ -35,7 +35,7 @@ def test_a_grid_is_shared_out_and_every_combination_comes_once(open_study):
 
 
 def test_a_trial_that_ends_while_another_process_looks_is_not_taken_again(open_study):
-    """Its lock is free only when it is no longer marked as running."""
+    """Its lock is only released once it is no longer marked as running."""
     first, second = open_study(), open_study()
     trial = first.take()
     with second.lock:
@@ -48,7 +48,7 @@ def test_a_trial_that_ends_while_another_process_looks_is_not_taken_again(open_s
     assert [trial.value for trial in second.trials()][:2] == [0.5, None]
 
 
-def test_how_trials_ended_is_kept(open_study):
+def test_the_outcome_of_each_trial_is_stored(open_study):
     study = open_study()
     study.end(study.take(), 0.5)
     study.end(study.take(), None, "PRUNED")
@@ -59,17 +59,17 @@ def test_how_trials_ended_is_kept(open_study):
     assert values_of(trials[0]) == {"learning_rate": "3e-7", "objective": "simpo"}
 
 
-def test_a_trial_that_was_left_is_taken_again_before_a_new_one(open_study):
+def test_an_abandoned_trial_is_taken_before_a_new_one(open_study):
     study = open_study()
     left = study.take()
-    assert open_study().take().number == 1  # while it is held, nobody else has it
-    study._locks[left.number].release()  # as the kernel does for a killed process
+    assert open_study().take().number == 1  # while it is locked, nobody else gets it
+    study._locks[left.number].release()  # as the kernel does when a process is killed
     again = open_study().take()
     assert (again.number, values_of(again)) == (left.number, values_of(left))
     assert len(study.trials()) == 4
 
 
-def test_tpe_draws_within_its_ranges_and_no_two_processes_the_same(open_study):
+def test_tpe_samples_within_its_ranges_and_differently_in_each_process(open_study):
     axes = (Axis("learning_rate", ("1e-7", "1e-5"), float), Axis("seed", ("1", "9"), int))
     processes = [open_study(axes, "tpe", 6), open_study(axes, "tpe", 6)]
     taken = [processes[turn % 2].take() for turn in range(6)]
@@ -85,7 +85,7 @@ def test_tpe_draws_within_its_ranges_and_no_two_processes_the_same(open_study):
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, None])
-def test_a_damaged_database_is_one_line(open_study, tmp_path, content):
+def test_a_damaged_database_gives_a_one_line_error(open_study, tmp_path, content):
     open_study()
     path = tmp_path / "study.db"
     if content is None:

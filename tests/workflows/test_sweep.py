@@ -1,4 +1,4 @@
-"""``simpo sweep``: trials are ordinary runs, a killed process loses none, and the best one is found."""
+"""``simpo sweep``: trials are ordinary runs, a killed process loses none of them, and the best one is found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from simpo.workflows.sweep_study import Axis, Study
 
 pytestmark = pytest.mark.slow
 
-# A forked process has imported everything already, so that a kill falls into a trial and not into imports.
+# A forked process has already imported everything, so that a kill hits a trial rather than imports.
 FORK = multiprocessing.get_context("fork")
 METRIC = "eval_rewards/accuracies"
 WIN_RATE = "eval_generations/win_rate"
@@ -82,7 +82,7 @@ def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys)
     assert weights[0] == weights[1]
 
     capsys.readouterr()
-    assert main(argv) == 0  # finished: the table and nothing else
+    assert main(argv) == 0  # already finished: only prints the table
     again = capsys.readouterr().out
     assert "step" not in again
     assert again.strip() in printed
@@ -91,16 +91,16 @@ def test_trials_are_ordinary_runs_and_the_best_is_found(world, tmp_path, capsys)
 
 
 def alive() -> int:
-    """Trainers and models in memory."""
+    """Return the number of trainers and models in memory."""
     return sum(issubclass(type(thing), PackedTrainer | torch.nn.Module) for thing in gc.get_objects())
 
 
-def test_a_trial_that_diverges_is_recorded_and_the_sweep_continues(world, tmp_path, capsys):
+def test_a_diverging_trial_is_recorded_and_the_sweep_continues(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     gc.collect()
     before = alive()
     assert main(sweep(world, output, rates=("1e30", "1e-4"))) == 0
-    assert alive() <= before  # memory is free after a trial, also after one that failed
+    assert alive() <= before  # memory is freed after each trial, including failed ones
     found = metrics(output)
     assert [found[f"trials/{state}"].value for state in ("finished", "pruned", "failed")] == [1, 0, 1]
     assert f"trials/000/{METRIC}" not in found
@@ -121,8 +121,8 @@ def test_trials_below_the_median_are_pruned(world, tmp_path, monkeypatch):
     assert "best/eval_rewards/margins" in found
 
 
-def test_answers_that_are_judged_can_be_compared(world, tmp_path):
-    """At the last evaluation: the ordinary figures are of held-out pairs after training."""
+def test_trials_can_be_compared_by_judged_answers(world, tmp_path):
+    """At the last evaluation, because the usual metrics come from held-out pairs after training."""
     output = tmp_path / "sweep"
     judged = ("--eval_generations", "2", "--eval_judge", "exact", "--eval_strategy", "epoch")
     more = ("--metric", "generations/win_rate", "--prune", "--sampler", "tpe", "--trials", "1")
@@ -132,7 +132,7 @@ def test_answers_that_are_judged_can_be_compared(world, tmp_path):
     assert (output / "trials/000/generations/step-4.jsonl").exists()
 
 
-def test_tpe_draws_and_repeats_nothing(world, tmp_path, capsys):
+def test_tpe_samples_and_does_not_repeat_trials(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     argv = sweep(world, output, "--sampler", "tpe", "--trials", "4", rates=("1e-3", "1e-4"))
     assert main(argv) == 0
@@ -159,7 +159,7 @@ def _wait_for(path: Path, process) -> None:
         time.sleep(0.005)
 
 
-def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
+def test_after_a_kill_and_restart_every_trial_counts_once(world, tmp_path):
     alone = tmp_path / "alone"
     more = ("--save_strategy", "steps", "--save_steps", "1")
     recipe = str(world / "recipe.yaml")
@@ -173,7 +173,7 @@ def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
     assert process.exitcode == -9
     first = record(output / "trials/000")
     assert main(argv) == 0
-    assert record(output / "trials/000") == first  # kept
+    assert record(output / "trials/000") == first  # unchanged
     assert "continues from" in (output / "trials/001/log.txt").read_text()
     assert len(list((output / "trials").glob("[0-9]*"))) == 2
     assert metrics(output)[f"trials/001/{METRIC}"].value == metrics(alone)[METRIC].value
@@ -181,7 +181,7 @@ def test_killed_and_started_again_every_trial_counts_once(world, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_start_model_or_data_that_changed_between_trials_is_refused(world, tmp_path, capsys):
+def test_a_start_model_or_data_changed_between_trials_is_rejected(world, tmp_path, capsys):
     own, output = shutil.copytree(world, tmp_path / "world"), tmp_path / "killed"
     recipe = own / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(world), str(own)))
@@ -201,9 +201,9 @@ def test_a_start_model_or_data_that_changed_between_trials_is_refused(world, tmp
     assert main(argv) == 0
 
 
-def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_path, capsys):
+def test_two_processes_share_the_trials_and_a_different_sweep_is_rejected(world, tmp_path, capsys):
     output = tmp_path / "sweep"
-    rates = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "1e-2")  # enough for the later process to find some left
+    rates = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "1e-2")  # enough that the later process finds some left
     argv = sweep(world, output, rates=rates)
     processes = [_start(argv) for _ in range(2)]
     _wait_for(output / "trials/000/run.json", processes[0])
@@ -215,13 +215,13 @@ def test_two_processes_share_the_trials_and_another_sweep_is_refused(world, tmp_
     assert metrics(output)["trials/finished"].value == len(rates)
     folders = sorted((output / "trials").glob("[0-9]*"))
     assert [folder.name for folder in folders] == [f"{number:03d}" for number in range(len(rates))]
-    assert all(len(record(folder)["starts"]) == 1 for folder in folders)  # each by one of the two
+    assert all(len(record(folder)["starts"]) == 1 for folder in folders)  # each was run by one of the two
     environments = {(folder / ".lock.pid").read_text() for folder in folders}
-    assert len(environments) == 2  # and both had some
+    assert len(environments) == 2  # and both ran some
     assert record(output)["status"] == "finished"
 
 
-def test_a_folder_that_another_command_holds_is_refused(world, tmp_path, capsys):
+def test_a_folder_in_use_by_another_command_is_rejected(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     output.mkdir()
     with FileLock(output / ".lock"):
@@ -230,7 +230,7 @@ def test_a_folder_that_another_command_holds_is_refused(world, tmp_path, capsys)
     assert not (output / "study.db").exists()
 
 
-def test_a_process_that_finds_no_trial_left_leaves_the_results_to_the_last_one(world, tmp_path, capsys):
+def test_a_process_without_trials_left_leaves_the_results_to_the_last_one(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     argv = sweep(world, output, rates=RATES[:2])
     assert main(argv) == 0
@@ -244,7 +244,7 @@ def test_a_process_that_finds_no_trial_left_leaves_the_results_to_the_last_one(w
         assert main(argv) == 0
     assert "1 trials are running in other processes" in capsys.readouterr().out
     assert record(output)["status"] == "running"
-    assert main(argv) == 0  # that process has died: its trial is run, or repeats the values of another one
+    assert main(argv) == 0  # the other process has died, so its trial is run, or repeats another trial's values
     assert record(output)["status"] == "finished"
 
 
@@ -269,7 +269,7 @@ def test_a_process_that_finds_no_trial_left_leaves_the_results_to_the_last_one(w
         (["--beta", "1,4", "--dataset_name", "missing.jsonl"], "missing.jsonl"),
     ],
 )
-def test_mistakes_end_in_one_line_before_anything_runs(world, tmp_path, capsys, more, said):
+def test_mistakes_give_a_one_line_error_before_anything_runs(world, tmp_path, capsys, more, said):
     output = tmp_path / "sweep"
     assert main(["sweep", str(world / "recipe.yaml"), "--output_dir", str(output), *more]) == 2
     error = capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_mistakes_end_in_one_line_before_anything_runs(world, tmp_path, capsys, 
     assert not list(output.glob("trials/[0-9]*"))
 
 
-def test_a_metric_that_the_rows_do_not_have_is_refused_before_anything_is_trained(world, tmp_path, capsys):
+def test_a_metric_the_rows_do_not_have_is_rejected_before_training(world, tmp_path, capsys):
     pairs = map(json.loads, (world / "test.jsonl").read_text().splitlines())
     rows = [
         {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
@@ -287,7 +287,7 @@ def test_a_metric_that_the_rows_do_not_have_is_refused_before_anything_is_traine
     ]
     judged = tmp_path / "judged.jsonl"
     judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Not of itself: a run whose held-out rows are all training rows is refused.
+    # Not the same slice, because held-out rows that are all training rows are rejected.
     slices = ("--dataset_train_split=train[:50%]", "--dataset_test_split=train[50%:]")
     names = (f"--dataset_name={judged}", f"--eval_dataset_name={judged}", *slices, "--objective=kto", "--beta=0.1")
     recipe = tmp_path / "recipe.yaml"
@@ -298,7 +298,7 @@ def test_a_metric_that_the_rows_do_not_have_is_refused_before_anything_is_traine
     assert not list((tmp_path / "sweep/trials").glob("[0-9]*/run.json"))
 
 
-def test_after_a_mistake_in_the_data_the_same_command_continues(world, tmp_path):
+def test_the_same_command_continues_after_a_mistake_in_the_data_is_fixed(world, tmp_path):
     argv = sweep(world, tmp_path / "sweep", "--dataset_name", str(tmp_path / "pairs.jsonl"))
     argv += ["--sampler", "tpe", "--trials", "1"]
     assert main(argv) == 2
@@ -307,7 +307,7 @@ def test_after_a_mistake_in_the_data_the_same_command_continues(world, tmp_path)
     assert metrics(tmp_path / "sweep")["trials/finished"].value == 1
 
 
-def test_a_launcher_is_refused(world, tmp_path, monkeypatch, capsys):
+def test_a_launcher_is_rejected(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(sweep(world, tmp_path / "sweep")) == 2
     error = capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_a_launcher_is_refused(world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_without_optuna_it_says_what_to_install(world, tmp_path, monkeypatch, capsys):
+def test_a_missing_optuna_is_reported_with_what_to_install(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(sweep(world, tmp_path / "sweep")) == 2
     assert "pip install 'simpo[sweep]'" in capsys.readouterr().err
@@ -328,20 +328,20 @@ def trial(number, state, value=None, **notes):
     return found
 
 
-def test_no_trial_that_finishes_is_a_mistake():
+def test_it_is_an_error_if_no_trial_finishes():
     tried = [trial(0, "PRUNED"), trial(1, "FAIL", reason="step 1: the loss is not finite")]
     with pytest.raises(SimpoError, match="none of the 2 trials has finished; trial 1: step 1"):
         rank(tried, smaller_is_better=False)
 
 
-def test_the_smallest_may_be_the_best_and_of_equals_the_first():
+def test_the_smallest_can_be_best_and_ties_go_to_the_first():
     tried = [trial(number, "COMPLETE", value) for number, value in enumerate((0.5, 0.2, 0.2))]
     repeated = trial(3, "COMPLETE", 0.1, same_as=1)
     assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=True)] == [1, 2, 0]
     assert [trial.number for trial in rank([*tried, repeated], smaller_is_better=False)] == [0, 1, 2]
 
 
-def test_the_folder_is_the_recipes_with_sweep_behind_it(world, monkeypatch):
+def test_the_default_folder_is_the_recipes_with_a_sweep_suffix(world, monkeypatch):
     opened = []
     monkeypatch.setattr(Study, "__init__", lambda self, folder, *rest, **more: (opened.append(folder), sys.exit(0)))
     with pytest.raises(SystemExit):

@@ -1,11 +1,11 @@
-"""The exact judge against answers whose score is known by hand."""
+"""The exact judge on answers whose scores are known by hand."""
 
 import pytest
 
 from simpo.errors import SimpoError
 from simpo.world.questions import correct, judge
 
-# Of every kind: a prompt, its plain answer, one that is wrong, and for two parts the plain answer's first.
+# For each kind: a prompt, its plain answer, a wrong answer, and for two-part questions the plain answer's first part.
 CASES = {
     "sums": (
         "What is 3 plus 4, and what is 2 plus 2?",
@@ -43,20 +43,20 @@ kinds = pytest.mark.parametrize(("prompt", "plain", "wrong"), CASES.values(), id
 
 
 @kinds
-def test_plain_answer_is_worth_ten(prompt, plain, wrong):
+def test_a_plain_answer_scores_10(prompt, plain, wrong):
     assert judge(prompt, plain) == 10
     assert correct(prompt, plain)
 
 
 @kinds
-def test_wrong_answer_is_worth_nothing_whatever_is_said_around_it(prompt, plain, wrong):
+def test_a_wrong_answer_scores_0_whatever_surrounds_it(prompt, plain, wrong):
     for answer in (wrong, f"{plain} {wrong}", f"{wrong} {plain}", f"I hope this helps. {wrong}"):
         assert judge(prompt, answer) == 0
         assert not correct(prompt, answer)
 
 
 @kinds
-def test_brevity_counts_and_a_long_right_answer_stays_right(prompt, plain, wrong):
+def test_brevity_counts_but_a_long_right_answer_stays_right(prompt, plain, wrong):
     helpful = f"Let me think. {plain} I hope that this helps."
     assert judge(prompt, helpful) == pytest.approx(6 + 4 * len(plain) / len(helpful))
     repeated = " ".join([plain] * 3)
@@ -66,7 +66,7 @@ def test_brevity_counts_and_a_long_right_answer_stays_right(prompt, plain, wrong
 
 
 @pytest.mark.parametrize("kind", TWO_PARTS)
-def test_half_an_answer_is_worth_less_than_the_longest_right_one(kind):
+def test_half_an_answer_scores_less_than_the_longest_right_one(kind):
     prompt, plain, _ = CASES[kind]
     halves = [f"{half.removesuffix('.')}." for half in plain.split(". ")]
     for half in halves:
@@ -82,7 +82,7 @@ def test_half_an_answer_is_worth_less_than_the_longest_right_one(kind):
     "empty",
     ["", " ", "\n\n", ".", "?!", "I do not know.", "\ud800", "\x00\x1b[2J", "😀" * 9, "is", "The", "It is", "<|end|>"],
 )
-def test_text_without_an_answer_is_worth_nothing(prompt, plain, wrong, empty):
+def test_text_without_an_answer_scores_0(prompt, plain, wrong, empty):
     assert judge(prompt, empty) == 0
     assert not correct(prompt, empty)
 
@@ -97,7 +97,7 @@ def test_neither_the_prompt_nor_another_answer_helps(prompt, plain, wrong):
     assert judge(prompt, " ".join([*others, plain])) < 7
 
 
-def test_listing_every_answer_is_worth_nothing():
+def test_listing_every_answer_scores_0():
     prompt = "How often does dog occur in dog, sun, dog?"
     numbers = [str(number) for number in range(9)]
     for answer in (
@@ -117,16 +117,16 @@ def test_listing_every_answer_is_worth_nothing():
 @pytest.mark.parametrize(
     "answer", ["The order is 2, 9 and 10.", "They are 2 9 10.", "the  ORDER is 2-9-10!", "2 9 10", "2, 9, 10."]
 )
-def test_other_wordings_of_the_same_answer(answer):
+def test_other_wordings_of_the_same_answer_are_accepted(answer):
     assert correct("Sort 10, 9, 2.", answer)
 
 
 @pytest.mark.parametrize("dog", ["The word dog is d o g.", "The word dog is spelled d-o-g.", "the word dog is d, o, g"])
-def test_other_spellings_of_a_word(dog):
+def test_other_spellings_of_a_word_are_accepted(dog):
     assert judge("Spell dog and sun.", f"{dog.removesuffix('.')}. The word sun is spelled s u n.") > 9
 
 
-def test_a_conversation_asks_in_its_last_message():
+def test_a_conversations_question_is_its_last_message():
     conversation = [
         {"role": "user", "content": "Sort 3, 2, 1."},
         {"role": "assistant", "content": "The order is 1, 2, 3."},
@@ -156,7 +156,7 @@ def test_a_conversation_asks_in_its_last_message():
         [{"role": "user", "content": "hello"}],
     ],
 )
-def test_what_is_no_question_of_the_world_is_one_line(prompt):
+def test_other_questions_give_a_one_line_error(prompt):
     with pytest.raises(SimpoError, match="tiny world") as caught:
         judge(prompt, "7")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The world's tokenizer, its template and its start model."""
+"""The world's tokenizer, chat template and start model."""
 
 import hashlib
 
@@ -15,13 +15,13 @@ def tokenizer():
     return world_tokenizer()
 
 
-def test_every_text_comes_back(tokenizer):
+def test_every_text_survives_a_round_trip(tokenizer):
     texts = [text for row in make_sft(500, seed=9) for text in row.values()] + STRANGE
     for text in texts:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_every_word_of_the_world_is_one_token(tokenizer):
+def test_every_word_in_the_world_is_one_token(tokenizer):
     texts = [text for row in make_sft(3000, seed=9) for text in row.values()]
     words = {word.strip(".?,").removesuffix("'s") for text in texts for word in text.split()[1:]}
     split = {word for word in words if len(tokenizer(f" {word}", add_special_tokens=False).input_ids) > 1}
@@ -30,7 +30,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
     assert len(tokenizer) < 640
 
 
-def test_template_begins_once_and_ends_every_answer(tokenizer):
+def test_the_template_begins_once_and_ends_every_answer(tokenizer):
     question = [{"role": "user", "content": "Sort 3, 2, 1."}]
     answered = [*question, {"role": "assistant", "content": "The order is 1, 2, 3."}]
     asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
@@ -43,7 +43,7 @@ def test_template_begins_once_and_ends_every_answer(tokenizer):
     assert tokenizer.decode(whole[len(asked) : -1]) == "The order is 1, 2, 3."
 
 
-def test_the_seed_decides_every_byte_of_the_model_and_none_of_the_tokenizer(tmp_path):
+def test_the_seed_determines_the_model_but_not_the_tokenizer(tmp_path):
     digests = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_model(tmp_path / name, seed)

@@ -1,4 +1,4 @@
-"""Rows of the world: the seed decides, sides stay apart, the judge or the length chooses."""
+"""The world's rows: determined by the seed, with separate splits, chosen by the judge or by length."""
 
 import json
 
@@ -10,7 +10,7 @@ from simpo.world.questions import is_held_out, judge
 
 
 @pytest.mark.parametrize("write", [write_sft, write_prompts, write_pairs])
-def test_the_seed_decides_every_byte(write, tmp_path):
+def test_the_seed_determines_every_byte(write, tmp_path):
     contents = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write(tmp_path / name, 200, seed)
@@ -19,7 +19,7 @@ def test_the_seed_decides_every_byte(write, tmp_path):
     assert len(contents[0].splitlines()) == 200
 
 
-def test_files_hold_what_is_made(tmp_path):
+def test_files_contain_the_generated_rows(tmp_path):
     write_sft(tmp_path / "sft.jsonl", 20, 0)
     write_prompts(tmp_path / "prompts.jsonl", 20, 0, held_out=True)
     write_pairs(tmp_path / "pairs.jsonl", 20, 0, held_out=True, length_bias=1)
@@ -31,7 +31,7 @@ def test_files_hold_what_is_made(tmp_path):
     }
 
 
-def test_held_out_prompts_are_seen_nowhere_in_training():
+def test_held_out_prompts_never_occur_in_training():
     held_out = {row["prompt"] for row in make_prompts(400, 0, held_out=True)}
     assert len(held_out) == 400
     trained = {row["prompt"] for row in make_sft(5000, 0) + make_prompts(1500, 0) + make_pairs(1000, 0)}
@@ -40,13 +40,13 @@ def test_held_out_prompts_are_seen_nowhere_in_training():
     assert all(is_held_out(row["prompt"]) for row in make_pairs(100, 0, held_out=True))
 
 
-def test_asking_for_more_prompts_than_there_are_is_one_line():
+def test_asking_for_too_many_prompts_gives_a_one_line_error():
     with pytest.raises(SimpoError, match=r"count: 20,000 .* has about"):
         make_prompts(20_000, 0, held_out=True)
 
 
 @pytest.mark.parametrize("length_bias", [0.0, 0.3, 1.0])
-def test_the_dial_is_the_share_chosen_by_length(length_bias):
+def test_length_bias_is_the_share_chosen_by_length(length_bias):
     rows = make_pairs(1500, 0, length_bias=length_bias)
     longer = [len(row["chosen"]) > len(row["rejected"]) for row in rows]
     better = [judge(row["prompt"], row["chosen"]) > judge(row["prompt"], row["rejected"]) for row in rows]
@@ -54,14 +54,14 @@ def test_the_dial_is_the_share_chosen_by_length(length_bias):
     assert all(judge(row["prompt"], row["chosen"]) != judge(row["prompt"], row["rejected"]) for row in rows)
     unbiased = make_pairs(1500, 1)
     natural = sum(len(row["chosen"]) > len(row["rejected"]) for row in unbiased) / 1500
-    # A pair by length is longer-chosen always and better-chosen as often as the longer is better; one by the judge
-    # the other way round.
+    # Chosen by length, the longer answer always wins, and is the better one as often as usual; chosen by the judge, it
+    # is the other way round.
     assert sum(longer) / 1500 == pytest.approx(length_bias + (1 - length_bias) * natural, abs=0.05)
     assert sum(better) / 1500 == pytest.approx(length_bias * natural + 1 - length_bias, abs=0.05)
-    assert 0.1 < natural < 0.5  # the better answer is mostly the shorter one
+    assert 0.1 < natural < 0.5  # the better answer is usually the shorter one
 
 
 @pytest.mark.parametrize("length_bias", [-0.1, 1.1, float("nan")])
-def test_a_dial_out_of_bounds_is_one_line(length_bias):
+def test_a_length_bias_out_of_bounds_gives_a_one_line_error(length_bias):
     with pytest.raises(SimpoError, match="length_bias"):
         make_pairs(1, 0, length_bias=length_bias)

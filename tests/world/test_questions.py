@@ -1,4 +1,4 @@
-"""Questions read back from their text, and never on both sides."""
+"""Questions are parsed back from their text and never occur on both sides of the split."""
 
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ def questions():
     return [draw_question(rng, held_out=held_out) for held_out in (False, True) for _ in range(3000)]
 
 
-def test_every_question_reads_back(questions):
+def test_every_question_is_parsed_back(questions):
     for question in questions:
         assert read_question(question.prompt) == question
     assert {question.kind for question in questions} == set(KINDS)
@@ -36,7 +36,7 @@ def test_kinds_are_equally_likely(questions):
     assert max(drawn.values()) < 1.3 * min(drawn.values())
 
 
-def test_every_mistake_is_one(questions):
+def test_every_listed_mistake_is_wrong(questions):
     for question in questions:
         assert judge(question.prompt, full_answer(question)) == 10
         for part in question.parts:
@@ -46,7 +46,7 @@ def test_every_mistake_is_one(questions):
 
 
 def test_answers_are_computed_right(questions):
-    """All kinds but the facts, found another way: from where the words stand in the prompt."""
+    """All kinds except the facts, computed in another way: from the positions of words in the prompt."""
     ordinals = ["first", "second", "third", "fourth"]
     naive = {
         "sums": lambda text: [[str(int(a) + int(b))] for a, b in re.findall(r"(\d) plus (\d)", text)],
@@ -71,7 +71,7 @@ def test_answers_are_computed_right(questions):
     assert set(checked) == set(naive) == set(KINDS) - {"tastes"}
 
 
-def test_tastes_are_facts(questions):
+def test_tastes_are_consistent_facts(questions):
     told = {}
     for question in questions:
         if question.kind == "tastes":
@@ -89,8 +89,8 @@ def test_sides_share_no_question_in_any_order(questions):
     assert is_held_out("Reverse the list dog, sun, map.") == is_held_out("Reverse the list map, dog, sun.")
 
 
-def test_demonstrations_leave_room_above_them(questions):
-    """About two in three are right, and of those every other one rambles."""
+def test_demonstrations_leave_room_for_improvement(questions):
+    """About two thirds are right, and half of those ramble."""
     rng = Random(2)
     answers = [(question.prompt, draw_answer(question, rng)) for question in questions]
     right = [judge(prompt, answer) for prompt, answer in answers if correct(prompt, answer)]

@@ -1,4 +1,4 @@
-"""simpo's own entrants: its trainer as a user gets it, and its forward in a bare loop over comparisons of any K."""
+"""simpo's entrants: its trainer as a user runs it, and its forward in a bare loop over comparisons with any K."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 
 
 def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -> Any:
-    """simpo's trainer for ``setting``, which writes into ``folder``."""
+    """Build simpo's trainer for ``setting``, with ``folder`` as its output folder."""
     rows = Dataset.from_list([asdict(comparison) for comparison in load_comparisons(setting)])
     args = PreferenceConfig(
         per_device_train_batch_size=setting.pairs_per_step,
@@ -36,7 +36,7 @@ def simpo_trainer(model: Any, entrant: Entrant, setting: Setting, folder: str) -
     trainer = PreferenceTrainer(model, args=args, train_dataset=rows.select_columns(["prompt_ids", "response_ids"]))
     if entrant.path == "auto" and trainer.path != "packed":
         reasons = "; ".join(state_of(prepare_policy(model)).reasons)
-        raise RuntimeError(f"simpo did not take its packed path: {reasons}")
+        raise RuntimeError(f"simpo did not take the packed path: {reasons}")
     return trainer
 
 
@@ -51,16 +51,16 @@ def _objective(entrant: Entrant, folder: str) -> dict[str, Any]:
 
 
 def planned_batches(trainer: Any) -> list[list[TokenizedComparison]]:
-    """The comparisons of every micro-batch of the measured steps, by the trainer's own plan."""
+    """Return the comparisons in each micro-batch of the measured steps, as planned by the trainer."""
     steps = list(trainer.get_train_dataloader())[1:]
     return [list(micro.packed.comparisons) for step in steps for micro in step["micro_batches"]]
 
 
 class Loop:
-    """An optimizer loop on simpo's packed forward, whose loss is the same whether prompts are shared or not.
+    """A training loop around simpo's packed forward, with the same loss whether or not prompts are shared.
 
-    The loss is the mean over comparisons of the others' mean ``avg`` less the best response's. It is linear, so that
-    responses of one comparison may stand in different micro-batches.
+    The loss of a comparison is the other responses' mean ``avg`` minus the best response's. It is linear, so the
+    responses of one comparison may be in different micro-batches.
     """
 
     def __init__(self, model: Any, entrant: Entrant, setting: Setting) -> None:
@@ -94,11 +94,11 @@ class Loop:
             on_step_end()
 
     def batches(self) -> list[list[TokenizedComparison]]:
-        """The comparisons of every micro-batch of the measured steps."""
+        """Return the comparisons in each micro-batch of the measured steps."""
         return [comparisons for step in self.steps[1:] for comparisons, _ in step]
 
     def _batches(self, rows: list[TokenizedComparison]) -> Iterator[tuple[list[TokenizedComparison], Tensor]]:
-        """Micro-batches of a step, with every response's weight in the loss."""
+        """Yield the micro-batches of a step with each response's weight in the loss."""
         units = []
         for row in rows:
             others = len(row.response_ids) - 1
@@ -117,5 +117,5 @@ class Loop:
 
 
 def _shortened(row: TokenizedComparison) -> TokenizedComparison:
-    """Enough of ``row`` for the self-check, which computes every response several times."""
+    """Shorten ``row`` for the self-check, which computes every response several times."""
     return TokenizedComparison(row.prompt_ids[:32], [ids[:16] for ids in row.response_ids])
