@@ -185,7 +185,7 @@ def test_the_loop_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
     assert (found["rounds", None].value, found["last_good_round", None].value) == (1, 0)
     assert not (world / "stopped/round-2").exists()
     assert main(["loop", "loop.yaml", "--output_dir", "stopped", *options, "--rounds", "5"]) == 0
-    assert "this loop was stopped after round 1" in capsys.readouterr().out
+    assert "a stop criterion ended this loop after round 1" in capsys.readouterr().out
     assert not (world / "stopped/round-2").exists()
 
 

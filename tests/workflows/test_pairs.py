@@ -189,7 +189,7 @@ def test_the_command_writes_training_rows(tmp_path, capsys):
         ),
         (
             '{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "finished": [true]}\n',
-            "jsonl:1: finished: expected true or false for every response",
+            "jsonl:1: finished: expected true or false for each response",
         ),
         (
             '{"id": "0", "prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "finished": [false, false]}\n',

@@ -58,11 +58,11 @@ def test_values_at_the_end_of_an_axis_are_recognized(given, value, end):
         ({"learning_rat": "1,2"}, "learning_rat: unknown key; did you mean learning_rate?"),
         ({"output_dir": "a,b"}, "output_dir"),
         ({"beta": "1,,2"}, "empty value"),
-        ({"beta": "1,2,1"}, "1 comes twice"),
-        ({"beta": "0.1,.10"}, ".10 comes twice"),
+        ({"beta": "1,2,1"}, "1 is given twice"),
+        ({"beta": "0.1,.10"}, ".10 is given twice"),
         ({"beta": "2..1"}, "smaller number first"),
         ({"seed": "1..2.5"}, "whole numbers"),
-        ({"objective": "1..2"}, "no ranges"),
+        ({"objective": "1..2"}, "cannot be a range"),
     ],
 )
 def test_mistakes_are_reported(given, said):

@@ -242,7 +242,7 @@ def test_a_process_without_trials_left_leaves_the_results_to_the_last_one(world,
     capsys.readouterr()
     with lock:
         assert main(argv) == 0
-    assert "1 trials are running in other processes" in capsys.readouterr().out
+    assert "1 trials are still running in other processes" in capsys.readouterr().out
     assert record(output)["status"] == "running"
     assert main(argv) == 0  # the other process has died, so its trial is run, or repeats another trial's values
     assert record(output)["status"] == "finished"
@@ -294,7 +294,10 @@ def test_a_metric_the_rows_do_not_have_is_rejected_before_training(world, tmp_pa
     recipe.write_text((world / "recipe.yaml").read_text().replace("objective: simpo\nbeta: 2.5\n", ""))
     argv = ["sweep", str(recipe), *names, "--learning_rate=1e-3,1e-4", f"--output_dir={tmp_path / 'sweep'}"]
     assert main(argv) == 2
-    assert "--metric: these rows have no eval_rewards/accuracies; there are eval_loss" in capsys.readouterr().err
+    assert (
+        "--metric: eval_rewards/accuracies is not measured on these rows; choose from eval_loss"
+        in capsys.readouterr().err
+    )
     assert not list((tmp_path / "sweep/trials").glob("[0-9]*/run.json"))
 
 
@@ -330,7 +333,7 @@ def trial(number, state, value=None, **notes):
 
 def test_it_is_an_error_if_no_trial_finishes():
     tried = [trial(0, "PRUNED"), trial(1, "FAIL", reason="step 1: the loss is not finite")]
-    with pytest.raises(SimpoError, match="none of the 2 trials has finished; trial 1: step 1"):
+    with pytest.raises(SimpoError, match="none of the 2 trials finished; trial 1: step 1"):
         rank(tried, smaller_is_better=False)
 
 

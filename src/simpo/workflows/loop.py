@@ -1,4 +1,4 @@
-"""``simpo loop``: rounds of on-policy training, each from the previous model, until all are done or one fails."""
+"""``simpo loop``: rounds of on-policy training, each starting from the previous model, with optional early stopping."""
 
 from __future__ import annotations
 
@@ -59,54 +59,54 @@ from simpo.workflows.pair import PairSettings, make_pairs, pair_annotated
 
 _WIN_RATE = "win_rate/"
 _NOT_IN_TABLE = ("agreement/", "kappa/")
-_TRIED = 2  # prompts: objectives that need mismatched answers take two
-# Keys that do not change what is computed, or only how many rounds.
-_NO_INFLUENCE = ("yes", "judge_url", "judge_key_env", "rounds")
+_TRIAL_PROMPTS = 2  # for the check of all stages; objectives that need mismatched answers require two
+# Keys that are not part of a loop's identity: they do not change results, or only the number of rounds.
+_NOT_IN_IDENTITY = ("yes", "judge_url", "judge_key_env", "rounds")
 
 # ---- The recipe: prompts, annotator, judges, and when to stop.
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(AnnotatorSettings):
-    """Keys of ``simpo loop``: prompts, annotator, judges, and when to stop."""
+    """Prompts, judges and stopping."""
 
-    prompts: str = required("File, folder or hub id of the prompts that are answered in every round.")
+    prompts: str = required("File, folder or hub id of the training prompts, which are answered in every round.")
     eval_prompts: str = required(
-        "File, folder or hub id of held-out prompts, on which every round is compared with the start."
+        "File, folder or hub id of the held-out prompts on which each round is compared with the start model."
     )
     judges: list[str] | None = setting(
-        None, "Annotators that decide whether a round is better than the start (default: annotator; of several, each)."
+        None, "Judges that compare each round with the start model (default: the annotator, or each of several)."
     )
-    rounds: int = setting(3, "How many times to sample, annotate, pair and train.", least=1)
+    rounds: int = setting(3, "Number of rounds of sampling, annotating, pairing and training.", least=1)
     prompts_split: str = setting("train", "Split of prompts.")
     eval_prompts_split: str = setting("train", "Split of eval_prompts.")
-    eval_n: int = setting(1, "Answers of each model to every held-out prompt.", least=1)
-    engine: Literal["transformers", "vllm"] = setting("transformers", "The library that generates the answers.")
+    eval_n: int = setting(1, "Answers per model and held-out prompt.", least=1)
+    engine: Literal["transformers", "vllm"] = setting("transformers", "Engine that generates the answers.")
     chat_template: str | None = setting(
-        None, "Template, file with one, or none for raw text (default: the tokenizer's own)."
+        None, "Chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
     stop_win_rate: float | None = setting(
-        None, "Stop after a round whose win rate by the first judge is below this share.", least=0, most=1
+        None, "Stop after a round whose win rate (first judge) is below this, from 0 to 1.", least=0, most=1
     )
     stop_kl: float | None = setting(
-        None, "Stop after a round whose KL from the start is above this, in nats per answer.", above=0
+        None, "Stop after a round whose KL from the start model exceeds this, in nats per answer.", above=0
     )
-    yes: bool = setting(False, "Send requests to the server without asking.")
+    yes: bool = setting(False, "Send requests to the server without asking for confirmation.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.judges is not None and not self.judges:
-            raise SimpoError("judges: name one, or leave the key out to use the annotator")
+            raise SimpoError("judges: is empty; name at least one, or leave the key out to use the annotator")
 
     @property
     def annotators_and_judges(self) -> list[str]:
-        """The names of all that may use the server."""
+        """Names of all annotators and judges, any of which may use the server."""
         return [*self.annotators, *(self.judges or ())]
 
 
 @dataclass(frozen=True)
 class LoopRecipe:
-    """All parts of the recipe; ``config`` is that of preference training, and its output folder is the loop's."""
+    """All settings of a loop. ``config`` configures preference training; its output folder is the loop's."""
 
     settings: LoopSettings
     sampling: SamplingSettings
@@ -116,20 +116,20 @@ class LoopRecipe:
 
     def __post_init__(self) -> None:
         if self.sampling.n < 2:
-            raise SimpoError(f"n: {self.sampling.n} answer to a prompt cannot be compared; set n to 2 or more")
+            raise SimpoError(f"n: {self.sampling.n} answer per prompt cannot be paired; set n to 2 or more")
         if self.settings.engine == "vllm" and self.model.use_peft:
-            raise SimpoError("engine: vllm samples from whole models, no adapters; use transformers or use_peft: false")
+            raise SimpoError("engine: vllm does not support adapters; use transformers or use_peft: false")
         if checkpoint_from_recipe(self.config) is not None:
-            raise SimpoError("resume_from_checkpoint: every round starts from the previous round's model; leave it out")
+            raise SimpoError("resume_from_checkpoint: each round starts from the previous round's model; leave it out")
 
     @property
     def training_prompts(self) -> PromptArguments:
-        """The prompts whose answers are trained on."""
+        """Prompts whose answers are trained on."""
         return self._prompts(self.settings.prompts, self.settings.prompts_split)
 
     @property
     def held_out_prompts(self) -> PromptArguments:
-        """The prompts on which every round's model is compared with the start."""
+        """Prompts on which each round's model is compared with the start model."""
         return self._prompts(self.settings.eval_prompts, self.settings.eval_prompts_split)
 
     def _prompts(self, name: str, split: str) -> PromptArguments:
@@ -138,21 +138,21 @@ class LoopRecipe:
 
     @property
     def held_out_sampling(self) -> SamplingSettings:
-        """The same for every model, with a seed that no round uses for training prompts."""
+        """Sampling settings for held-out prompts, equal for all models; no round trains with this seed."""
         return replace(self.sampling, n=self.settings.eval_n, seed=derived_seed(self.sampling.seed, 0))
 
     @property
     def judges(self) -> list[str]:
-        """Names of the judges that compare a round with the start."""
+        """Names of the judges that compare a round's model with the start model."""
         return self.settings.judges or self.settings.annotators
 
     def start(self) -> ModelArguments:
-        """The start model without the adapter that training would add."""
+        """Return the start model's arguments without the adapter that training would add."""
         return without_adapter(self.model)
 
 
 def without_adapter(model: ModelArguments) -> ModelArguments:
-    """The arguments for loading a model as it is stored, without a new adapter."""
+    """Return the arguments for loading a model as stored, without a new adapter."""
     return ModelArguments(
         model.model_name_or_path,
         model.model_revision,
@@ -167,17 +167,16 @@ def without_adapter(model: ModelArguments) -> ModelArguments:
 
 _START = "start-answers"
 _BATCH_TOKENS = 16384
-_CONFIRMED = True  # the cost of a judge's requests was confirmed before the first round
-_COMPARED = ("win_rate/", "agreement/", "kappa/", "response_tokens", "end_of_turn_rate")
+_CONFIRMED = True  # the user confirmed the cost of all requests before the first round
+_COMPARISON_METRICS = ("win_rate/", "agreement/", "kappa/", "response_tokens", "end_of_turn_rate")
 
 
 def kl_from_start(answers: Path, start: ModelArguments, prompts: PromptArguments) -> Interval:
-    """Mean of ``log pi(y | x) - log pi_start(y | x)`` over answers ``y`` of ``pi``, in nats; interval over prompts.
+    """Return the mean of ``log pi(y | x) - log pi_start(y | x)`` over answers ``y`` from ``pi``, in nats.
 
-    This is an unbiased estimate of KL(pi || pi_start) if the answers are drawn at temperature 1 from the whole
-    distribution. With other settings it is a similar measure for the distribution that is sampled. ``answers`` is
-    ``responses.jsonl`` of the trained model, with token ids and log-probabilities, and ``start`` the model that the
-    distance is measured from.
+    The interval is over prompts. With temperature 1 and no truncation, this is an unbiased estimate of
+    KL(pi || pi_start); with other sampling settings, it is a similar measure for the distribution sampled from.
+    ``answers`` is the trained model's ``responses.jsonl``, with token ids and log-probabilities.
     """
     records = read_lines(answers)
     tokenizer = load_tokenizer(start, chat_template=prompts.chat_template)
@@ -195,7 +194,7 @@ def kl_from_start(answers: Path, start: ModelArguments, prompts: PromptArguments
 
 @dataclass(frozen=True)
 class Rounds:
-    """The settings that all rounds of a loop share: folder, recipe, judge options and fingerprint."""
+    """Runs the rounds of a loop; holds what they share."""
 
     folder: Path
     recipe: LoopRecipe
@@ -204,7 +203,7 @@ class Rounds:
     log: Log
 
     def model_folder(self, number: int) -> Path:
-        """Folder of a round's model."""
+        """Return the folder of a round's model."""
         return self.folder / f"round-{number}" / "model"
 
     def sample_start_answers(self) -> None:
@@ -213,7 +212,7 @@ class Rounds:
         self._sample(0, self.recipe.held_out_prompts, self.recipe.held_out_sampling, self.folder / _START)
 
     def run(self, number: int) -> list[Metric]:
-        """All stages of a round; each is its own run, so that a loop that was killed continues where it was."""
+        """Run all stages of a round and return its metrics. Each is a run of its own, so a killed loop resumes."""
         folder = self.folder / f"round-{number}"
         recipe, settings, previous = self.recipe, self.recipe.settings, self._model(number - 1)
 
@@ -247,9 +246,9 @@ class Rounds:
         return metrics
 
     def _compare(self, number: int, folder: Path) -> list[Metric]:
-        """Let the round's new model answer the held-out prompts; the metrics of the round."""
+        """Compare the round's model with the start model on the held-out prompts, and return the round's metrics."""
         recipe = self.recipe
-        self._announce(number, "comparing the new model with the start on the held-out prompts")
+        self._announce(number, "comparing the new model with the start model on the held-out prompts")
         self._sample(number, recipe.held_out_prompts, recipe.held_out_sampling, folder / "answers")
         comparison = CompareSettings(
             a=str(folder / "answers"),
@@ -267,15 +266,15 @@ class Rounds:
         pairs, compared = (read_results(folder / stage / FILE_NAME).metrics for stage in ("pairs", "comparison"))
         return [
             *(replace(metric, name="rows") for metric in pairs if metric.name == "pair/rows"),
-            *(metric for metric in compared if metric.name.startswith(_COMPARED)),
+            *(metric for metric in compared if metric.name.startswith(_COMPARISON_METRICS)),
             Metric.of("kl", kl),
         ]
 
-    def _announce(self, number: int, what: str) -> None:
-        self.log(f"round {number} of {self.recipe.settings.rounds}: {what}")
+    def _announce(self, number: int, stage: str) -> None:
+        self.log(f"round {number} of {self.recipe.settings.rounds}: {stage}")
 
     def _model(self, number: int) -> ModelArguments:
-        """A round's model as training takes it; 0 is the start."""
+        """Return the training arguments for a round's model; round 0 is the start model."""
         if number == 0:
             return self.recipe.model
         name = str(self.model_folder(number))
@@ -291,16 +290,15 @@ class Rounds:
 
 
 def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None = None) -> Path:
-    """Run the rounds that are left; the same call continues a loop that was killed and leaves a finished one as it is.
+    """Run the remaining rounds. The same call resumes a killed loop and leaves a finished one unchanged.
 
-    With more ``rounds`` it continues a finished loop, unless that one was stopped, as if they had been requested at
-    once. Before a new loop begins, the settings of all stages are checked and the cost of a judge's requests is
-    confirmed. Returns the folder of the model of the last round that passed all stop criteria, or the start's name if
-    there is none.
+    A larger ``rounds`` extends a finished loop as if it had been set from the start, unless a stop criterion ended that
+    loop. A new loop first checks the settings of all stages and asks the user to confirm the cost of judge requests.
+    Returns the model folder of the last round that passed all stop criteria, or the start model's name if none did.
 
     Raises:
-        SimpoError: something that the user gave cannot be used, or a stage failed.
-        InterruptedRun: a signal came; what was done is kept.
+        SimpoError: the input is invalid or a stage failed.
+        InterruptedRun: a signal arrived; finished work is kept.
     """
     folder, settings = Path(recipe.config.output_dir), recipe.settings
     with interruptible(), RunFolder(folder, command="loop") as run:
@@ -309,15 +307,15 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
         begun = sum(1 for path in folder.glob("round-*") if path.is_dir())
         if begun > settings.rounds:
             raise SimpoError(
-                f"rounds: {folder} already has {begun}, more than the {settings.rounds} requested; give {begun}, or "
-                "name a new folder"
+                f"rounds: {folder} already has {begun}, more than the {settings.rounds} requested; set rounds to "
+                f"{begun} or name a new folder"
             )
         if run.finished:
-            done, last_good = _outcome(folder)
-            if done == last_good < settings.rounds:
+            done, last_passed = _outcome(folder)
+            if done == last_passed < settings.rounds:
                 run.reopen()
-            elif last_good < done:
-                run.log(f"this loop was stopped after round {done}")
+            elif last_passed < done:
+                run.log(f"a stop criterion ended this loop after round {done}")
         elif not run.resuming:
             _check_stages(recipe, options, run.log)
         if not run.finished:
@@ -327,14 +325,14 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
         run.begin(identity, argv=argv, recipe=file, resolved=resolved)
         rounds = Rounds(folder, recipe, options, run.fingerprint, run.log)
         run.complete(lambda: _run_rounds(rounds))
-    _, last_good = _outcome(folder)
-    return rounds.model_folder(last_good) if last_good else Path(recipe.model.model_name_or_path)
+    _, last_passed = _outcome(folder)
+    return rounds.model_folder(last_passed) if last_passed else Path(recipe.model.model_name_or_path)
 
 
 def _outcome(folder: Path) -> tuple[int, int]:
-    """The number of rounds of a finished loop, and the last one that passed all stop criteria."""
-    found = {metric.name: metric.value for metric in read_results(folder / FILE_NAME).metrics}
-    return int(found["rounds"] or 0), int(found["last_good_round"] or 0)
+    """Return the number of rounds of a finished loop, and the last one that passed all stop criteria."""
+    values = {metric.name: metric.value for metric in read_results(folder / FILE_NAME).metrics}
+    return int(values["rounds"] or 0), int(values["last_good_round"] or 0)
 
 
 def _judge_options(recipe: LoopRecipe) -> JudgeOptions:
@@ -342,7 +340,7 @@ def _judge_options(recipe: LoopRecipe) -> JudgeOptions:
 
 
 def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:
-    """The data sets of both kinds of prompts, by their keys."""
+    """Load the rows of training and held-out prompts, by their keys."""
     settings = recipe.settings
     return {
         key: load_rows(getattr(settings, key), split=getattr(settings, f"{key}_split"))
@@ -351,17 +349,17 @@ def _prompt_rows(recipe: LoopRecipe) -> dict[str, Dataset]:
 
 
 def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
-    """Everything that determines the result; fails if something that it depends on is missing."""
+    """Return everything that determines the result; fails if any of it is missing."""
     settings = recipe.settings
     annotator = make_annotator(settings.annotator, options, settings.annotator_normalization)
     for name in settings.judges or ():
         check_judges_anew(name)
     judges = make_judges(recipe.judges, options)
     parts = (settings, recipe.sampling, recipe.pairs)
-    chosen = {key: value for part in parts for key, value in vars(part).items() if key not in _NO_INFLUENCE}
+    own = {key: value for part in parts for key, value in vars(part).items() if key not in _NOT_IN_IDENTITY}
     return {
         **settings_identity(recipe.config),
-        **chosen,
+        **own,
         **{key: rows._fingerprint for key, rows in _prompt_rows(recipe).items()},
         **{f"annotator/{key}": value for key, value in annotator.identity.items()},
         **{f"judge {name}/{key}": value for name, judge in judges.items() for key, value in judge.identity.items()},
@@ -375,10 +373,10 @@ def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
 
 
 def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
-    """Find mistakes in the settings of later stages now, and not after hours of sampling.
+    """Find mistakes in the settings of later stages now instead of after hours of sampling.
 
-    Prompts are read and rendered, annotator and judges compare invented answers (a server is not asked; its key must
-    exist), and a trainer is made, without training a step.
+    Reads and renders the prompts, lets annotators and judges compare made-up answers (without sending requests to a
+    server, although its key must exist), and builds a trainer without running a step.
     """
     log("checking the settings of all stages")
     if recipe.settings.engine == "vllm":
@@ -393,16 +391,17 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     ):
         job = Job.prepare(recipe.start(), source, sampling, recipe.settings.engine, lambda line: None)
         prompts.append(sorted(job.prompts, key=lambda prompt: len(prompt.ids)))
-        invented = [Pair.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[-1]]
+        pairs = [Pair.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[-1]]
         for judge in make_judges([name for name in judges if name != "api"], quiet).values():
-            judge.check(invented)
-            judge.compare(invented[:_TRIED])
+            judge.check(pairs)
+            judge.compare(pairs[:_TRIAL_PROMPTS])
     free_memory()
 
     n = recipe.sampling.n
     answers = {"responses": [f"Answer {number}." for number in range(n)], "scores": [*range(n)]}
-    records = [{"id": one.id, "prompt": one.content, **one.context.columns, **answers} for one in prompts[0][:_TRIED]]
-    pairs, _ = make_pairs(records, replace(recipe.pairs, min_gap=0.0, max_length_ratio=None))
+    trial = prompts[0][:_TRIAL_PROMPTS]
+    records = [{"id": one.id, "prompt": one.content, **one.context.columns, **answers} for one in trial]
+    rows, _ = make_pairs(records, replace(recipe.pairs, min_gap=0.0, max_length_ratio=None))
     config = copy.deepcopy(recipe.config)
     config.report_to, config.load_best_model_at_end = [], False
     config.eval_strategy = type(config.eval_strategy)("no")
@@ -411,7 +410,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
         trainer = PreferenceTrainer(
             PreferenceTrainer.load(recipe.model),
             args=config,
-            train_dataset=Dataset.from_list(pairs),
+            train_dataset=Dataset.from_list(rows),
             processing_class=load_tokenizer(recipe.model, chat_template=recipe.settings.chat_template),
         )
         check_optimizer(trainer)
@@ -420,12 +419,12 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
 
 
 def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: Log) -> None:
-    """Ask the user once about the requests of all rounds, estimated with answers of the greatest possible length."""
+    """Ask the user once to confirm the cost of all rounds' requests, estimated with answers of maximum length."""
     annotator = make_annotator(recipe.settings.annotator, options, recipe.settings.annotator_normalization)
     answerer = Answerer(recipe.start(), recipe.sampling)
     training, held_out = (read_prompts(rows)[0] for rows in _prompt_rows(recipe).values())
     if shared := len({prompt.id for prompt in training} & {prompt.id for prompt in held_out}):
-        log(f"note: {shared:,} of {len(held_out):,} eval_prompts are also among prompts, which are trained on")
+        log(f"note: {shared:,} of {len(held_out):,} eval_prompts are also training prompts")
     answers = [answerer.placeholder_answer(f"a{k}") for k in range(recipe.sampling.n)]
     estimate = annotator.estimate([Answers.to(prompt, answers) for prompt in training])
     a, b = ([answerer.placeholder_answer(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
@@ -438,35 +437,35 @@ def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: L
 
 
 def _run_rounds(rounds: Rounds) -> list[Metric]:
-    """Run all rounds that are left; returns the metrics of the loop."""
+    """Run the remaining rounds and return the metrics of the loop."""
     settings = rounds.recipe.settings
-    found: dict[int, list[Metric]] = {}
+    by_round: dict[int, list[Metric]] = {}
     rounds.sample_start_answers()
-    last_good = 0
+    last_passed = 0
     for number in range(1, settings.rounds + 1):
-        results = rounds.folder / f"round-{number}" / FILE_NAME  # the last that a round writes
-        found[number] = read_results(results).metrics if results.exists() else rounds.run(number)
-        rate = next(metric for metric in found[number] if metric.name.startswith(_WIN_RATE))  # by the first judge
-        kl = next(metric for metric in found[number] if metric.name == "kl")
-        shown = ["unknown" if metric.value is None else f"{metric.value:.3g}" for metric in (rate, kl)]
-        rounds.log(f"round {number}: {rate.name} {shown[0]}, KL {shown[1]}")
+        results = rounds.folder / f"round-{number}" / FILE_NAME  # written at the end of a round
+        by_round[number] = read_results(results).metrics if results.exists() else rounds.run(number)
+        rate = next(metric for metric in by_round[number] if metric.name.startswith(_WIN_RATE))  # by the first judge
+        kl = next(metric for metric in by_round[number] if metric.name == "kl")
+        rate_text, kl_text = ("unknown" if one.value is None else f"{one.value:.3g}" for one in (rate, kl))
+        rounds.log(f"round {number}: {rate.name} {rate_text}, KL {kl_text}")
         reason = None
         if settings.stop_win_rate is not None and rate.value is not None and rate.value < settings.stop_win_rate:
-            reason = f"{rate.name} {shown[0]} is below stop_win_rate {settings.stop_win_rate:g}"
+            reason = f"{rate.name} {rate_text} is below stop_win_rate {settings.stop_win_rate:g}"
         elif settings.stop_kl is not None and kl.value is not None and kl.value > settings.stop_kl:
-            reason = f"KL {shown[1]} is above stop_kl {settings.stop_kl:g}"
+            reason = f"KL {kl_text} is above stop_kl {settings.stop_kl:g}"
         if reason is not None:
             rounds.log(f"stopped after round {number}: {reason}")
             break
-        last_good = number
-    metrics = [Metric("rounds", len(found)), Metric("last_good_round", last_good)]
-    for number, of_round in found.items():
-        metrics += [replace(metric, name=f"round-{number}/{metric.name}") for metric in of_round]
+        last_passed = number
+    metrics = [Metric("rounds", len(by_round)), Metric("last_good_round", last_passed)]
+    for number, round_metrics in by_round.items():
+        metrics += [replace(metric, name=f"round-{number}/{metric.name}") for metric in round_metrics]
     return metrics
 
 
 def print_loop(folder: Path) -> None:
-    """Print a finished loop's table, with a row for every round."""
+    """Print the table of a finished loop, with one row per round."""
     rows: dict[str, dict[str, Metric]] = {}
     for metric in read_results(folder / FILE_NAME).metrics:
         number, slash, name = metric.name.partition("/")
@@ -476,5 +475,5 @@ def print_loop(folder: Path) -> None:
     lines = [
         [number, *(found[name].text if name in found else "" for name in columns)] for number, found in rows.items()
     ]
-    title = "simpo loop: every round compared with the start"
+    title = "simpo loop: each round compared with the start model"
     print_full_width(Console(), table_of(["round", *columns], lines, names=0, title=title))

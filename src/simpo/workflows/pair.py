@@ -1,4 +1,4 @@
-"""``simpo pair``: preference rows from scored responses, and counts of the answers that were not used."""
+"""``simpo pair``: build preference rows from scored responses, and count the answers that were not used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from simpo.statistics import mean_interval, proportion_interval
 PairKind = Literal["best_worst", "all", "best_random", "ranking"]
 FILE_NAME = "pairs.jsonl"
 
-# Why an answer, a prompt or a pair was dropped: the end of the metric's name.
+# Reasons for dropping an answer, a prompt or a pair; the last part of the metric's name.
 IDENTICAL, UNSCORED, EMPTY = "answers_the_same_as_another_one", "answers_without_a_score", "answers_empty"
 UNFINISHED = "answers_cut_at_max_new_tokens"
 TOO_FEW = "prompts_fewer_than_two_different_answers_with_a_score"
@@ -40,8 +40,8 @@ _DESCRIPTIONS = {
     UNFINISHED: "answers: cut at max_new_tokens",
     TOO_FEW: "prompts: fewer than two different answers with a score",
     EQUAL: "pairs: equal scores",
-    CLOSE: "pairs: scores closer than min_gap",
-    UNEVEN: "pairs: lengths beyond max_length_ratio",
+    CLOSE: "pairs: score difference below min_gap",
+    UNEVEN: "pairs: length ratio above max_length_ratio",
 }
 
 Row = dict[str, Any]
@@ -49,19 +49,21 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Settings for making pairs; the defaults are the paper's.
+    """Settings for building pairs; the defaults are the paper's.
 
-    ``keep_unfinished`` is off because an answer in a pair ends with the end-of-turn token, which a model did not write
-    where ``max_new_tokens`` cut it: a chosen one would teach the model to stop in the middle of a sentence.
+    ``keep_unfinished`` is off by default: training appends an end-of-turn token to each answer, so a chosen answer that
+    was cut at ``max_new_tokens`` would teach the model to stop in mid-sentence.
     """
 
-    pairs: PairKind = setting("best_worst", "Which answers to a prompt are compared; ranking: all of them at once.")
-    min_gap: float = setting(0.0, "Least difference in score of a pair, or of a ranking's best and worst.", least=0)
-    max_length_ratio: float | None = setting(
-        None, "Most characters of the longer answer over the shorter's (default: no limit).", least=1
+    pairs: PairKind = setting("best_worst", "Which answers to a prompt to pair; ranking puts all of them in one row.")
+    min_gap: float = setting(
+        0.0, "Minimum score difference within a pair, or between a ranking's best and worst.", least=0
     )
-    keep_unfinished: bool = setting(False, "Also pair answers that max_new_tokens cut off.")
-    seed: int = setting(42, "Seed of best_random.")
+    max_length_ratio: float | None = setting(
+        None, "Maximum ratio of the longer to the shorter answer, in characters (default: no limit).", least=1
+    )
+    keep_unfinished: bool = setting(False, "Also pair answers that were cut at max_new_tokens.")
+    seed: int = setting(42, "Random seed for best_random.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -71,32 +73,33 @@ class PairSettings:
 
 @dataclass
 class PairReport:
-    """Counts of the prompts that were read, the rows that were made, and what was dropped, by reason."""
+    """Counts of prompts read, rows built, and answers, prompts and pairs dropped by reason."""
 
     prompts: int = 0
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """The report as text."""
+        """Return the report as lines of text."""
         dropped = [f"  dropped {count:,} {_DESCRIPTIONS[reason]}" for reason, count in self.dropped.items()]
         return [f"pairs: {self.rows:,} of {self.prompts:,} prompts", *dropped]
 
 
 class _Answer(NamedTuple):
-    place: int  # among the prompt's responses
+    position: int  # among the prompt's responses
     text: str
     score: float
 
 
 def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> tuple[list[Row], PairReport]:
-    """Rows ``{prompt, chosen, rejected, chosen_score, rejected_score, id}``, or ``{prompt, responses, scores, id}``.
+    """Build preference rows from scored responses.
 
-    Best against worst is how the paper pairs its own samples (section 4, after Llama-3-Instruct). Among identical
-    answers, and among answers with equal scores, the first one counts.
+    Rows are ``{prompt, chosen, rejected, chosen_score, rejected_score, id}``, or for rankings ``{prompt, responses,
+    scores, id}``. ``best_worst`` is how the paper pairs its own samples (section 4). Among answers that
+    are identical or have equal scores, the first one is used.
 
-    Of the records ``{id, prompt, responses, scores}``, an answer whose score is None is left out. ``finished``, if
-    present, tells for every response whether it ended on its own.
+    Records are ``{id, prompt, responses, scores}``; answers with score None are dropped. An optional ``finished`` says
+    for each response whether it ended on its own.
     """
     report = PairReport()
     rows = []
@@ -117,27 +120,27 @@ def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> 
 
 
 def _usable_answers(record: Mapping[str, Any], settings: PairSettings, report: PairReport) -> list[_Answer]:
-    """The distinct answers that have a score and may be paired, in their order."""
-    found: dict[str, _Answer] = {}
+    """Return the distinct, scored answers that may be paired, in their original order."""
+    usable: dict[str, _Answer] = {}
     finished = record.get("finished", [True] * len(record["responses"]))
-    for place, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
-        stripped = text.strip()  # some templates strip messages, which makes surrounding white space irrelevant
+    for position, (text, score, ended) in enumerate(zip(record["responses"], record["scores"], finished, strict=True)):
+        stripped = text.strip()  # some templates strip messages, so surrounding whitespace must not matter
         if score is None:
             report.dropped[UNSCORED] += 1
         elif not (ended or settings.keep_unfinished):
             report.dropped[UNFINISHED] += 1
         elif not stripped:
             report.dropped[EMPTY] += 1
-        elif stripped in found:
+        elif stripped in usable:
             report.dropped[IDENTICAL] += 1
         else:
-            found[stripped] = _Answer(place, text, score)
-    return list(found.values())
+            usable[stripped] = _Answer(position, text, score)
+    return list(usable.values())
 
 
 def _candidates(answers: Sequence[_Answer], prompt_id: str, settings: PairSettings) -> list[list[_Answer]]:
-    """The groups of answers that may make a row, each with its best answer first."""
-    ranked = sorted(answers, key=lambda answer: -answer.score)  # stable: among equals the first stays first
+    """Return the groups of answers that may become rows, each with its best answer first."""
+    ranked = sorted(answers, key=lambda answer: -answer.score)  # stable: ties keep their order
     best, worst = ranked[0], min(answers, key=lambda answer: answer.score)
     if settings.pairs == "all":
         return [list(pair) for pair in combinations(ranked, 2)]
@@ -145,7 +148,7 @@ def _candidates(answers: Sequence[_Answer], prompt_id: str, settings: PairSettin
         return [ranked]
     if settings.pairs == "best_random":
         worse = [answer for answer in answers if answer.score < best.score]
-        # Seeded by the prompt too, so that a prompt's draw does not depend on the prompts before it.
+        # The prompt is part of the seed, so that a prompt's draw does not depend on the prompts before it.
         worst = Random(f"{settings.seed} {prompt_id}").choice(worse or [worst])  # noqa: S311 - sampling, not secrets
     return [[best, worst]]
 
@@ -169,20 +172,18 @@ def _row(record: Mapping[str, Any], answers: Sequence[_Answer], settings: PairSe
         texts, scores = [answer.text for answer in answers], [answer.score for answer in answers]
         return row | {"responses": texts, "scores": scores, "id": record["id"]}
     chosen, rejected = answers
-    suffix = (
-        f"/{chosen.place}-{rejected.place}" if settings.pairs == "all" else ""
-    )  # keeps the ids of a prompt's pairs apart
+    suffix = f"/{chosen.position}-{rejected.position}" if settings.pairs == "all" else ""  # makes ids unique
     row |= {"chosen": chosen.text, "rejected": rejected.text}
     return row | {"chosen_score": chosen.score, "rejected_score": rejected.score, "id": record["id"] + suffix}
 
 
-# ---- The workflows: annotated responses, or a scoring function, to a file of pairs.
+# ---- Workflows: from annotated responses, or a scoring function, to a file of pairs.
 
 
 def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, argv: Sequence[str] = ()) -> Path:
-    """Write ``pairs.jsonl`` and ``results.json``; a finished run is left as it is.
+    """Pair ``annotated.jsonl`` from ``simpo annotate`` (or its folder); a finished run is left unchanged.
 
-    ``annotated`` is ``annotated.jsonl`` of ``simpo annotate`` or its folder. Returns the path of ``results.json``.
+    Writes ``pairs.jsonl`` and ``results.json``, and returns the path of the latter.
     """
     path = annotated / ANNOTATED if annotated.is_dir() else annotated
     with RunFolder(folder, command="pair") as run:
@@ -190,7 +191,7 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
         rows, report = make_pairs(records, settings)
         for line in report.lines():
             run.log(line)
-        _check_any(rows, report, path)
+        _check_not_empty(rows, report, path)
         run.begin({"annotated": fingerprint(records), **dataclasses.asdict(settings)}, argv=argv)
 
         def write() -> list[Metric]:
@@ -203,20 +204,20 @@ def pair_annotated(annotated: Path, settings: PairSettings, folder: Path, *, arg
 def pair_responses(
     responses: Path, scorer: Callable[[Any, str], float], output: Path, settings: PairSettings | None = None
 ) -> PairReport:
-    """Score a file of sampled responses with a function, and pair them.
+    """Score sampled responses with a function and pair them.
 
-    ``responses`` is ``responses.jsonl`` of ``simpo sample``; ``scorer`` maps a prompt and a response to a number, the
-    higher the better.
+    ``responses`` is ``responses.jsonl`` from ``simpo sample``. ``scorer`` maps a prompt and a response to a number;
+    higher is better.
     """
     records = read_responses(responses)
     for record in records:
         record["scores"] = [scorer(record["prompt"], response) for response in record["responses"]]
         if not all(map(math.isfinite, record["scores"])):
             raise SimpoError(
-                f"{responses}: prompt {record['id']}: the scorer returned {record['scores']}; it must return numbers"
+                f"{responses}: prompt {record['id']}: the scorer returned {record['scores']}; scores must be finite"
             )
     rows, report = make_pairs(records, settings or PairSettings())
-    _check_any(rows, report, responses)
+    _check_not_empty(rows, report, responses)
     write_lines(output, rows)
     return report
 
@@ -226,16 +227,16 @@ def _read_annotated(path: Path) -> list[Row]:
     for number, record in enumerate(records, start=1):
         scores = record.get("scores")
         if not isinstance(scores, list) or len(scores) != len(record["responses"]):
-            raise SimpoError(f"{path}:{number}: scores: expected one for every response, as simpo annotate writes them")
+            raise SimpoError(f"{path}:{number}: scores: expected one per response, as written by simpo annotate")
         if not all(score is None or is_number(score) for score in scores):
             raise SimpoError(f"{path}:{number}: scores: expected numbers or null, got {scores!s:.60}")
         finished = record.get("finished", [True] * len(scores))
         if not isinstance(finished, list) or [type(ended) for ended in finished] != [bool] * len(scores):
-            raise SimpoError(f"{path}:{number}: finished: expected true or false for every response")
+            raise SimpoError(f"{path}:{number}: finished: expected true or false for each response")
     return records
 
 
-def _check_any(rows: Sequence[Row], report: PairReport, path: Path) -> None:
+def _check_not_empty(rows: Sequence[Row], report: PairReport, path: Path) -> None:
     if not rows:
         reasons = ", ".join(f"{count:,} {_DESCRIPTIONS[reason]}" for reason, count in report.dropped.items())
         remedy = "; raise max_new_tokens, or set keep_unfinished" if report.dropped[UNFINISHED] else ""

@@ -1,4 +1,4 @@
-"""``simpo sweep``: trials that are ordinary training runs, a table of them, and the best recipe."""
+"""``simpo sweep``: run trials, each an ordinary training run; print them as a table and write the best recipe."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from simpo.workflows.sweep_study import (
 )
 
 BEST = "best.yaml"
-_UNFINISHED = {"PRUNED": "pruned", "FAIL": "failed"}  # how a trial may end, by its state in Optuna
-WIN_RATE = "eval_generations/win_rate"  # only of evaluations during training
-# Held-out metrics that tell better trials from worse ones, and whether smaller is better.
+_UNFINISHED = {"PRUNED": "pruned", "FAIL": "failed"}  # Optuna states of trials that did not finish
+WIN_RATE = "eval_generations/win_rate"  # only measured by evaluations during training
+# Held-out metrics by which trials can be ranked, and whether smaller is better.
 SMALLER_IS_BETTER = {
     "eval_rewards/accuracies": False,
     "eval_rewards/margins": False,
@@ -56,54 +56,54 @@ SMALLER_IS_BETTER = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """The definition of a sweep."""
+    """Definition of a sweep."""
 
-    folder: Path  # of the sweep
-    recipe: Path | None  # the recipe that all trials start from; None if the options give all settings
-    fixed: Mapping[str, Sequence[str]]  # options that all trials have: the values after every `--key`
-    axes: tuple[Axis, ...]  # what is varied
-    metric: str  # name of the metric in `results.json` after training, or WIN_RATE at the last evaluation
-    sampler: Sampler  # `grid` for every combination, `tpe` to draw
-    trials: int  # how many
-    prune: bool  # stop trials that are below the median at an evaluation
-    read: Callable[[list[str]], TrainingJob]  # parses the arguments of `simpo train`
-    argv: Sequence[str] = ()  # the command line, for the record
+    folder: Path  # output folder
+    recipe: Path | None  # recipe shared by all trials; None if the options give all settings
+    fixed: Mapping[str, Sequence[str]]  # options shared by all trials: the values after each `--key`
+    axes: tuple[Axis, ...]  # the keys that vary
+    metric: str  # name of a metric in `results.json` after training, or WIN_RATE (at the last evaluation)
+    sampler: Sampler  # `grid` tries every combination, `tpe` samples
+    trials: int  # number of trials
+    prune: bool  # stop trials that are worse than the median at an evaluation
+    read: Callable[[list[str]], TrainingJob]  # parses arguments of `simpo train`
+    argv: Sequence[str] = ()  # command line, for the run record
 
     @property
     def smaller_is_better(self) -> bool:
-        """Whether the metric is better when it is smaller."""
+        """Whether smaller values of the metric are better."""
         return SMALLER_IS_BETTER[self.metric]
 
     def arguments(self, values: Values, folder: Path) -> list[str]:
-        """The arguments of ``simpo train`` for a trial."""
+        """Return the arguments of ``simpo train`` for a trial."""
         fixed = [argument for key, values in self.fixed.items() for argument in (f"--{key}", *values)]
         varied = [f"--{key}={value}" for key, value in values.items()]
         recipe = [] if self.recipe is None else [str(self.recipe)]
         return [*recipe, *fixed, *varied, f"--output_dir={folder}"]
 
     def identity(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that determines the result, given the recipe's keys."""
+        """Return everything that determines the result, given the recipe's keys."""
         keys = {key: str(value) for key, value in recipe.items() if key != "output_dir"}
         keys |= {key: " ".join(values) for key, values in self.fixed.items()}
         keys |= {f"axis {axis.key}": str(axis) for axis in self.axes}
-        how = {"metric": self.metric, "sampler": self.sampler, "trials": self.trials, "prune": self.prune}
-        return keys | {f"sweep {key}": value for key, value in how.items()}
+        search = {"metric": self.metric, "sampler": self.sampler, "trials": self.trials, "prune": self.prune}
+        return keys | {f"sweep {key}": value for key, value in search.items()}
 
     def study(self) -> Study:
-        """The trials; the folder must exist."""
+        """Open the study that holds the trials; the folder must exist."""
         return Study(self.folder, self.axes, self.sampler, self.trials, smaller_is_better=self.smaller_is_better)
 
 
 def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
-    """Run the trials that are left; the process that finishes the last one writes results and best recipe.
+    """Run the remaining trials. The process that finishes the last one writes the results and the best recipe.
 
-    The same call continues a sweep that was killed and leaves a finished one as it is. Several processes may run the
-    same sweep at the same time and share its trials. ``recipe`` has the keys and values as written. Returns the path of
-    ``results.json``; None if other processes are still running trials.
+    The same call resumes a killed sweep and leaves a finished one unchanged. Several processes may run the same sweep
+    at once and share its trials. ``recipe`` holds the recipe's keys and values as written. Returns the path of
+    ``results.json``, or None if other processes are still running trials.
 
     Raises:
-        SimpoError: something that the user gave cannot be used, the disk is full, or no trial finished.
-        InterruptedRun: a signal came; the trial has saved a checkpoint.
+        SimpoError: the input is invalid, the disk is full, or no trial finished.
+        InterruptedRun: a signal arrived; the trial has saved a checkpoint.
     """
     jobs = _check(sweep)
     identity = sweep.identity(recipe) | _contents(sweep, jobs)
@@ -121,17 +121,17 @@ def run_sweep(sweep: Sweep, recipe: Mapping[str, Any]) -> Path | None:
             running = sum(trial.state.name == "RUNNING" for trial in study.trials())
             if running:
                 log(
-                    f"{running} trials are running in other processes, the last of which will write the results; if "
-                    "one is killed, run the same command again"
+                    f"{running} trials are still running in other processes, the last of which will write the results; "
+                    "if one is killed, run the same command again"
                 )
                 return None
             if run is not None:
                 return run.complete(partial(_report, sweep, study, recipe))
-        # All trials have ended, but another process has the folder: it is about to write the results.
+        # All trials have ended, but another process holds the folder and is about to write the results.
 
 
 def _open_folder(sweep: Sweep, identity: Mapping[str, Any], stack: ExitStack) -> RunFolder | None:
-    """The sweep's folder until ``stack`` ends, or None if another process has it open for the same sweep."""
+    """Open the sweep's folder until ``stack`` exits; return None if another process runs the same sweep in it."""
     try:
         run = stack.enter_context(RunFolder(sweep.folder, command="sweep"))
         run.begin(identity, argv=sweep.argv, recipe=sweep.recipe)
@@ -150,26 +150,26 @@ def _open_folder(sweep: Sweep, identity: Mapping[str, Any], stack: ExitStack) ->
 
 
 def _check(sweep: Sweep) -> list[TrainingJob]:
-    """Parse every trial of a grid, or for TPE the ends of each axis, before anything is written; returns them."""
+    """Parse the settings of every grid trial (for TPE, the ends of each axis) before anything is written."""
     jobs = []
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         job = sweep.read(sweep.arguments(values, sweep.folder))
         data = job.data
         if not (data.eval_dataset_name or data.dataset_test_split or data.dataset_mixer or data.dataset_mixture):
-            raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+            raise SimpoError("eval_dataset_name: name held-out pairs to compare the trials on")
         judged = any(getattr(callback, "settings", {}).get("eval_judge") for callback in job.callbacks)
         if sweep.metric == WIN_RATE and not judged:
             raise SimpoError(f"--metric: {WIN_RATE} needs judged answers; set eval_generations and eval_judge")
         if sweep.prune and job.config.eval_strategy == "no":
-            raise SimpoError("--prune needs evaluations during training: set eval_strategy: steps and eval_steps")
+            raise SimpoError("--prune: needs evaluations during training; set eval_strategy: steps and eval_steps")
         jobs.append(job)
     return jobs
 
 
 def _contents(sweep: Sweep, jobs: Sequence[TrainingJob]) -> dict[str, str]:
-    """Digests of the data and the start models, which have to be those of the trials before a kill."""
+    """Return digests of the data and the start models, which must not change when a killed sweep is resumed."""
     package, level = logging.getLogger("simpo"), logging.getLogger("simpo").level
-    package.setLevel(logging.ERROR)  # the first trial reports the same
+    package.setLevel(logging.ERROR)  # the first trial logs the same notices
     try:
         _, _, prepared = prepare_data(PreferenceTrainer, jobs[0])
         if not (sweep.folder / RECORD).exists():
@@ -177,15 +177,15 @@ def _contents(sweep: Sweep, jobs: Sequence[TrainingJob]) -> dict[str, str]:
     finally:
         package.setLevel(level)
     models = {job.model.model_name_or_path: job.model for job in jobs}
-    found = {f"data/{label}": rows_digest(part.dataset) for label, part in prepared.items()}
-    return found | {f"model {name}": model_digest(model) for name, model in models.items()}
+    digests = {f"data/{label}": rows_digest(part.dataset) for label, part in prepared.items()}
+    return digests | {f"model {name}": model_digest(model) for name, model in models.items()}
 
 
 # ---- One trial.
 
 
 class _TrialCallback(RunCallback):
-    """Checks before training that the sweep's metric exists, and reports evaluations to ``trial``, if it is given."""
+    """Checks before training that the sweep's metric exists, and reports evaluations to ``trial`` if given."""
 
     def __init__(self, metric: str, trial: Any | None) -> None:
         self._metric, self._trial = metric, trial
@@ -193,15 +193,15 @@ class _TrialCallback(RunCallback):
     def check_trainer(self, trainer: Trainer) -> None:
         """Raise :class:`SimpoError` if the trial's evaluations will not have the metric."""
         if trainer.eval_dataset is None:
-            raise SimpoError("eval_dataset_name: name held-out pairs, which the trials are compared on")
+            raise SimpoError("eval_dataset_name: name held-out pairs to compare the trials on")
         known = [f"eval_{name}" for name in trainer.metric_names]
         if self._metric not in (*known, WIN_RATE):
-            raise SimpoError(f"--metric: these rows have no {self._metric}; there are {', '.join(known)}")
+            raise SimpoError(f"--metric: {self._metric} is not measured on these rows; choose from {', '.join(known)}")
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        """Report the evaluation; raises Optuna's ``TrialPruned`` if others were better at the same step."""
+        """Report the evaluation; raises Optuna's ``TrialPruned`` if it is worse than the median at this step."""
         if self._trial is not None:
             self._trial.report(metrics[self._metric], state.global_step)
             if self._trial.should_prune():
@@ -209,7 +209,7 @@ class _TrialCallback(RunCallback):
 
 
 def _run_trial(sweep: Sweep, study: Study, trial: Any, log: Log) -> None:
-    """Run one trial and record how it ended; if this process is interrupted, the trial stays open."""
+    """Run one trial and record its outcome; if this process is interrupted, the trial stays open."""
     values, folder = values_of(trial), study.folder_of(trial)
     name = f"trial {trial.number} ({_format(values)})"
     try:
@@ -233,7 +233,7 @@ def _run_trial(sweep: Sweep, study: Study, trial: Any, log: Log) -> None:
         study.end(trial, None, "PRUNED")
         log(f"{name}: pruned {stop}")
     except (torch.OutOfMemoryError, SimpoError) as error:
-        # An error of the disk, the hub or a file has a cause, and would end the next trial too.
+        # Errors from the disk, the hub or a file have a cause, and the next trial would fail the same way.
         if isinstance(error, SimpoError) and (error.__cause__ is not None or not (folder / RECORD).exists()):
             raise
         reason = str(error) if isinstance(error, SimpoError) else f"out of memory: {' '.join(str(error).split())[:200]}"
@@ -244,18 +244,18 @@ def _run_trial(sweep: Sweep, study: Study, trial: Any, log: Log) -> None:
 
 
 def _format(values: Values) -> str:
-    """``learning_rate 3e-7, beta 2``."""
+    """Format values as in ``learning_rate 3e-7, beta 2``."""
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def read_metric(folder: Path, name: str) -> Metric:
-    """The metric of a trial that has finished."""
+    """Return a metric of a finished trial."""
     if name != WIN_RATE:
         metrics = read_results(folder / FILE_NAME).metrics
         return next(metric for metric in metrics if (metric.name, metric.stage) == (name, "after"))
     values = [line[name] for line in read_lines(folder / "metrics.jsonl") if name in line]
     if not values:
-        raise SimpoError(f"--metric: {folder} was trained without an evaluation; lower eval_steps")
+        raise SimpoError(f"--metric: there were no evaluations in {folder}; lower eval_steps")
     return Metric(name, values[-1])
 
 
@@ -263,42 +263,42 @@ def read_metric(folder: Path, name: str) -> Metric:
 
 
 def is_finished(trial: Any) -> bool:
-    """Whether an Optuna trial was trained to the end; one that repeats the values of another was not."""
+    """Whether an Optuna trial was trained to the end; a trial that repeats another's values was not trained."""
     return trial.state.name == "COMPLETE" and "same_as" not in trial.user_attrs
 
 
 def rank(trials: Sequence[Any], *, smaller_is_better: bool) -> list[Any]:
-    """The finished trials, the best first; among equals the lowest number first. Repeated trials are left out."""
+    """Return the finished trials, best first and ties by number; trials that repeat another's values are left out."""
     finished = [trial for trial in trials if is_finished(trial)]
     if not finished:
         failed = (trial for trial in trials if "reason" in trial.user_attrs)
-        why = next((f"; trial {trial.number}: {trial.user_attrs['reason']}" for trial in failed), "")
-        raise SimpoError(f"none of the {len(trials)} trials has finished{why}")
+        reason = next((f"; trial {trial.number}: {trial.user_attrs['reason']}" for trial in failed), "")
+        raise SimpoError(f"none of the {len(trials)} trials finished{reason}")
     sign = 1 if smaller_is_better else -1
     return sorted(finished, key=lambda trial: (sign * trial.value, trial.number))
 
 
 def _report(sweep: Sweep, study: Study, recipe: Mapping[str, Any]) -> list[Metric]:
-    """Write the best recipe; returns the metrics: how many trials ended how, the best, and all trials."""
+    """Write the best recipe, and return the sweep's metrics: counts by outcome, the best trial, and all trials."""
     trials = study.trials()
     ranked = rank(trials, smaller_is_better=sweep.smaller_is_better)
-    found = [dataclasses.replace(read_metric(study.folder_of(trial), sweep.metric), stage=None) for trial in ranked]
-    _write_best(sweep, ranked[0], found[0], recipe)
+    metrics = [dataclasses.replace(read_metric(study.folder_of(trial), sweep.metric), stage=None) for trial in ranked]
+    _write_best(sweep, ranked[0], metrics[0], recipe)
     states = [trial.state.name for trial in trials]
     return [
         Metric("trials/finished", len(ranked)),
         *(Metric(f"trials/{name}", states.count(state)) for state, name in _UNFINISHED.items()),
         Metric("best/trial", ranked[0].number),
-        dataclasses.replace(found[0], name=f"best/{sweep.metric}"),
+        dataclasses.replace(metrics[0], name=f"best/{sweep.metric}"),
         *(
             dataclasses.replace(metric, name=f"trials/{trial.number:03d}/{sweep.metric}")
-            for trial, metric in zip(ranked, found, strict=True)
+            for trial, metric in zip(ranked, metrics, strict=True)
         ),
     ]
 
 
 def _write_best(sweep: Sweep, best: Any, metric: Metric, recipe: Mapping[str, Any]) -> None:
-    """Write the recipe with the best trial's values, without an output folder and without secrets."""
+    """Write the recipe with the best trial's values, without output folder and secrets."""
     keys: dict[str, Any] = {key: value for key, value in recipe.items() if key != "output_dir"}
     for key, texts in sweep.fixed.items():
         values = [yaml.safe_load(text) for text in texts]
@@ -306,13 +306,12 @@ def _write_best(sweep: Sweep, best: Any, metric: Metric, recipe: Mapping[str, An
     keys |= {key: yaml.safe_load(value) for key, value in values_of(best).items()}
     path = sweep.folder / BEST
     text = yaml.safe_dump(redact(keys), sort_keys=False, allow_unicode=True, width=120)
-    written = _format(values_of(best))
-    head = f"# Trial {best.number} of a sweep, the best by {metric.name}: {metric.text} ({written}).\n"
+    head = f"# Trial {best.number} of a sweep, best by {metric.name}: {metric.text} ({_format(values_of(best))}).\n"
     write_text(path, f"{head}# simpo train {path} --output_dir DIR\n\n{text}")
 
 
 def print_sweep(sweep: Sweep) -> Path:
-    """Print the table of a finished sweep; returns the folder of its best trial, with the model."""
+    """Print the table of a finished sweep, and return the folder of its best trial, which holds the model."""
     study = sweep.study()
     trials = study.trials()
     print_table(sweep.folder, trials, sweep.axes, sweep.metric)
@@ -322,11 +321,11 @@ def print_sweep(sweep: Sweep) -> Path:
 def print_table(
     folder: Path, trials: Sequence[Any], axes: Sequence[Axis], metric: str, console: Console | None = None
 ) -> None:
-    """Print all trials with the metrics of ``folder/results.json``, the best first, and how sure the choice is."""
+    """Print all trials with their metrics from ``folder/results.json``, best first, and remarks on the ranking."""
     by_name = {f"trials/{trial.number:03d}/{metric}": trial for trial in trials}
-    metrics = read_results(folder / FILE_NAME).metrics  # in the order of the ranking
-    ranked = [(by_name[found.name], found) for found in metrics if found.name in by_name]
-    rows = [(trial, found.text) for trial, found in ranked]
+    metrics = read_results(folder / FILE_NAME).metrics  # in ranking order
+    ranked = [(by_name[one.name], one) for one in metrics if one.name in by_name]
+    rows = [(trial, one.text) for trial, one in ranked]
     rows += [(trial, _UNFINISHED[trial.state.name]) for trial in trials if trial.state.name in _UNFINISHED]
     headings = ("trial", *(axis.key for axis in axes), metric.removeprefix("eval_"))
     lines = [
@@ -337,17 +336,17 @@ def print_table(
     notes = [*_remarks(ranked, axes)]
     notes += [f"trial {one.number} failed: {one.user_attrs['reason']}" for one in trials if "reason" in one.user_attrs]
     if repeated := ", ".join(str(trial.number) for trial in trials if "same_as" in trial.user_attrs):
-        notes.append(f"drawn with values tried before and not run again: trials {repeated}")
+        notes.append(f"not run, because they repeat an earlier trial's values: trials {repeated}")
     for note in notes:
         console.print(Text(note), soft_wrap=True)
 
 
 def _remarks(ranked: Sequence[tuple[Any, Metric]], axes: Sequence[Axis]) -> Iterator[str]:
-    """Remarks on how certain the choice is, and where to search further."""
+    """Yield remarks on how certain the ranking is, and on where to search further."""
     best, metric = ranked[0]
 
     def may_be_equal(other: Metric) -> bool:
-        """Whether a value is the best one's or within its interval."""
+        """Whether a trial's value equals the best one or lies within its interval."""
         if metric.low is None or metric.high is None or other.value is None:
             return other.value == metric.value
         return other.value == metric.value or metric.low <= other.value <= metric.high
@@ -355,12 +354,12 @@ def _remarks(ranked: Sequence[tuple[Any, Metric]], axes: Sequence[Axis]) -> Iter
     close = sum(may_be_equal(other) for _, other in ranked[1:])
     if close and metric.low is not None:
         yield (
-            f"{close} of the other {len(ranked) - 1} finished trials lie within the interval of the best: on "
-            f"{metric.n} pairs such differences may be chance"
+            f"{close} of the other {len(ranked) - 1} finished trials lie within the best one's interval; with "
+            f"{metric.n} pairs, such differences may be due to chance"
         )
     for axis in axes:
         value = values_of(best)[axis.key]
         elsewhere = [other for trial, other in ranked if values_of(trial)[axis.key] != value]
         if (end := axis.end(value)) is not None and not any(map(may_be_equal, elsewhere)):
-            further = "larger" if end == "largest" else "smaller"
-            yield f"{axis.key}: the best, {value}, is the {end} that was tried; try {further} ones too"
+            direction = "larger" if end == "largest" else "smaller"
+            yield f"{axis.key}: the best value, {value}, is the {end} tried; try {direction} ones, too"
