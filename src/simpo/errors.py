@@ -39,9 +39,9 @@ def check_all(*checks: Callable[[], object]) -> None:
         raise CombinedError(*dict.fromkeys(mistakes))
 
 
-def one_line(error: BaseException, longest: int | None = 300) -> str:
-    """Return another library's error message on one line, truncated to ``longest`` characters."""
-    return " ".join(str(error).split())[:longest] or type(error).__name__
+def one_line(error: BaseException, max_length: int | None = 300) -> str:
+    """Return another library's error message on one line, truncated to ``max_length`` characters."""
+    return " ".join(str(error).split())[:max_length] or type(error).__name__
 
 
 @contextmanager

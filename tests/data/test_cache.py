@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"prompt {n}", "chosen": f"chosen {n}", "rejected": f"rejecte
 @pytest.fixture
 def prepared(tmp_path, build_tokenizer, monkeypatch):
     """Return a function that loads and tokenizes the rows from scratch."""
-    monkeypatch.setattr(cache, "_temporary", [])
+    monkeypatch.setattr(cache, "_temporary_cache", [])
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return lambda: prepare(load_rows(str(path), split="train"), build_tokenizer("chatml"), TokenizeSettings()).dataset
@@ -49,7 +49,7 @@ def test_damaged_files_that_cannot_be_removed_are_not_used(prepared, own_cache, 
     monkeypatch.setattr(cache, "_remove", lambda path: None)  # as if the file belonged to another user
     assert prepared()[:] == expected
     assert "is damaged and cannot be replaced" in caplog.text
-    assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary[0] != own_cache
+    assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary_cache[0] != own_cache
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(prepared, tmp_path, monkeypatch, caplog):
@@ -58,4 +58,4 @@ def test_a_cache_that_cannot_be_written_is_replaced(prepared, tmp_path, monkeypa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     assert prepared()[:] == expected
     assert "file: the dataset cache cannot be used" in caplog.text
-    assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary[0]
+    assert Path(datasets.config.HF_DATASETS_CACHE) == cache._temporary_cache[0]

@@ -164,9 +164,9 @@ def test_several_processes_give_the_same_rows(chatml, tmp_path):
 
 
 def test_small_data_is_tokenized_in_one_process():
-    assert tokenizing._processes(1999, 8) is None
-    assert tokenizing._processes(2000, 8) == 8
-    assert tokenizing._processes(10**6, 1) is None
+    assert tokenizing._process_count(1999, 8) is None
+    assert tokenizing._process_count(2000, 8) == 8
+    assert tokenizing._process_count(10**6, 1) is None
 
 
 def test_a_format_set_by_the_user_is_ignored(chatml):

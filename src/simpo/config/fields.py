@@ -39,8 +39,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from simpo.errors import CombinedError, SimpoError
 
 # NUL, which no path can contain, and lone surrogates, which Python substitutes for bytes that are not UTF-8.
-_UNFIT = re.compile("[\0\ud800-\udfff]")
-_TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_INVALID_TEXT = re.compile("[\0\ud800-\udfff]")
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
@@ -144,13 +144,13 @@ def _convert(value: Any, kind: Any) -> Any:
 
 def _convert_scalar(value: Any, kind: Any) -> Any:
     if kind is bool:
-        if isinstance(value, str) and value.lower() in _TRUTH:
-            return _TRUTH[value.lower()]
+        if isinstance(value, str) and value.lower() in _BOOLEANS:
+            return _BOOLEANS[value.lower()]
         if isinstance(value, bool):
             return value
     elif kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
         return _convert_number(value, kind)
-    elif kind in (str, Path) and isinstance(value, str) and not _UNFIT.search(value):
+    elif kind in (str, Path) and isinstance(value, str) and not _INVALID_TEXT.search(value):
         return value if kind is str else Path(os.path.expanduser(value))  # noqa: PTH111 - Path's own raises for ~nobody
     raise ValueError
 
@@ -160,8 +160,8 @@ def _convert_number(value: str | float, kind: type) -> int | float:
         with suppress(ValueError):
             return int(str(value))  # exact; a float would round large numbers
     number = float(value)
-    overflown = math.isinf(number) and any(character.isdigit() for character in str(value))  # such as 1e400
-    if math.isnan(number) or overflown or (kind is int and not number.is_integer()):
+    overflowed = math.isinf(number) and any(character.isdigit() for character in str(value))  # such as 1e400
+    if math.isnan(number) or overflowed or (kind is int and not number.is_integer()):
         raise ValueError
     return kind(number)
 
@@ -218,16 +218,16 @@ def check_values(settings: Any) -> None:
         CombinedError: names every field whose value is not allowed.
     """
     hints = get_type_hints(type(settings))
-    faults = []
+    errors = []
     for declared in dataclasses.fields(settings):
         value = getattr(settings, declared.name)
-        if value is not None and (fault := _misfit(value, hints[declared.name], declared.metadata)):
-            faults.append(f"{declared.name}: {fault}")
-    if faults:
-        raise CombinedError(*faults)
+        if value is not None and (error := _explain_invalid(value, hints[declared.name], declared.metadata)):
+            errors.append(f"{declared.name}: {error}")
+    if errors:
+        raise CombinedError(*errors)
 
 
-def _misfit(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> str | None:
+def _explain_invalid(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> str | None:
     """Explain why a value is not allowed; None if it is, or if the field declares neither bounds nor choices."""
     bounds = {name: metadata[name] for name in _BOUNDS if name in metadata}
     if not bounds:
@@ -278,16 +278,16 @@ def keys_of(classes: Iterable[type]) -> dict[str, Key]:
     """Return the keys of dataclasses and those nested in them; the first declaration of a key wins."""
     keys: dict[str, Key] = {}
     for cls in classes:
-        for key in _keys(cls, MISSING):
+        for key in _iterate_keys(cls, MISSING):
             keys.setdefault(key.name, key)
     return keys
 
 
-def _keys(cls: type, defaults: Any) -> Iterator[Key]:
-    for declared, kind, default in _parts(cls, defaults):
+def _iterate_keys(cls: type, defaults: Any) -> Iterator[Key]:
+    for declared, kind, default in _settable_fields(cls, defaults):
         metadata = declared.metadata
         if dataclasses.is_dataclass(kind):
-            yield from (key for key in _keys(kind, default) if _is_included(key.name, metadata))  # type: ignore[arg-type]
+            yield from (key for key in _iterate_keys(kind, default) if _is_included(key.name, metadata))  # type: ignore[arg-type]
             continue
         # transformers annotates fsdp as text and uses argparse's `const` to declare that it may also be a flag.
         annotation = kind | bool if metadata.get("const") is True else kind
@@ -299,7 +299,7 @@ def _keys(cls: type, defaults: Any) -> Iterator[Key]:
         yield Key(declared.name, annotation, default, help_text, positional, repeat, owner)
 
 
-def _parts(cls: type, defaults: Any) -> Iterator[tuple[dataclasses.Field, Any, Any]]:
+def _settable_fields(cls: type, defaults: Any) -> Iterator[tuple[dataclasses.Field, Any, Any]]:
     """Yield the fields that can be set, with their types and defaults; an instance ``defaults`` overrides these."""
     hints = get_type_hints(cls)
     for declared in dataclasses.fields(cls):
@@ -330,12 +330,12 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
     """
     arguments = {}
     mistakes: list[str] = []
-    for declared, annotation, default in _parts(cls, defaults):
+    for declared, annotation, default in _settable_fields(cls, defaults):
         name = declared.name
         if dataclasses.is_dataclass(annotation):
-            own = {key: value for key, value in values.items() if _is_included(key, declared.metadata)}
+            nested_values = {key: value for key, value in values.items() if _is_included(key, declared.metadata)}
             try:
-                arguments[name] = build(annotation, own, settings, default)  # type: ignore[arg-type]
+                arguments[name] = build(annotation, nested_values, settings, default)  # type: ignore[arg-type]
             except SimpoError as error:
                 mistakes += error.args
         elif name in values:
@@ -349,12 +349,12 @@ def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting],
     try:
         return cls(**arguments)
     except CombinedError as error:
-        raise CombinedError(*(_with_place(mistake, settings) for mistake in error.args)) from error
+        raise CombinedError(*(_locate(mistake, settings) for mistake in error.args)) from error
     except (ValueError, ImportError) as error:  # ImportError: a key needs a package that is not installed
-        raise SimpoError(_with_place(str(error), settings)) from error
+        raise SimpoError(_locate(str(error), settings)) from error
 
 
-def _with_place(message: str, settings: Mapping[str, Setting]) -> str:
+def _locate(message: str, settings: Mapping[str, Setting]) -> str:
     """Put a message on one line, prefixed with the place of the first setting it names if that is in the file."""
     named = (settings[name] for name in re.findall(r"\w+", message) if name in settings)
     first = next(named, None)

@@ -30,7 +30,7 @@ _ADVICE: dict[str, str] = {key: entry["remedy"] for entry in _KEYS["advice"] for
 
 
 # Names for the same setting, newest first. The others are translated to the first one that is a field.
-_SAME = (
+_SYNONYMS = (
     ("model_name_or_path", "model"),
     ("eval_strategy", "evaluation_strategy"),
     ("dtype", "torch_dtype"),
@@ -45,7 +45,7 @@ _SAME = (
 
 # Removed in transformers 5 (existing output folders are always accepted, weights are always safetensors, TensorBoard's
 # folder is an environment variable), or another trainer's switch for something that simpo always does.
-_MEANINGLESS = ("overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free")
+_OBSOLETE = ("overwrite_output_dir", "save_safetensors", "logging_dir", "padding_free")
 
 # Keys that determine the objective: a recipe with any of them is unambiguous.
 _DETERMINE_THE_OBJECTIVE = {
@@ -120,13 +120,13 @@ def known_spellings(known: Set[str]) -> dict[str, Alias]:
     """Return what keys that are not ``known`` stand for; other toolkits' keys are only accepted for training."""
     spellings: dict[str, Alias] = {"warmup_ratio": _warmup_ratio, "use_flash_attention_2": _use_flash_attention_2}
     if "learning_rate" in known:
-        spellings |= {key: lambda value, keys: {} for key in (*_MEANINGLESS, *_KEYS["dropped"])}
+        spellings |= {key: lambda value, keys: {} for key in (*_OBSOLETE, *_KEYS["dropped"])}
         spellings |= {key: partial(reject, advice) for key, advice in _ADVICE.items()}
         spellings |= {key: partial(_by_value, key) for key in _VALUES}
         spellings |= {"lora_target": _lora_target, "lora_rank": _lora_rank, "stage": partial(_stage, known=known)}
         spellings |= {key: spellings.get(ours, ours) for key, ours in _RENAMED.items() if ours in {*known, *spellings}}
     spellings = {key: alias for key, alias in spellings.items() if key not in known}
-    for names in _SAME:
+    for names in _SYNONYMS:
         current = next((name for name in names if name in known), None)
         if current is not None:
             spellings |= {name: current for name in names if name != current}

@@ -22,8 +22,8 @@ from simpo.config.foreign import known_spellings, objective_mistakes, paper_sett
 from simpo.errors import CombinedError, SimpoError, third_party
 
 _DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")  # not .json, which is also valid YAML
-_MODEL = ("model", "model_name_or_path")  # options accepted by any command that takes its model by position
-_TRUTH = ("true", "false", "yes", "no", "on", "off", "1", "0")
+_MODEL_OPTIONS = ("model", "model_name_or_path")  # options accepted by any command that takes its model by position
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def split_recipe(arguments: list[str], keys: Mapping[str, Key]) -> tuple[str | None, list[str]]:
@@ -55,7 +55,7 @@ def read_command_line(arguments: list[str], keys: Mapping[str, Key], in_file: Se
     unfilled = [key.name for key in positionals if key.name not in named]
     if len(plain) < len(unfilled):
         not_in_file = [name for name in unfilled if name not in in_file]
-        plain += _take_unneeded_values(options, keys, max(0, len(not_in_file) - len(plain)))
+        plain += _take_spare_values(options, keys, max(0, len(not_in_file) - len(plain)))
         unfilled = not_in_file if plain and len(not_in_file) >= len(plain) else unfilled
     list_key = unfilled[-1] if unfilled and accepts(keys[unfilled[-1]].annotation, list) else None
     if len(plain) > len(unfilled) and list_key is None:
@@ -102,17 +102,17 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[tuple[str, list
 
 def _rename_model_options(options: list[tuple[str, list[str]]], positionals: list[str]) -> list[tuple[str, list[str]]]:
     """Rename ``--model`` and ``--model_name_or_path`` to the command's own key for its model."""
-    models = [name for name in positionals if name in (*_MODEL, "a", "b")]
-    count = sum(name in _MODEL for name, _ in options)
+    models = [name for name in positionals if name in (*_MODEL_OPTIONS, "a", "b")]
+    count = sum(name in _MODEL_OPTIONS for name, _ in options)
     if not models or not count:
         return options
     if len(models) > 1 and count != len(models):
         raise SimpoError(f"--model: this command takes {len(models)} models, not {count}")
     names = iter(models if len(models) > 1 else models * count)
-    return [(next(names) if name in _MODEL else name, values) for name, values in options]
+    return [(next(names) if name in _MODEL_OPTIONS else name, values) for name, values in options]
 
 
-def _take_unneeded_values(options: list[tuple[str, list[str]]], keys: Mapping[str, Key], wanted: int) -> list[str]:
+def _take_spare_values(options: list[tuple[str, list[str]]], keys: Mapping[str, Key], wanted: int) -> list[str]:
     """Take up to ``wanted`` values from options that do not need them, such as ``MODEL`` in ``--n 2 MODEL``."""
     found: list[str] = []
     for name, values in options:
@@ -123,7 +123,7 @@ def _take_unneeded_values(options: list[tuple[str, list[str]]], keys: Mapping[st
         if accepts(key.annotation, tuple):
             needed = 2
         elif accepts(key.annotation, bool) and not accepts(key.annotation, str, int, float):
-            needed = int(bool(values) and values[0].lower() in _TRUTH)
+            needed = int(bool(values) and values[0].lower() in _BOOLEANS)
         spare = values[needed:][: wanted - len(found)]
         if spare:
             found += spare
@@ -177,7 +177,7 @@ def _key_lines(key: Key, width: int) -> list[str]:
     if _is_foreign(key.owner):
         meaning = meaning.partition(". ")[0].rstrip(".") + "."  # the other sentences are implementation details
     kind = describe(key.annotation) + (", may be repeated" if key.repeat else "")
-    default = "required" if key.default is MISSING else f"default {_shown(key.default)}"
+    default = "required" if key.default is MISSING else f"default {_format_value(key.default)}"
     bracket = f"[{kind}]" if key.default is None else f"[{kind}; {default}]"
     name = f"  {key.positional}, --{key.name}" if key.positional else f"  --{key.name}"
     indent = " " * _NAME_COLUMN
@@ -187,7 +187,7 @@ def _key_lines(key: Key, width: int) -> list[str]:
     return [name.ljust(_NAME_COLUMN) + text[0].lstrip(), *text[1:]]
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Enum):
         value = value.value
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -197,7 +197,7 @@ def _shown(value: Any) -> str:
 
 logger = logging.getLogger(__package__)
 
-_LARGEST = 100_000  # values in a recipe, with aliases expanded
+_MAX_VALUES = 100_000  # values in a recipe, with aliases expanded
 _NO_OBJECTIVE = "objective: not given"
 
 
@@ -267,14 +267,14 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
     if not isinstance(node, yaml.MappingNode):
         raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe must be a mapping of keys to values")
     with _reading(path):
-        if _expanded_size(node, {}) > _LARGEST:
-            raise SimpoError(f"{path}: aliases (*) expand to more than {_LARGEST:,} values, or a value contains itself")
+        if _expanded_size(node, {}) > _MAX_VALUES:
+            raise SimpoError(f"{path}: aliases (*) expand to over {_MAX_VALUES:,} values, or a value contains itself")
         loader.flatten_mapping(node)  # expands merge keys (<<) in front of the mapping's own keys, which thus win
     found = {}
     for key, value in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
         with _reading(f"{place}: {key.value}"):
-            plain = _plain(loader, value)
+            plain = _to_plain(loader, value)
         found[key.value] = Setting(key.value, plain, place, f"{place}: {key.value}")
     yield from found.values()
 
@@ -290,11 +290,11 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
     return sizes[id(node)]
 
 
-def _plain(loader: _Loader, node: yaml.Node) -> Any:
+def _to_plain(loader: _Loader, node: yaml.Node) -> Any:
     """Return a scalar as its text (None for null), a sequence as a list of these, or a mapping with YAML's types."""
     value = loader.construct_object(node, deep=True)  # even if unused, because it rejects unsafe tags
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, item) for item in node.value]
+        return [_to_plain(loader, item) for item in node.value]
     return node.value if isinstance(node, yaml.ScalarNode) and value is not None else value
 
 

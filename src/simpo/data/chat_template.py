@@ -31,10 +31,10 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_SECONDS = 2.0  # CPU time for one conversation, which normally takes milliseconds
-_MEMORY = 1 << 30  # bytes
-_LONGEST = 1 << 26  # characters
-_BITS = 64  # largest factor, in bits, and largest exponent
+_MAX_SECONDS = 2.0  # CPU time for one conversation, which normally takes milliseconds
+_MAX_MEMORY = 1 << 30  # bytes
+_MAX_LENGTH = 1 << 26  # characters
+_MAX_BITS = 64  # largest factor, in bits, and largest exponent
 
 
 class _OverrunError(BaseException):
@@ -49,21 +49,21 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[
         SimpoError: rendering takes too much time or memory, or the text is too long.
     """
     try:
-        with _limited():
+        with _limits():
             text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
     except _OverrunError:
-        raise SimpoError(f"chat_template: one conversation takes more than {_SECONDS:g} s to render") from None
+        raise SimpoError(f"chat_template: one conversation takes more than {_MAX_SECONDS:g} s to render") from None
     except MemoryError:
-        raise SimpoError(f"chat_template: one conversation takes more than {_MEMORY >> 30} GiB to render") from None
+        raise SimpoError(f"chat_template: one conversation takes more than {_MAX_MEMORY >> 30} GiB to render") from None
     except Exception as error:
         raise BadRow(f"the chat template rejects it: {one_line(error)}") from error
-    if len(text) > _LONGEST:
+    if len(text) > _MAX_LENGTH:
         raise SimpoError(f"chat_template: one conversation renders to {len(text):,} characters")
     return text
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _limits() -> Iterator[None]:
     """Limit the CPU time and memory of the body, except on Windows and outside the main thread."""
     if resource is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -74,7 +74,7 @@ def _limited() -> Iterator[None]:
 
     memory, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGVTALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, _MAX_SECONDS)
         _limit_memory(memory)
         yield
     finally:
@@ -86,7 +86,7 @@ def _limited() -> Iterator[None]:
 def _limit_memory(current: tuple[int, int]) -> None:
     statistics = Path("/proc/self/statm")  # Linux only; elsewhere the limit has no effect anyway
     if statistics.exists():
-        limit = int(statistics.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + _MEMORY
+        limit = int(statistics.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + _MAX_MEMORY
         if current[0] == resource.RLIM_INFINITY or limit < current[0]:
             resource.setrlimit(resource.RLIMIT_AS, (limit, current[1]))
 
@@ -105,8 +105,8 @@ def _bounded(function: Callable[[Any, Any], Any], largest: int) -> Callable[[Any
 # transformers renders in Jinja's sandbox, which limits the length of ranges but not the size of numbers.
 SandboxedEnvironment.intercepted_binops = frozenset(("*", "**"))
 SandboxedEnvironment.default_binop_table |= {
-    "*": _bounded(operator.mul, 1 << _BITS),
-    "**": _bounded(operator.pow, _BITS),
+    "*": _bounded(operator.mul, 1 << _MAX_BITS),
+    "**": _bounded(operator.pow, _MAX_BITS),
 }
 
 
@@ -120,7 +120,7 @@ NO_SYSTEM_ROLE = (
 _BLOCK_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # A role named in a template: a whole string, as in a comparison, or the word after the markup that starts a turn.
 _NAMED_ROLE = re.compile(r"\A\s*(\w+)\s*\Z|[>|\]](\w+)")
-_WHETHER_GIVEN = ("defined", "undefined", "default", "d")
+_IF_DEFINED = ("defined", "undefined", "default", "d")  # tests and filters for undefined variables
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
@@ -180,10 +180,10 @@ class ChatTemplate:
         is an option only if the template tests whether it is defined.
         """
         names = list(self._syntax_tree.find_all(nodes.Name))
-        parameters = {one.name for one in names if one.ctx == "param"}
-        assigned = {one.name for one in names if one.ctx == "store"}
-        tests = [one for one in self._syntax_tree.find_all((nodes.Test, nodes.Filter)) if one.name in _WHETHER_GIVEN]
-        tested = {one.node.name for one in tests if isinstance(one.node, nodes.Name)}
+        parameters = {name.name for name in names if name.ctx == "param"}
+        assigned = {name.name for name in names if name.ctx == "store"}
+        tests = [test for test in self._syntax_tree.find_all((nodes.Test, nodes.Filter)) if test.name in _IF_DEFINED]
+        tested = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
         return self.variables - parameters - (assigned - tested)
 
     @cached_property

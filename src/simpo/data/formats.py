@@ -325,9 +325,9 @@ def _check_images(context: Context, accepted: bool) -> None:
 SCORE_COLUMNS = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 # Columns in which public datasets rate the chosen response; the columns for the rejected one are named alike.
 _RATING = re.compile(r"(?=.*(?:score|rating|reward)).*chosen")
-_LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
+_SERIALIZED_LIST = re.compile(r"""\s*\[\s*(["']).*\1\s*\]\s*""", re.DOTALL)
 # In characters. Many good answers begin by repeating a shorter prompt, such as a greeting.
-_LONG = 20
+_MIN_PROMPT_LENGTH = 20
 
 
 def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[str] = ()) -> Iterator[str]:
@@ -345,15 +345,15 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
         # Messages may include an answer, which is only missed if answers are read.
         unread = name == "prompt" or (name in content.extra and (openings or isinstance(row[name], str)))
         given = list(texts_of(row.get(name))) if unread else []
-        if given and _any_lost(given, [*_texts(content.prompt), *following]):
+        if given and _any_missing(given, [*_texts(content.prompt), *following]):
             yield f"ignored: column {name!r}, which does not occur in the conversation"
     asked = _texts(content.prompt, "user")
     if not all(text.strip() for text in asked):
         yield "suspect: a user message is empty"
-    if isinstance(content.prompt, str) and all(map(_LIST.fullmatch, [content.prompt, *openings])):
+    if isinstance(content.prompt, str) and all(map(_SERIALIZED_LIST.fullmatch, [content.prompt, *openings])):
         yield "suspect: prompt and answers are lists serialized as text"
     question = asked[-1].replace(IMAGE, "").strip() if asked else ""
-    if len(question) >= _LONG and openings and all(text.startswith(question) for text in openings):
+    if len(question) >= _MIN_PROMPT_LENGTH and openings and all(text.startswith(question) for text in openings):
         yield "suspect: every answer starts with the whole prompt, which is scored as part of it"
     for better in () if has_turns else filter(_RATING.match, row):
         worse = better.replace("chosen", "rejected")
@@ -362,22 +362,22 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
             yield f"suspect: {better} is not higher than {worse}"
 
 
-def _any_lost(given: list[str], texts: list[str]) -> bool:
+def _any_missing(given: list[str], texts: list[str]) -> bool:
     """Whether any of the ``given`` texts is missing from the ``texts`` that were read from its row.
 
     A transcript prompt occurs in none of them, but contains some.
     """
-    read = [words for text in texts if (words := _words(text))]
+    read = [words for text in texts if (words := _normalize_whitespace(text))]
     joined = " ".join(read)
     for text in given:
-        words = _words(text)
+        words = _normalize_whitespace(text)
         contains_some = is_transcript(text) and any(part in words for part in read)
         if words not in joined and not contains_some:
             return True
     return False
 
 
-def _words(text: str) -> str:
+def _normalize_whitespace(text: str) -> str:
     return " ".join(text.replace(IMAGE_IN_TEXT, " ").replace(IMAGE, " ").split())
 
 

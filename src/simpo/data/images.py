@@ -67,24 +67,24 @@ class ImageReader:
         """
         if not values:
             return [(rendered, {IMAGES: [], DIGESTS: []}) for rendered in found]
-        references = [self._reference(value) for value in values]
-        digests = [_digest(_content(reference)) for reference in references]
-        expansions = [self._expansion(reference) for reference in references]
+        references = [self._to_reference(value) for value in values]
+        digests = [_digest(_read_bytes(reference)) for reference in references]
+        expansions = [self._expand_token(reference) for reference in references]
         counts = [rendered.texts[-1].count(self.token) for rendered in found]
         if counts[-1] != len(values):
             raise BadRow(f"the row has {len(values)} images, but the chat template renders {counts[-1]}")
         return [
-            (self._expanded(rendered, expansions), {IMAGES: references[:count], DIGESTS: digests[:count]})
+            (self._expand(rendered, expansions), {IMAGES: references[:count], DIGESTS: digests[:count]})
             for rendered, count in zip(found, counts, strict=True)
         ]
 
-    def _reference(self, value: Any) -> Reference:
+    def _to_reference(self, value: Any) -> Reference:
         given = value if isinstance(value, Mapping) else {"bytes" if isinstance(value, bytes) else "path": value}
         content, path = given.get("bytes"), given.get("path")
         if content is None and isinstance(path, str) and path.startswith("data:"):
             content = path.partition(",")[2]
         if isinstance(content, str):
-            content = _decoded(content.rpartition(",")[2])
+            content = _decode_base64(content.rpartition(",")[2])
         if isinstance(content, bytes):
             return {"path": None, "bytes": content}
         if not isinstance(path, str):
@@ -93,12 +93,12 @@ class ImageReader:
             raise BadRow("an image is a URL, which is not downloaded; give a file path or bytes")
         return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
 
-    def _expansion(self, reference: Reference) -> str:
+    def _expand_token(self, reference: Reference) -> str:
         """Return what the processor replaces the token of an image with."""
         (offsets,) = self._process([reference], return_text_replacement_offsets=True)["text_replacement_offsets"]
         return offsets[0]["replacement"]
 
-    def _expanded(self, rendered: Rendered, expansions: Sequence[str]) -> Rendered:
+    def _expand(self, rendered: Rendered, expansions: Sequence[str]) -> Rendered:
         """Replace the image tokens in ``rendered`` with their expansions."""
 
         def expand(text: str) -> str:
@@ -118,7 +118,7 @@ class ImageReader:
         digest = hashlib.sha256()
         for value in _cells(dataset):
             try:
-                path = self._reference(value)["path"]
+                path = self._to_reference(value)["path"]
                 stat = path and Path(path).stat()
             except (BadRow, OSError):  # reported when the row is tokenized
                 continue
@@ -140,7 +140,7 @@ class ImageReader:
         found = []
         for reference, digest in zip(references, digests, strict=True):
             try:
-                if _digest(_content(reference)) != digest:
+                if _digest(_read_bytes(reference)) != digest:
                     raise SimpoError(f"{reference['path']}: the image has changed since the run started; restart it")
                 inputs = self._process([reference], return_tensors="pt")
             except BadRow as bad:
@@ -153,37 +153,37 @@ class ImageReader:
         return dict(self._process([reference, reference], return_tensors="pt"))
 
     def _process(self, references: Sequence[Reference], **options: Any) -> Any:
-        contents = [_content(reference) for reference in references]
+        contents = [_read_bytes(reference) for reference in references]
         try:
             from PIL import Image as Pillow  # noqa: PLC0415 - not needed without images
 
             images = [load_image(Pillow.open(io.BytesIO(content))) for content in contents]
             return self.processor(text=[self.token * len(images)], images=images, **options)
         except Exception as error:  # damaged files can raise anything
-            raise BadRow(f"an image cannot be read ({_kind(error)})") from error
+            raise BadRow(f"an image cannot be read ({_describe_error(error)})") from error
 
 
 def as_text(reference: Reference) -> str:
     """Return an image as text that can be read again: the path of its file, or its bytes as a ``data:`` URL."""
-    return reference["path"] or f"data:;base64,{base64.b64encode(_content(reference)).decode()}"
+    return reference["path"] or f"data:;base64,{base64.b64encode(_read_bytes(reference)).decode()}"
 
 
-def _content(reference: Reference) -> bytes:
+def _read_bytes(reference: Reference) -> bytes:
     """Return the bytes of the encoded image; raise BadRow if its file cannot be read."""
     if reference["bytes"] is not None:
         return reference["bytes"]
     try:
         return Path(reference["path"]).read_bytes()
     except (OSError, ValueError) as error:
-        raise BadRow(f"an image cannot be read ({_kind(error)})") from error
+        raise BadRow(f"an image cannot be read ({_describe_error(error)})") from error
 
 
-def _kind(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return an error's text without the file name, so that rows with the same fault are counted together."""
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else one_line(error)
 
 
-def _decoded(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:

@@ -32,7 +32,7 @@ _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training", "loss")
 IMAGE = "\ufdd0"
 # Placeholder that other tools write for an image in text content.
 IMAGE_IN_TEXT = "<image>"
-_UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios", "train_detail", "training_detail")
+_UNSUPPORTED_KEYS = ("images", "image", "videos", "video", "audio", "audios", "train_detail", "training_detail")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -68,12 +68,12 @@ def _read_message(item: object, name: str, images: bool) -> Message | None:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
         raise BadRow(f"{name} contains something other than messages with role and content")
     message = {key: value for key, value in item.items() if value is not None and not (key in REASONING and not value)}
-    if key := next((key for key in _UNSUPPORTED if message.get(key)), None):
+    if key := next((key for key in _UNSUPPORTED_KEYS if message.get(key)), None):
         raise BadRow(f"{name} has a message with {key!r}, which is not supported")
-    thoughts = {key: _text(message[key], name, key) for key in REASONING if key in message}
-    if len(set(thoughts.values())) > 1:
-        raise BadRow(f"{name} has a message whose {' and '.join(thoughts)} differ")
-    message |= thoughts
+    reasoning = {key: _text(message[key], name, key) for key in REASONING if key in message}
+    if len(set(reasoning.values())) > 1:
+        raise BadRow(f"{name} has a message whose {' and '.join(reasoning)} differ")
+    message |= reasoning
     calls = _read_calls(message.pop("tool_calls", None), message.pop("function_call", None), name)
     if calls:
         message["tool_calls"] = calls
@@ -87,8 +87,8 @@ def _read_message(item: object, name: str, images: bool) -> Message | None:
         elif not (calls or any(map(message.get, REASONING))):
             raise BadRow(f"{name} has a message whose content is null, not text")
         content = ""
-    if thoughts and content.lstrip().startswith("<think>"):
-        raise BadRow(f"{name} has a message with both {next(iter(thoughts))} and <think>; keep one of them")
+    if reasoning and content.lstrip().startswith("<think>"):
+        raise BadRow(f"{name} has a message with both {next(iter(reasoning))} and <think>; keep one of them")
     return _normalize_train_key({**message, "content": content}, name)
 
 
@@ -122,9 +122,9 @@ def _text(content: object, name: str, key: str = "content", *, images: bool = Fa
     return "".join(texts) if texts else None
 
 
-def _read_calls(value: object, older: object, name: str) -> list[Message]:
-    """Normalize tool calls; ``older`` is OpenAI's legacy ``function_call``."""
-    value = _from_json(value, f"tool_calls of {name}") or ([{"function": older}] if older else [])
+def _read_calls(value: object, legacy: object, name: str) -> list[Message]:
+    """Normalize tool calls; ``legacy`` is OpenAI's legacy ``function_call``."""
+    value = _from_json(value, f"tool_calls of {name}") or ([{"function": legacy}] if legacy else [])
     if not isinstance(value, list):
         raise BadRow(f"{name} has tool_calls that are {kind_of(value)}, not a list")
     calls = []
@@ -241,9 +241,9 @@ def _cue_pattern(transcript: str) -> re.Pattern[str]:
 # Columns that are applied, and thus are not among a row's other columns.
 IMAGE_COLUMNS = ("images", "image")
 CONTEXT_COLUMNS = ("system", "tools", "chat_template_kwargs", *IMAGE_COLUMNS)
-_MEDIA = ("video", "videos", "audio", "audios")
+_UNSUPPORTED_MEDIA = ("video", "videos", "audio", "audios")
 # Columns that affect training in other toolkits but have no effect here.
-_WITHOUT_EFFECT = (
+_COLUMNS_WITHOUT_EFFECT = (
     "weight", "sample_weight", "label_probability", "functions", "documents", "context", "history",
     "custom_system_prompt", *REASONING,
 )  # fmt: skip
@@ -273,7 +273,7 @@ def apply_context(
     ``following`` holds texts if the prompt is text, otherwise messages. Returns the prompt, with the system message;
     what follows it, as messages if the prompt has become messages; and the context.
     """
-    if media := next((name for name in _MEDIA if row.get(name)), None):
+    if media := next((name for name in _UNSUPPORTED_MEDIA if row.get(name)), None):
         raise BadRow(f"column {media!r}: only text and images are supported")
     context = _context(row)
     system, tools, rest = row.get("system"), context.tools, following
@@ -281,8 +281,8 @@ def apply_context(
         raise BadRow(f"system is {kind_of(system)}, not text")
     if not isinstance(prompt, str):
         prompt, rest = as_messages(prompt, rest)
-        prompt, tools = _take_tools(prompt, tools)
-        rest, tools = _take_tools(rest, tools)
+        prompt, tools = _extract_tools(prompt, tools)
+        rest, tools = _extract_tools(rest, tools)
     if system:
         prompt, rest = as_messages(prompt, rest)
         first = prompt[0]
@@ -296,7 +296,7 @@ def apply_context(
     if images or isinstance(prompt, list):
         prompt, rest = as_messages(prompt, rest)
         prompt, rest = _place_images(prompt, rest, len(images))
-    without_effect = tuple(name for name in _WITHOUT_EFFECT if row.get(name) not in (None, [], {}, ""))
+    without_effect = tuple(name for name in _COLUMNS_WITHOUT_EFFECT if row.get(name) not in (None, [], {}, ""))
     return prompt, rest, replace(context, tools=tools, without_effect=without_effect, images=tuple(images))
 
 
@@ -391,7 +391,7 @@ def _from_json(value: object, name: str) -> object:
         raise BadRow(f"{name} is text that is not JSON") from error
 
 
-def _take_tools(messages: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
+def _extract_tools(messages: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
     """Take out the tools that some datasets store in the system message; return the messages and all tools."""
     for message in messages:
         message_tools = _read_tools(message.get("tools"))

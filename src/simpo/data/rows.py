@@ -79,17 +79,17 @@ def rows_of(batch: Mapping[str, Sequence[Any]], indices: Sequence[int], label: s
         return [(json.loads(text), where) for text, where in zip(batch[ROW], wheres, strict=True)]
     columns = [column for column in batch if column != WHERE]
     return [
-        ({column: _plain(batch[column][position]) for column in columns}, where)
+        ({column: _to_json_types(batch[column][position]) for column in columns}, where)
         for position, where in enumerate(wheres)
     ]
 
 
-def _plain(value: Any) -> Any:
+def _to_json_types(value: Any) -> Any:
     """Convert a cell to JSON types (or bytes), without the nulls that Arrow adds for keys of other rows' objects."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: _to_json_types(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_to_json_types(item) for item in value]
     if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
         return str(value)
     return float(value) if isinstance(value, Decimal) else value
@@ -263,8 +263,8 @@ def _rename_keys(row: Row, mapping: dict[str, str]) -> Row:
 # ---- The report.
 
 # How many rows are named per reason.
-_EXAMPLES = 3
-_NAMED_FAULTS = 5
+_MAX_EXAMPLES = 3
+_MAX_REASONS = 5
 # Marks all but the first sequence of a row that became several, so that the row is counted once.
 PART = "part: "
 
@@ -329,19 +329,19 @@ class DataReport:
         counts = self._counts[kind]
         counts[reason] = counts.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
+        if len(examples) < _MAX_EXAMPLES:
             examples.append(where)
 
     def check(self, on_bad_row: str) -> None:
         """Raise an error for any bad row if ``on_bad_row`` is ``error``, otherwise if more than 1% of rows are bad."""
         bad = sum(self.bad.values())
-        faults = [f"{self.examples[reason][0]}: {reason}" for reason in self.bad]
+        reasons = [f"{self.examples[reason][0]}: {reason}" for reason in self.bad]
         if bad and on_bad_row == "error":
-            raise SimpoError(f"{faults[0]}; fix the row, or set on_bad_row: skip")
+            raise SimpoError(f"{reasons[0]}; fix the row, or set on_bad_row: skip")
         if bad * 100 > self.rows:
             more = [f" (and {count - 1:,} more)" if count > 1 else "" for count in self.bad.values()]
-            named = "; ".join(map("".join, zip(faults[:_NAMED_FAULTS], more, strict=False)))
-            named += "; ..." if len(faults) > _NAMED_FAULTS else ""
+            named = "; ".join(map("".join, zip(reasons[:_MAX_REASONS], more, strict=False)))
+            named += "; ..." if len(reasons) > _MAX_REASONS else ""
             raise SimpoError(f"{self.label}: {bad} of {self.rows} rows are bad, more than 1%; fix them ({named})")
 
     def lines(self) -> list[str]:

@@ -34,24 +34,27 @@ FOREIGN_SHAPES = (
     "rename other columns with column_mapping"
 )
 # Columns that hold text or messages, and columns that never hold plain text.
-_TEXTS = (
+_TEXT_COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "question", "instruction", "query", "input", "context",
     "response", "output", "answer", "response1", "response2", "response_0", "response_1", "response_2",
 )  # fmt: skip
-_STRUCTURES = (
+_STRUCTURED_COLUMNS = (
     "messages", "conversations", "conversation", "responses", "scores", "completions", "answers",
     "preferred_output", "non_preferred_output", "conversation_a", "conversation_b",
 )  # fmt: skip
-_OPTIONS = ("tools", "chat_template_kwargs")
-_NUMBERS = ("weight", "label_probability", "margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected")
-_QUESTIONS = ("question", "instruction", "query")
+_OPTION_COLUMNS = ("tools", "chat_template_kwargs")
+_NUMBER_COLUMNS = (
+    "weight", "label_probability", "margin", "chosen_score", "rejected_score", "score_chosen", "score_rejected",
+)  # fmt: skip
+_NUMBER = re.compile(r"\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*")
+_QUESTION_COLUMNS = ("question", "instruction", "query")
 # Columns that may hold the question; if several have text, those that are not read are reported.
-ASKED_COLUMNS = ("prompt", *_QUESTIONS, "input", "messages", "conversations", "conversation")
-_ANSWERS = ("response", "output", "answer")
-_SYSTEMS = ("system", "system_prompt", "system_message")
+ASKED_COLUMNS = ("prompt", *_QUESTION_COLUMNS, "input", "messages", "conversations", "conversation")
+_ANSWER_COLUMNS = ("response", "output", "answer")
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 # Text that may be needed to answer a question, but that there is no standard way to combine with it.
-_UNPLACED = ("context", "history", "documents")
-_RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+_CONTEXT_COLUMNS = ("context", "history", "documents")
+_RATING_COLUMNS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), "assistant"),
@@ -96,7 +99,7 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
     found = dict(row)
     notes: list[str] = []
     for name, value in row.items():
-        found[name] = _decoded(value, name, notes)
+        found[name] = _decode_cell(value, name, notes)
     read = [_read_system(found), _read_pair(found, answers=answers), _read_conversation(found), _read_question(found)]
     if answers:
         read += [_read_answer(found), _read_label(found)]
@@ -129,33 +132,33 @@ def _python_value(text: str) -> Any:
     return ast.literal_eval(text.strip())
 
 
-def _decoded(value: Any, name: str, notes: list[str]) -> Any:
+def _decode_cell(value: Any, name: str, notes: list[str]) -> Any:
     """Decode a cell: parse text that holds a list, messages or a number, and convert from/value messages."""
-    if isinstance(value, str) and name in (*_STRUCTURES, *_OPTIONS):
-        value = _parsed(value, name, notes) if value.strip() else None
-    elif name in _TEXTS:
-        value = _unserialized(value, name, notes)
-    elif isinstance(value, str) and name in _NUMBERS and re.fullmatch(r"\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*", value):
+    if isinstance(value, str) and name in (*_STRUCTURED_COLUMNS, *_OPTION_COLUMNS):
+        value = _parse_cell(value, name, notes) if value.strip() else None
+    elif name in _TEXT_COLUMNS:
+        value = _deserialize_messages(value, name, notes)
+    elif isinstance(value, str) and name in _NUMBER_COLUMNS and _NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, list) and name == "responses":
-        value = [_unserialized(item, name, notes) for item in value]
-    return _messages(value, name, notes) if name in _TEXTS or name in _STRUCTURES else value
+        value = [_deserialize_messages(item, name, notes) for item in value]
+    return _convert_messages(value, name, notes) if name in _TEXT_COLUMNS or name in _STRUCTURED_COLUMNS else value
 
 
-def _parsed(text: str, name: str, notes: list[str]) -> Any:
+def _parse_cell(text: str, name: str, notes: list[str]) -> Any:
     try:
         value = parse_text(text)
     except ValueError as error:
-        if name not in _OPTIONS and not re.match(r"\s*(\[|\{|array\()", text):
+        if name not in _OPTION_COLUMNS and not re.match(r"\s*(\[|\{|array\()", text):
             return text
         raise BadRow(f"{name} is text that is {error}") from error
     if isinstance(value, str):
-        return _parsed(value, name, notes)
+        return _parse_cell(value, name, notes)
     notes.append(f"{name} parsed from text")
     return value
 
 
-def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
+def _deserialize_messages(value: Any, name: str, notes: list[str]) -> Any:
     """Parse messages that were serialized as text; other objects stay text, because answers may be JSON."""
     if not isinstance(value, str) or not _SERIALIZED.match(value):
         return value
@@ -166,7 +169,7 @@ def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
             raise BadRow(f"{name} is a conversation serialized as neither JSON nor a Python list") from None
         return value
     if isinstance(found, str):
-        return _unserialized(found, name, notes)
+        return _deserialize_messages(found, name, notes)
     items, kinds = (found, _MESSAGE_KEYS) if isinstance(found, list) else ([found], _MESSAGE_KEYS[:2])
     if not all(isinstance(item, dict) and any(keys <= set(item) for keys in kinds) for item in items):
         return value
@@ -174,10 +177,10 @@ def _unserialized(value: Any, name: str, notes: list[str]) -> Any:
     return found
 
 
-def _messages(value: Any, name: str, notes: list[str]) -> Any:
+def _convert_messages(value: Any, name: str, notes: list[str]) -> Any:
     """Convert ShareGPT's messages (from, value) to messages with role and content; return anything else unchanged."""
     if isinstance(value, list):
-        return [_messages(item, name, notes) for item in value]
+        return [_convert_messages(item, name, notes) for item in value]
     if not isinstance(value, dict) or value.get("from") is None or value.get("role") is not None:
         return value
     role = _ROLES.get(str(value["from"]).lower())
@@ -206,7 +209,7 @@ def _single_column(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def _read_system(row: Row) -> str | None:
-    name = _single_column(row, _SYSTEMS)
+    name = _single_column(row, _SYSTEM_COLUMNS)
     if name is None or name == "system":
         return None
     row["system"] = row.pop(name)
@@ -322,11 +325,11 @@ def _read_question(row: Row) -> str | None:
         return None
     if row.get("messages") is not None:
         return None
-    name = _single_column(row, _QUESTIONS) or ("input" if more is not None else None)
+    name = _single_column(row, _QUESTION_COLUMNS) or ("input" if more is not None else None)
     if name is None:
         return None
-    if unplaced := [column for column in _UNPLACED if row.get(column)]:
-        raise BadRow(f"column {unplaced[0]} next to {name}: combine both in a column prompt, or rename it")
+    if context := [column for column in _CONTEXT_COLUMNS if row.get(column)]:
+        raise BadRow(f"column {context[0]} next to {name}: combine both in a column prompt, or rename it")
     if not isinstance(row[name], str | list):
         raise BadRow(f"{name} is {kind_of(row[name])}, not text or messages")
     row["prompt"] = row.pop(name)
@@ -342,10 +345,10 @@ def _read_answer(row: Row) -> str | None:
     known = {"completion", "messages", "responses"} & _present(row)
     if row.get("prompt") is None or known or _is_comparison(row):
         return None
-    name = _single_column(row, _ANSWERS)
+    name = _single_column(row, _ANSWER_COLUMNS)
     if name is None:
         return None
-    if rated := [column for column in _RATINGS if row.get(column) is not None]:
+    if rated := [column for column in _RATING_COLUMNS if row.get(column) is not None]:
         raise BadRow(
             f"one {name} per row, rated by {rated[0]} and others: for simpo train, combine all responses to a prompt "
             "in a row {prompt, responses, scores}; for simpo sft, rename the column to completion (column_mapping)"
@@ -379,7 +382,7 @@ def read_label(value: object) -> bool | None:
 
 # How turns begin in common families of templates: ChatML, Llama 2 and 3, Gemma, Phi, DeepSeek, Command R, GLM, gpt-oss,
 # Nemotron. A lone <s> may be HTML.
-_OPENING = re.compile(
+_TURN_START = re.compile(
     r"\s*(<s>\s*|<bos>\s*|\[gMASK\]\s*|<sop>\s*)*"
     r"(<\|im_start\|>\s*\w|<\|start_header_id\|>|<\|header_start\|>|\[INST\]|<start_of_turn>|<\|turn>"
     r"|<\|(user|system|assistant)\|>|<\|begin_of_text\|>|<\uff5c(begin\u2581of\u2581sentence|User|Assistant)\uff5c>"
@@ -388,14 +391,14 @@ _OPENING = re.compile(
 )
 # How the assistant's turn begins in these families, possibly with reasoning tags. Only at the end of a prompt, because
 # texts about templates contain it elsewhere. HelpSteer2's prompts end with the user's turn.
-_ANSWERING = re.compile(
+_ASSISTANT_START = re.compile(
     r"<extra_id_1>Assistant\n|(?:<\|im_start\|>assistant\n|<\|(?:start_header_id|header_start)\|>assistant<\|\w+\|>"
     r"|<(?:start_of_turn|\|turn)>model\n|\[/INST\]|<\|assistant\|>|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>"
     r"|<\|start\|>assistant|<\|start_of_role\|>assistant<\|\w+\|>)(?:\s|</?think>)*\Z"
 )
-_WAITING = re.compile(r"(\n\s*(### ?)?Assistant:|### Response:|\bASSISTANT:)\s*\Z")
+_TRANSCRIPT_END = re.compile(r"(\n\s*(### ?)?Assistant:|### Response:|\bASSISTANT:)\s*\Z")
 _CUE = re.compile(r"\n\s*Assistant:")
-_COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages")
+_CHECKED_COLUMNS = ("prompt", "chosen", "rejected", "completion", "responses", "messages")
 
 
 def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = None) -> None:
@@ -403,16 +406,16 @@ def check_not_rendered(row: Mapping[str, Any], frame: tuple[str, str] | None = N
 
     ``frame`` is what the chat template writes before and after a user message in a generation prompt.
     """
-    for name in _COLUMNS:
+    for name in _CHECKED_COLUMNS:
         for text in texts_of(row.get(name)):
             framed = frame is not None and frame[0] in text and text.rstrip().endswith(frame[1])
             # A transcript that starts with something else, such as instructions, cannot be split into turns.
             unsplit = name == "prompt" and (
-                _ANSWERING.search(text) or (_WAITING.search(text) and not is_transcript_prompt(text))
+                _ASSISTANT_START.search(text) or (_TRANSCRIPT_END.search(text) and not is_transcript_prompt(text))
             )
             if row.get("prompt") is None and text is row[name] and _CUE.search(text):
                 unsplit = not is_transcript(text)
-            if framed or unsplit or _OPENING.match(text):
+            if framed or unsplit or _TURN_START.match(text):
                 raise BadRow(
                     f"{name} is already rendered with a chat template: give the plain text or messages, or set "
                     "chat_template: none"

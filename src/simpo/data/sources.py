@@ -31,7 +31,7 @@ from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs.manifest import file_digest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".csv", ".parquet", ".arrow")
-_KINDS = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
+_SUPPORTED = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: increase it when the same file yields different rows than before.
 _FORMAT = "3"
 # How an Arrow stream and an Arrow file end.
@@ -73,7 +73,7 @@ def load_rows(
         rows = _load_slices(lambda base: _load_local(path, base, any_split=any_split), split, name)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or _FILE_SUFFIX.search(name):
         pattern = "; a path is taken literally, not as a pattern" if set(name) & set("*?[") else ""
-        raise SimpoError(f"{name}: file not found{pattern}; give {_KINDS}, a folder or a hub id (org/name)")
+        raise SimpoError(f"{name}: file not found{pattern}; give {_SUPPORTED}, a folder or a hub id (org/name)")
     else:
         rows = _load_from_hub(name, split, config)
     return rename_columns(rows, column_mapping, name) if column_mapping else rows
@@ -127,7 +127,7 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
 def _load_files(files: list[Path], folder: Path, split: str) -> Dataset:
     if not files:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-        has = f"it has the folders {inside}" if inside else f"supported are {_KINDS}"
+        has = f"it has the folders {inside}" if inside else f"supported are {_SUPPORTED}"
         raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {has}")
     return concatenate(list(map(_load_file, files)))
 
@@ -197,16 +197,16 @@ def _load_file(path: Path) -> Dataset:
     formats. The cells of CSV files are text.
     """
     if not path.name.endswith(SUFFIXES):
-        raise SimpoError(f"{path}: unsupported file type; supported are {_KINDS}")
+        raise SimpoError(f"{path}: unsupported file type; supported are {_SUPPORTED}")
     with third_party(f"{path}: the file name is not UTF-8; rename the file"):
         path.name.encode()
     digest = _digest([path], path.name)
     if path.suffix in (".parquet", ".arrow"):
         return _load_columnar(path, digest)
-    kind = _csv_rows if path.suffix == ".csv" else _json_rows
-    named: dict[str, Any] = {"gen_kwargs": {"path": path}, "fingerprint": digest}
+    read_rows = _csv_rows if path.suffix == ".csv" else _json_rows
+    options: dict[str, Any] = {"gen_kwargs": {"path": path}, "fingerprint": digest}
     try:
-        return cached(lambda: Dataset.from_generator(kind, features=JSON_FEATURES, **named))
+        return cached(lambda: Dataset.from_generator(read_rows, features=JSON_FEATURES, **options))
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, SimpoError):
@@ -231,14 +231,14 @@ def _load_columnar(path: Path, digest: str) -> Dataset:
             file.seek(max(0, file.seek(0, io.SEEK_END) - 8))
             if not file.read().endswith(_ARROW_ENDS):  # a stream truncated between two batches would seem complete
                 raise SimpoError(f"{path}: not a readable arrow file: it is truncated or damaged at the end")
-    named: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
+    options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
     try:
         empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # the builder cannot read an empty one
         if not empty:
             # The builders key their cache by path and modification time; a folder per content is safe.
             dataset = cached(
                 lambda: load_dataset(
-                    kind, **named, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest)
+                    kind, **options, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest)
                 )
             )
     except Exception as error:
@@ -262,10 +262,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, str]]:
         with _open_text(path) as file:
             items: Iterator[tuple[str, Any]]
             if is_list:
-                items = ((f"{path.name}[{index}]", item) for index, item in enumerate(_parsed(file.read(), path, 1)))
+                items = ((f"{path.name}[{index}]", item) for index, item in enumerate(_parse(file.read(), path, 1)))
             else:
                 lines = ((number, line.rstrip()) for number, line in enumerate(file, start=1) if line.strip())
-                items = ((f"{path.name}:{number}", _parsed(line, path, number)) for number, line in lines)
+                items = ((f"{path.name}:{number}", _parse(line, path, number)) for number, line in lines)
             for where, row in items:
                 if not isinstance(row, dict):
                     raise SimpoError(f"{where}: not a JSON object; every row must be an object with named columns")
@@ -277,7 +277,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, str]]:
         raise SimpoError(f"{path}: no rows")
 
 
-def _parsed(text: str, path: Path, first_line: int) -> Any:
+def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object_without_duplicate_keys)
     except json.JSONDecodeError as error:

@@ -64,9 +64,9 @@ _STATUS = "_status"
 # Part of every fingerprint: increase it when the same rows and settings yield different ids or statuses than before.
 _FORMAT = 16
 _BATCH = 256
-_EXAMINED = 1000  # rows checked for a known shape before tokenizing starts
+_ROWS_CHECKED = 1000  # rows checked for a known shape before tokenizing starts
 # Tokenizing fewer rows than this is faster than starting processes.
-_SMALL = 2000
+_MIN_ROWS_FOR_WORKERS = 2000
 _ROWS_PER_PROCESS = 1000
 
 
@@ -253,7 +253,7 @@ class Tokenization(ABC):
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """Tokenize a batch of rows and return its columns."""
         rows = rows_of(batch, indices, self.label)
-        drafts = [draft for row, where in rows for draft in self._drafts(row, where)]
+        drafts = [draft for row, where in rows for draft in self._draft_row(row, where)]
         rendered = [draft.rendered for draft in drafts if draft.rendered is not None]
         all_ids = iter(self.encoder.encode_groups([(one.texts, one.marker) for one in rendered]))
         columns: dict[str, list[Any]] = {name: [] for name in self.features}
@@ -276,7 +276,7 @@ class Tokenization(ABC):
                 column.append(status if name == _STATUS else values.get(name))
         return columns
 
-    def _drafts(self, row: Mapping[str, Any], where: str) -> list[_Draft]:
+    def _draft_row(self, row: Mapping[str, Any], where: str) -> list[_Draft]:
         try:
             row, read = canonical(row, answers=self.answers)
             if self._has_template:
@@ -287,14 +287,14 @@ class Tokenization(ABC):
             found = self.render(content)
             for rendered in found:
                 check_unicode("".join(rendered.texts))
-            illustrated = self.images.insert_images(found, images) if self.images else [(one, {}) for one in found]
+            with_images = self.images.insert_images(found, images) if self.images else [(one, {}) for one in found]
         except BadRow as bad:
             return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
-        drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in illustrated]
+        drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in with_images]
         # Reported once per row.
-        noticed = suspicions(row, content, self.renderer.options)
-        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *noticed]
+        suspect = suspicions(row, content, self.renderer.options)
+        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *suspect]
         return drafts
 
     @property
@@ -426,7 +426,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
             with_indices=True,
             remove_columns=dataset.column_names,
             features=tokenization.features,
-            num_proc=_processes(len(dataset), settings.num_proc),
+            num_proc=_process_count(len(dataset), settings.num_proc),
             new_fingerprint=fingerprint,
             cache_file_name=map_cache_file(fingerprint),
             desc=f"Tokenizing {label}",
@@ -448,7 +448,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
 def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     """Fail early, naming the columns found, if none of the first rows has a known shape."""
     label, unknown = tokenization.label, None
-    head = range(min(len(dataset), _EXAMINED))
+    head = range(min(len(dataset), _ROWS_CHECKED))
     for row, where in rows_of(dataset[: len(head)], head, label):
         try:
             read, _ = canonical(row, answers=tokenization.answers)
@@ -464,13 +464,13 @@ def _check_shapes(dataset: Dataset, tokenization: Tokenization) -> None:
     )
 
 
-def _processes(rows: int, wanted: int | None) -> int | None:
+def _process_count(rows: int, wanted: int | None) -> int | None:
     """Return the number of worker processes; ``None`` means this process."""
     if wanted is None:
         # macOS and Windows cannot report which cores a process may use.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = min(cores, rows // _ROWS_PER_PROCESS)
-    return wanted if rows >= _SMALL and wanted > 1 else None
+    return wanted if rows >= _MIN_ROWS_FOR_WORKERS and wanted > 1 else None
 
 
 def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> str:

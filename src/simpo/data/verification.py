@@ -27,8 +27,8 @@ from simpo.runs.manifest import file_digest
 logger = logging.getLogger(__name__)
 
 # What `datasets` raises for files that are damaged or cannot be written.
-_FAULTS = (OSError, pa.ArrowException, json.JSONDecodeError, DatasetGenerationError)
-_temporary: list[Path] = []  # the cache used until the process ends if the normal one is unusable
+_CACHE_ERRORS = (OSError, pa.ArrowException, json.JSONDecodeError, DatasetGenerationError)
+_temporary_cache: list[Path] = []  # the cache used until the process ends if the normal one is unusable
 
 
 def cached(make: Callable[[], Dataset]) -> Dataset:
@@ -52,26 +52,26 @@ def cached(make: Callable[[], Dataset]) -> Dataset:
             if damaged := [path for path in _files(dataset) if not _is_intact(path)]:
                 raise OSError(f"{damaged[0]} is damaged and cannot be replaced")
         return dataset
-    except _FAULTS as error:
-        if isinstance(error.__cause__, SimpoError) or _temporary:
+    except _CACHE_ERRORS as error:
+        if isinstance(error.__cause__, SimpoError) or _temporary_cache:
             raise
-        before, fault = datasets.config.HF_DATASETS_CACHE, one_line(error.__cause__ or error)
-        _temporary.append(Path(tempfile.mkdtemp(prefix="simpo-data-")))
-        atexit.register(shutil.rmtree, _temporary[0], ignore_errors=True)
-        datasets.config.HF_DATASETS_CACHE = _temporary[0]
+        before, reason = datasets.config.HF_DATASETS_CACHE, one_line(error.__cause__ or error)
+        _temporary_cache.append(Path(tempfile.mkdtemp(prefix="simpo-data-")))
+        atexit.register(shutil.rmtree, _temporary_cache[0], ignore_errors=True)
+        datasets.config.HF_DATASETS_CACHE = _temporary_cache[0]
         try:
             dataset = make()
         except BaseException:
             datasets.config.HF_DATASETS_CACHE = before
-            _temporary.clear()
+            _temporary_cache.clear()
             raise
-        logger.warning("%s: the dataset cache cannot be used (%s); using a temporary one instead", before, fault)
+        logger.warning("%s: the dataset cache cannot be used (%s); using a temporary one instead", before, reason)
         return dataset
 
 
 def map_cache_file(fingerprint: str) -> str | None:
     """Return the file for ``Dataset.map`` to write to: one in the temporary cache if there is one, else None."""
-    return str(_temporary[0] / f"cache-{fingerprint}.arrow") if _temporary else None
+    return str(_temporary_cache[0] / f"cache-{fingerprint}.arrow") if _temporary_cache else None
 
 
 def _files(dataset: Dataset) -> list[Path]:
@@ -102,7 +102,7 @@ def _remove(path: Path) -> None:
 # ---- Tokenized rows that may come from elsewhere; checked before anything relies on their structure.
 
 _BATCH = 1000
-_LARGEST_ID = np.iinfo(np.int32).max
+_MAX_ID = np.iinfo(np.int32).max
 # Column -> depth of nested lists, test for the type of the values, and what is expected, in words.
 _COLUMNS: dict[str, tuple[int, Callable[[pa.DataType], bool], str]] = {
     "prompt_ids": (1, pa.types.is_integer, "a list of token ids"),
@@ -126,8 +126,9 @@ def check_tokenized(rows: Dataset, label: str) -> None:
     for start, batch in zip(count(step=_BATCH), batches, strict=False):
         lengths = {name: _lengths(batch[name], name, f"{label} row", start) for name in names}
         responses, tokens = lengths["response_ids"]
-        if "label" in lengths and len(wrong := np.flatnonzero(responses != 1)):
-            raise SimpoError(f"{label} row {start + wrong[0]}: response_ids: a row with a label must have one response")
+        if "label" in lengths and len(invalid := np.flatnonzero(responses != 1)):
+            place = f"{label} row {start + invalid[0]}"
+            raise SimpoError(f"{place}: response_ids: a row with a label must have exactly one response")
         if (
             "scored" in lengths
             and (responses == 1).all()
@@ -143,23 +144,23 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
     row = np.arange(start, start + len(column))  # the row of each value
     found: list[np.ndarray] = []
 
-    def refuse(wrong: Any, fault: str) -> None:
-        if len(positions := np.flatnonzero(wrong)):
-            raise SimpoError(f"{place} {row[positions[0]]}: {name}: {fault}; expected {expected}")
+    def reject(mask: Any, reason: str) -> None:
+        if len(positions := np.flatnonzero(mask)):
+            raise SimpoError(f"{place} {row[positions[0]]}: {name}: {reason}; expected {expected}")
 
     for _ in range(depth):
         if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
             raise SimpoError(f"{place} {start}: {name}: has type {column.type}; expected {expected}")
-        refuse(column.is_null(), "null")
+        reject(column.is_null(), "null")
         found.append(pc.list_value_length(column).to_numpy(zero_copy_only=False))
-        refuse(found[-1] == 0, "an empty list")
+        reject(found[-1] == 0, "an empty list")
         row, column = row[pc.list_parent_indices(column)], pc.list_flatten(column)
-    refuse(column.is_null(), "null")
+    reject(column.is_null(), "null")
     if not has_type(column.type):
         raise SimpoError(f"{place} {start}: {name}: has type {column.type}; expected {expected}")
     if pa.types.is_integer(column.type):
         ids = column.to_numpy(zero_copy_only=False)
-        refuse((ids < 0) | (ids > _LARGEST_ID), "not a valid token id")
+        reject((ids < 0) | (ids > _MAX_ID), "not a valid token id")
     return found
 
 
@@ -174,8 +175,7 @@ def check_rankings(rows: Dataset, label: str) -> None:
             if responses > 2:
                 raise SimpoError(f"{label} row {row} has {responses} responses but no scores to rank them by")
             continue
-        falling = (
-            all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
-        )  # false if one of them is NaN
-        if len(row_scores) != responses or not falling:
+        # False if a score is NaN.
+        descending = all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
+        if len(row_scores) != responses or not descending:
             raise SimpoError(f"{label} row {row}: scores must be one per response, best first, and not all equal")
