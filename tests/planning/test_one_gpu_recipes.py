@@ -20,7 +20,7 @@ from simpo.training.settings import DataArguments
 
 _RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*-one-*gb-gpu.yaml"))
 _CONFIGS = {"sft": SFTConfig, "reward": RewardConfig}
-_STATED = re.compile(r"([\d.]+) of ([\d.]+) GiB, by\n#   simpo plan RECIPE (.+)")
+_STATED = re.compile(r"([\d.]+) of ([\d.]+) GiB, from\n#   simpo plan RECIPE (.+)")
 
 
 def write_llama(folder: Path) -> None:
