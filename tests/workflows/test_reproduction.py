@@ -192,11 +192,11 @@ def test_studies_from_earlier_calls_are_recognized_by_their_trials(tmp_path: Pat
     *most, last = [arm.trial(arm.candidates()[0], seed) for arm in ablation.arms.values() for seed in ablation.seeds]
     metrics = dict.fromkeys(METRICS, 0.5)
     trials._lines.append([{"key": trial.key, "metrics": metrics} for trial in most])
-    assert not Trials(tmp_path, 1, print).has(ablation)
+    assert not Trials(tmp_path, 1, print).has_finished(ablation)
     trials._lines.append([{"key": last.key, "metrics": metrics}])
     again = Trials(tmp_path, 1, print)
-    assert again.has(ablation) and not again.has(objectives)
-    assert [trial.key for trial in again.tuned(ablation)] == [trial.key for trial in [*most, last]]
+    assert again.has_finished(ablation) and not again.has_finished(objectives)
+    assert [trial.key for trial in again.final_trials(ablation)] == [trial.key for trial in [*most, last]]
 
 
 def test_the_plan_for_real_models_uses_our_commands(capsys: pytest.CaptureFixture):
@@ -219,9 +219,9 @@ def test_the_page_states_the_number_of_seeds_and_undefined_results(seeds: int):
     measured[first][metric][-1] = np.nan
     outcomes = [decide(claim, measured) for claim in study.claims]
     page = render([Result(study, {name: {} for name in study.arms}, measured, outcomes)])
-    assert f"over {seeds} training seed" in page and "five" not in page
+    assert f"measured with {seeds} training seed" in page and "five" not in page
     assert not re.search(r"\bnan\b|None", page)
-    assert f"undefined with 1 of {seeds} seeds" in page
+    assert f"undefined for 1 of {seeds} seeds" in page
     figure = page[page.index("<figure>") : page.index("</figure>")]
     assert figure.count('class="dot"') == len(study.arms) - 1
 

@@ -1,1 +1,1 @@
-"""The claims of the SimPO paper in miniature: studies, their trials on the tiny world, and verdicts by rule."""
+"""The SimPO paper's claims in miniature: studies, their trials on the tiny world, and verdicts by a fixed rule."""

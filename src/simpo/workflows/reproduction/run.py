@@ -1,4 +1,4 @@
-"""The workflow of ``simpo reproduce``: trials that are not done yet, verdicts, and ``reproduce.html``."""
+"""Workflow of ``simpo reproduce``: run the missing trials, decide the claims, and write ``reproduce.html``."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ PAGE, CLAIMS = "reproduce.html", "claims.json"
 
 
 def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: Sequence[str] = ()) -> list[Outcome]:
-    """Run the trials of the studies that the folder does not have yet, and write the page.
+    """Run the studies' missing trials and write the page.
 
-    A run that was stopped is continued by the same call, and other studies may be added; the figures are the same,
-    except for the seconds. The page has every registered study whose trials the folder has.
+    The same call resumes a stopped run, and later calls may add studies. Metrics are reproducible except for
+    ``seconds``. The page covers every registered study whose trials are complete in the folder.
 
     Raises:
         SimpoError: the folder cannot be used.
-        InterruptedRun: the user stopped it.
+        InterruptedRun: the user interrupted the run.
     """
     with interruptible(), RunFolder(folder, command="reproduce") as run:
         if run.finished:
@@ -67,9 +67,9 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
         prepare_base(folder / "base", run.log)
         trials = Trials(folder, processes, run.log)
         trials.run(trial for study in studies for arm in study.arms.values() for trial in arm.tuning_trials())
-        trials.run(trial for study in studies for trial in trials.tuned(study))
-        wanted = {study.name for study in studies}
-        earlier = [study for study in read_studies() if study.name not in wanted and trials.has(study)]
+        trials.run(trial for study in studies for trial in trials.final_trials(study))
+        requested = {study.name for study in studies}
+        earlier = [study for study in read_studies() if study.name not in requested and trials.has_finished(study)]
         results = [trials.result(study) for study in sorted([*studies, *earlier], key=lambda study: study.number)]
         write_text(folder / PAGE, render(results))
         document = {result.study.name: [asdict(outcome) for outcome in result.outcomes] for result in results}
@@ -87,16 +87,16 @@ def reproduce(studies: Sequence[Study], folder: Path, *, processes: int, argv: S
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a study."""
+    """The result of one study."""
 
     study: Study
-    chosen: Mapping[str, Mapping[str, Any]]  # the settings of each arm after tuning
-    measured: Mapping[str, Measured]  # the numbers of each arm
-    outcomes: Sequence[Outcome]  # of the claims
+    chosen: Mapping[str, Mapping[str, Any]]  # settings of each arm after tuning
+    measured: Mapping[str, Measured]  # metrics of each arm
+    outcomes: Sequence[Outcome]  # one per claim
 
 
 class Trials:
-    """The trials of a folder, each of which is run once."""
+    """The trials stored in a folder; each is run only once."""
 
     def __init__(self, folder: Path, processes: int, log: Log) -> None:
         self._base = folder / "base"
@@ -105,9 +105,9 @@ class Trials:
         self._processes, self._log = processes, log
 
     def run(self, trials: Iterable[Trial]) -> None:
-        """Run those that are missing, several at a time, and store each as soon as it is done."""
-        wanted = {trial.key: trial for trial in trials}
-        missing = {key: trial for key, trial in wanted.items() if key not in self._done}
+        """Run the missing trials in parallel, and store each as soon as it is done."""
+        requested = {trial.key: trial for trial in trials}
+        missing = {key: trial for key, trial in requested.items() if key not in self._done}
         if not missing:
             return
         scratch = tempfile.TemporaryDirectory()
@@ -127,10 +127,10 @@ class Trials:
                     advance(1)
         except BrokenProcessPool as error:
             raise SimpoError(
-                "processes: a trial's process was killed, most likely because memory ran out; run the same command "
-                "again with a smaller number, which continues"
+                "processes: a trial's process was killed, most likely because memory ran out; resume with the same "
+                "command and fewer processes"
             ) from error
-        except BaseException:  # of the user, too: trials that are running, and those that a process has taken, end now
+        except BaseException:  # including Ctrl-C: end the running trials, and those already handed to a process
             for process in multiprocessing.active_children():
                 process.kill()
             raise
@@ -139,48 +139,50 @@ class Trials:
             scratch.cleanup()
 
     def best(self, arm: Arm) -> dict[str, Any]:
-        """The candidate with the highest win rate on the tuning prompts; the first among equals."""
+        """Return the candidate with the highest win rate on the tuning prompts, or the first of several."""
         candidates, trials = arm.candidates(), arm.tuning_trials()
         rates = [self._done[trial.key]["win_rate"] for trial in trials]
         return candidates[int(np.argmax(rates)) if rates else 0]
 
-    def tuned(self, study: Study) -> list[Trial]:
-        """The trials that decide a study, of the best candidates; its tuning trials are done."""
+    def final_trials(self, study: Study) -> list[Trial]:
+        """Return the trials that decide a study, with the best candidates; requires its tuning trials to be done."""
         return [arm.trial(self.best(arm), seed) for arm in study.arms.values() for seed in study.seeds]
 
-    def has(self, study: Study) -> bool:
+    def has_finished(self, study: Study) -> bool:
         """Whether all trials of a study are done."""
         tuning = [trial for arm in study.arms.values() for trial in arm.tuning_trials()]
-        return all(one.key in self._done for one in tuning) and all(one.key in self._done for one in self.tuned(study))
+        if any(trial.key not in self._done for trial in tuning):  # the final trials depend on them
+            return False
+        return all(trial.key in self._done for trial in self.final_trials(study))
 
     def measured(self, trials: Sequence[Trial]) -> Measured:
-        """The metrics of trials that are done, ``[trials]`` each."""
-        found = [self._done[trial.key] for trial in trials]
-        # A number that was undefined, such as a correlation with a constant, is stored as null and becomes NaN.
-        return {name: np.array([metrics[name] for metrics in found], dtype=np.float64) for name in METRICS}
+        """Return the metrics of finished trials, each of shape ``[trials]``."""
+        records = [self._done[trial.key] for trial in trials]
+        # Undefined values, such as a correlation with a constant, are stored as null and become NaN here.
+        return {name: np.array([metrics[name] for metrics in records], dtype=np.float64) for name in METRICS}
 
     def result(self, study: Study) -> Result:
-        """What came out of a study, all trials of which are done."""
+        """Return the result of a study whose trials are all done."""
         chosen = {name: self.best(arm) for name, arm in study.arms.items()}
         trials = {name: [arm.trial(chosen[name], seed) for seed in study.seeds] for name, arm in study.arms.items()}
-        measured = {name: self.measured(several) for name, several in trials.items()}
+        measured = {name: self.measured(arm_trials) for name, arm_trials in trials.items()}
         return Result(study, chosen, measured, [decide(claim, measured) for claim in study.claims])
 
 
 def _start_process(scratch: str) -> None:
-    """Start a process for trials: it reports by their metrics only, writes to ``scratch``, and ends with its parent."""
-    import datasets  # noqa: PLC0415 - in the trial's process
+    """Initialize a worker process: quiet, with temporary files in ``scratch``, and ending with its parent."""
+    import datasets  # noqa: PLC0415 - slow, and only worker processes need it
     import transformers  # noqa: PLC0415
 
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all; the parent ends this process
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a terminal signals all processes; the parent ends this one
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_exit_after_parent, daemon=True).start()
     tempfile.tempdir = scratch
-    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which would outlive a process that is killed
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a semaphore, which would outlive a killed process
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as long as the process
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open until the process ends
 
 
 def _exit_after_parent() -> None:
@@ -194,7 +196,7 @@ def _exit_after_parent() -> None:
 
 
 def plan(studies: Sequence[Study], setting: str) -> list[str]:
-    """The commands that would run the studies in one of the paper's settings, with its published values."""
+    """Return the commands that run the studies in one of the paper's settings, with published hyperparameters."""
     if setting not in PAPER_SETTINGS:
         raise SimpoError(f"--setting: {setting!r} is unknown; the settings are {', '.join(PAPER_SETTINGS)}")
     names = dict.fromkeys(str(arm.given["objective"]) for study in studies for arm in study.arms.values())
@@ -206,11 +208,11 @@ def plan(studies: Sequence[Study], setting: str) -> list[str]:
     return text.splitlines()
 
 
-# ---- The page: what was claimed, what came out, and how certain it is.
+# ---- The page: claims, verdicts, and their uncertainty.
 
 
 def render(results: Sequence[Result]) -> str:
-    """The page of the studies that were run: their arms' numbers, the claims' outcomes, the settings after tuning."""
+    """Render the page: for each study, the outcomes of its claims, and metrics and tuned settings of its arms."""
     return _TEMPLATES.get_template("reproduce.html").render(
         results=results,
         metrics=METRICS,
@@ -221,7 +223,7 @@ def render(results: Sequence[Result]) -> str:
 
 
 def _axis(arms: Mapping[str, Measured], metric: str) -> tuple[float, float]:
-    """The ends of an axis for the means of all arms and their intervals."""
+    """Return the ends of an axis that fits the means of all arms and their intervals."""
     means = [mean_interval(values[metric]) for values in arms.values()]
     ends = [end for one in means for end in (one.low, one.high, one.value) if end is not None and math.isfinite(end)]
     least, most = min(ends, default=0.0), max(ends, default=0.0)
@@ -229,17 +231,17 @@ def _axis(arms: Mapping[str, Measured], metric: str) -> tuple[float, float]:
 
 
 def mean_text(values: np.ndarray) -> str:
-    """The mean of ``values`` ``[seeds]`` with its interval; where one of them is undefined, with how many seeds."""
+    """Format the mean of ``values`` ``[seeds]`` and its interval, or say for how many seeds it is undefined."""
     undefined = int((~np.isfinite(values)).sum())
-    return f"undefined with {undefined} of {len(values)} seeds" if undefined else interval_text(mean_interval(values))
+    return f"undefined for {undefined} of {len(values)} seeds" if undefined else interval_text(mean_interval(values))
 
 
-def interval_text(found: Interval) -> str:
-    """A number with its interval, where there is one, to three significant digits."""
-    if not math.isfinite(found.value):
+def interval_text(interval: Interval) -> str:
+    """Format a value and its interval, if there is one, to three significant digits."""
+    if not math.isfinite(interval.value):
         return "undefined"
-    bounds = "" if found.low is None or found.high is None else f" [{found.low:.3g}, {found.high:.3g}]"
-    return f"{found.value:.3g}{bounds}"
+    bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.3g}, {interval.high:.3g}]"
+    return f"{interval.value:.3g}{bounds}"
 
 
 _TEMPLATES = Environment(

@@ -1,4 +1,4 @@
-"""Studies: their trials on the tiny world, what ``studies.yaml`` registers, and the rule that decides about claims."""
+"""Studies as registered in ``studies.yaml``, their trials on the tiny world, and the rule that decides claims."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from simpo.workflows.pair import PairSettings, pair_responses
 from simpo.world.pairs import write_model, write_pairs, write_prompts, write_sft
 from simpo.world.questions import correct, judge
 
-START = "sft"  # the folder of the model that all trials start from
-HELD_OUT, TUNING = "held-out", "tuning"  # files of prompts
+START = "sft"  # folder of the model from which all trials start
+HELD_OUT, TUNING = "held-out", "tuning"  # prompt files
 HELD_OUT_PAIRS = "held-out-pairs.jsonl"
 SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=48, chunk_size=128)
-_KL_ROWS = 64  # held-out pairs on which the divergence is measured
+_KL_ROWS = 64  # held-out pairs on which the KL divergence is measured
 _TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 16, "num_train_epochs": 1, "max_length": 128,
     "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -56,28 +56,28 @@ _TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A training: its objective and settings, its pairs, and the prompts on which it is judged."""
+    """One training run and its evaluation: settings, pairs, seed, and the prompts on which it is judged."""
 
     settings: Mapping[str, Any]  # keys of a preference recipe
-    pairs: str  # the file of pairs, without its ending
-    seed: int  # of the training and of the sampled answers
-    prompts: str = HELD_OUT  # the file of prompts, without its ending
+    pairs: str  # file of pairs, without extension
+    seed: int  # for training and for sampling answers
+    prompts: str = HELD_OUT  # file of prompts, without extension
 
     @property
     def key(self) -> str:
-        """Identifies the trial; studies share trials."""
+        """Identifier of the trial; studies share trials."""
         return fingerprint(dict(self.settings), self.pairs, self.seed, self.prompts)[:16]
 
 
 def run_trial(base: Path, trial: Trial) -> dict[str, float]:
-    """Train and measure; the same trial gives the same numbers, except for ``seconds``.
+    """Train and evaluate one trial; deterministic except for ``seconds``.
 
     ``base`` is the folder with the start model, pairs and prompts.
 
-    Returns ``win_rate`` over the start model's answers, ``score``, ``correct``, ``tokens``, ``ended`` of sampled
-    answers; ``accuracy`` of the implicit reward on held-out pairs, ``ranking_agreement`` with the average
-    log-probability's ranking of them, ``reward_length_rho``, Spearman's correlation of reward and length; ``kl`` from
-    the start model in nats per token; ``seconds`` of processor time of training.
+    Returns metrics of sampled answers (``win_rate`` against the start model, ``score``, ``correct``, ``tokens``,
+    ``ended``); of the implicit reward on held-out pairs (``accuracy``; ``ranking_agreement`` with the average
+    log-probability; ``reward_length_rho``, Spearman's correlation with length); ``kl`` from the start model in nats per
+    token; and ``seconds``, the CPU time of training.
     """
     torch.set_num_threads(1)  # the model is tiny
     tokenizer = load_tokenizer(str(base / START))
@@ -91,29 +91,29 @@ def run_trial(base: Path, trial: Trial) -> dict[str, float]:
             **trial.settings,
         )
         rows = load_rows(str(base / f"{trial.pairs}.jsonl"), split="train")
-        began = time.process_time()  # which other programs do not change
+        began = time.process_time()  # CPU time, so that other programs do not affect it
         trainer = PreferenceTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
         seconds = time.process_time() - began
     model.eval()
-    found = _answer_metrics(model, start, tokenizer, base / f"{trial.prompts}.jsonl", trial.seed)
-    found |= _pair_metrics(model, start, tokenizer, base / HELD_OUT_PAIRS, trainer.objective)
+    metrics = _answer_metrics(model, start, tokenizer, base / f"{trial.prompts}.jsonl", trial.seed)
+    metrics |= _pair_metrics(model, start, tokenizer, base / HELD_OUT_PAIRS, trainer.objective)
     del trainer, model, start
     gc.collect()
-    return found | {"seconds": seconds}
+    return metrics | {"seconds": seconds}
 
 
-# ---- What the model answers.
+# ---- Evaluation of sampled answers.
 
 
 def _answer_metrics(
     model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, prompts: Path, seed: int
 ) -> dict[str, float]:
-    """One answer of each model to every prompt, judged by the world's exact judge."""
+    """Sample one answer per prompt from each model, and judge them with the world's exact judge."""
     prepared = prepare_prompts(load_rows(str(prompts), split="train"), tokenizer)
     texts, records = ResponseText(tokenizer), []
-    for answering in (model, start):
-        sampled = TransformersEngine(answering, tokenizer).generate([prompt.ids for prompt in prepared], SAMPLING, seed)
+    for generator in (model, start):
+        sampled = TransformersEngine(generator, tokenizer).generate([prompt.ids for prompt in prepared], SAMPLING, seed)
         records.append(
             [
                 {
@@ -126,53 +126,53 @@ def _answer_metrics(
         )
     answers = [PromptAnswers(prompt.content, *both) for prompt, *both in zip(prepared, *records, strict=True)]
     metrics = compare_answers(answers, judge, {"correct": correct})
-    found = {metric.name: float(metric.interval.value) for metric in metrics if metric.stage == "after"}
-    return {"tokens": found.pop("response_tokens"), "ended": found.pop("end_of_turn_rate"), **found}
+    values = {metric.name: float(metric.interval.value) for metric in metrics if metric.stage == "after"}
+    return {"tokens": values.pop("response_tokens"), "ended": values.pop("end_of_turn_rate"), **values}
 
 
-# ---- How it ranks held-out pairs.
+# ---- Evaluation on held-out pairs.
 
 
 def _pair_metrics(
     model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, pairs: Path, objective: Any
 ) -> dict[str, float]:
-    """Rankings of held-out pairs by reward and by likelihood, and the divergence from the start model."""
+    """Compare the rankings of held-out pairs by reward and by likelihood, and measure KL from the start model."""
     settings = TokenizeSettings(max_length=128, max_prompt_length=None)
     rows = prepare(load_rows(str(pairs), split="train"), tokenizer, settings).dataset
     comparisons = [TokenizedComparison(row["prompt_ids"], row["response_ids"]) for row in rows]
     with torch.no_grad():
-        now, before = (score_responses(one, comparisons) for one in (model, start))
-        scored = Responses(now.logp, now.length, before.logp)
+        after, before = (score_responses(one, comparisons) for one in (model, start))
+        scored = Responses(after.logp, after.length, before.logp)
         reward, average = objective.implicit_reward(scored), scored.avg
         batch = PackedBatch.build(comparisons[:_KL_ROWS])
         divergence = token_outputs(model, batch, reference=reference_states(start, batch)).divergence
     assert divergence is not None
-    gaps, likelier = (values.view(-1, 2).diff(dim=1).neg().squeeze(1) for values in (reward, average))
+    reward_gaps, logp_gaps = (values.view(-1, 2).diff(dim=1).neg().squeeze(1) for values in (reward, average))
     return {
-        "accuracy": float((gaps > 0).float().mean()),
-        "ranking_agreement": float((gaps.sign() == likelier.sign()).float().mean()),
+        "accuracy": float((reward_gaps > 0).float().mean()),
+        "ranking_agreement": float((reward_gaps.sign() == logp_gaps.sign()).float().mean()),
         "reward_length_rho": spearman(reward.numpy(), scored.length.numpy()).value,
         "kl": float(divergence.mean()),
     }
 
 
-# ---- The common basis: the start model, and pairs and prompts of the tiny world.
+# ---- Shared inputs of all trials: the start model, and pairs and prompts from the tiny world.
 
 DEMONSTRATIONS, PROMPTS, JUDGED, PAIRS = 24_000, 640, 240, 640
 ON_POLICY, OFF_POLICY, LENGTH_BIASED = "on-policy", "off-policy", "length-biased"  # files of pairs
 LENGTH_BIAS = 0.5
-_SEED = 0  # of the world, the start model and the pairs; seeds of trials vary the training and the answers
-_ANSWERS = 6  # to a prompt, of which the best and the worst are paired
+_SEED = 0  # for the world, the start model and the pairs; a trial's seed only varies training and sampling
+_ANSWERS = 6  # answers per prompt, of which the best and the worst are paired
 
 
 def prepare_base(folder: Path, log: Log) -> None:
-    """Make the start model by supervised fine-tuning, pair its own answers, and draw other pairs; once.
+    """Create the inputs that do not exist yet: fine-tune the start model, pair its answers, and draw other pairs.
 
-    Every part is whole or absent, and a part that exists is left as it is.
+    Each file and folder is written atomically, so that an interrupted call can be repeated.
     """
     if not (folder / "random").exists():
         write_model(folder / "random", _SEED)
-    write_sft(folder / "demonstrations.jsonl", DEMONSTRATIONS, _SEED)  # writing them again changes nothing
+    write_sft(folder / "demonstrations.jsonl", DEMONSTRATIONS, _SEED)  # deterministic, so rewriting is harmless
     write_prompts(folder / "prompts.jsonl", PROMPTS, _SEED)
     write_prompts(folder / f"{TUNING}.jsonl", JUDGED, _SEED + 1)
     write_prompts(folder / f"{HELD_OUT}.jsonl", JUDGED, _SEED, held_out=True)
@@ -183,7 +183,7 @@ def prepare_base(folder: Path, log: Log) -> None:
         _fine_tune(folder)
     for name, prompts in ((ON_POLICY, "prompts"), (HELD_OUT_PAIRS.removesuffix(".jsonl"), HELD_OUT)):
         if not (folder / f"{name}.jsonl").exists():
-            log(f"pairs: {_ANSWERS} answers of the start model to every one of {prompts}.jsonl")
+            log(f"pairs: sampling {_ANSWERS} answers from the start model to each prompt in {prompts}.jsonl")
             _pair(folder, name, prompts)
 
 
@@ -204,33 +204,31 @@ def _pair(folder: Path, name: str, prompts: str) -> None:
     answers = folder / f"{name}-answers"
     source = PromptArguments(str(folder / f"{prompts}.jsonl"))
     sample_responses(ModelArguments(str(folder / START), dtype="float32"), source, settings, answers)
-    # The exact judge scores answers that were cut off correctly.
-    keep_cut = PairSettings(keep_unfinished=True)
-    pair_responses(answers / FILE_NAME, judge, folder / f"{name}.jsonl", keep_cut)
+    pairing = PairSettings(keep_unfinished=True)  # the exact judge also scores cut-off answers correctly
+    pair_responses(answers / FILE_NAME, judge, folder / f"{name}.jsonl", pairing)
 
 
-# ---- Studies as they are registered, and the rule that decides about their claims.
+# ---- Registered studies, and the rule that decides their claims.
 
 REGISTERED = Path(__file__).parent / "studies.yaml"
 METRICS = (
-    "win_rate", "score", "correct", "tokens", "ended",  # of answers
+    "win_rate", "score", "correct", "tokens", "ended",  # of sampled answers
     "accuracy", "ranking_agreement", "reward_length_rho", "kl", "seconds",
 )  # fmt: skip
 _TUNING_SEED = 0
-OWN_KEYS = ("grid", "pairs", "learning_rate_times")  # of arms; the others are keys of recipes
+OWN_KEYS = ("grid", "pairs", "learning_rate_times")  # keys of arms that are not recipe keys
 
 Verdict = Literal["holds", "does not hold here", "inconclusive"]
-# Numbers of an arm by metric, one for each seed.
-Measured = Mapping[str, np.ndarray]
+Measured = Mapping[str, np.ndarray]  # an arm's values by metric, `[seeds]` each
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: on the whole, ``better`` has a larger ``metric`` than ``than``."""
+    """A claim of the paper: on average over seeds, ``better`` has a larger ``metric`` than ``than``."""
 
     claim: str  # the claim as a sentence
-    metric: str  # the metric that is compared
-    better: str | float  # an arm, or a number
+    metric: str  # the metric to compare
+    better: str | float  # an arm or a number
     than: str | float  # an arm, a number, or `others` for every other arm
 
 
@@ -238,44 +236,44 @@ class Claim:
 class Arm:
     """One model of a study."""
 
-    name: str  # in the study
+    name: str  # unique within the study
     given: Mapping[str, Any]  # keys as registered
-    learning_rate: float  # of the tiny world, before `learning_rate_times`
+    learning_rate: float  # the tiny world's, before `learning_rate_times`
 
     def candidates(self) -> list[dict[str, Any]]:
-        """The settings to choose from: one, or all combinations of the grid."""
+        """Return the settings to choose from: all combinations of the grid, or a single one."""
         grid = self.given.get("grid", {})
         fixed = {key: value for key, value in self.given.items() if key != "grid"}
         return [fixed | dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
     def trial(self, candidate: Mapping[str, Any], seed: int) -> Trial:
-        """A trial of one of the candidates on the held-out prompts."""
+        """Return the trial of a candidate on the held-out prompts."""
         settings = {key: value for key, value in candidate.items() if key not in OWN_KEYS}
         settings["learning_rate"] = self.learning_rate * candidate.get("learning_rate_times", 1)
         return Trial(settings, candidate.get("pairs", "on-policy"), seed)
 
     def tuning_trials(self) -> list[Trial]:
-        """A trial of each candidate on the tuning prompts; none if there is nothing to choose."""
-        found = [replace(self.trial(candidate, _TUNING_SEED), prompts=TUNING) for candidate in self.candidates()]
-        return found if len(found) > 1 else []
+        """Return a trial per candidate on the tuning prompts, or none if there is only one candidate."""
+        trials = [replace(self.trial(candidate, _TUNING_SEED), prompts=TUNING) for candidate in self.candidates()]
+        return trials if len(trials) > 1 else []
 
 
 @dataclass(frozen=True)
 class Study:
     """One study."""
 
-    number: int  # its place in the file, from 1
-    name: str  # by which it is chosen
-    title: str  # the question
-    source: str  # where the paper has it
-    arms: Mapping[str, Arm]  # the models by name
-    claims: Sequence[Claim]  # what is tested
-    seeds: Sequence[int]  # of the trials
+    number: int  # position in the file, from 1
+    name: str  # name on the command line
+    title: str  # the question it answers
+    source: str  # where it is in the paper
+    arms: Mapping[str, Arm]  # the models, by name
+    claims: Sequence[Claim]  # the claims it tests
+    seeds: Sequence[int]  # seeds of its trials
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a claim: the difference with its interval, against each arm or number, and the verdict."""
+    """Outcome of a claim: the difference from each arm or number with its interval, and the verdict."""
 
     claim: Claim
     differences: Mapping[str, Interval]
@@ -283,7 +281,7 @@ class Outcome:
 
 
 def read_studies(chosen: Sequence[str] = ()) -> list[Study]:
-    """The registered studies, or those with the chosen names or numbers."""
+    """Return the registered studies, or only the ``chosen`` ones, by name or number."""
     document = yaml.safe_load(REGISTERED.read_text(encoding="utf-8"))
     studies = []
     for number, entry in enumerate(document["studies"], 1):
@@ -296,12 +294,12 @@ def read_studies(chosen: Sequence[str] = ()) -> list[Study]:
             names = [study.name for study in studies]
             hint = nearest(name, names) or f"; the studies are 1 to {len(studies)}: {', '.join(names)}"
             raise SimpoError(f"study {name!r} is unknown{hint}")
-    wanted = {known[name].number for name in chosen}
-    return [study for study in studies if not wanted or study.number in wanted]
+    numbers = {known[name].number for name in chosen}
+    return [study for study in studies if not numbers or study.number in numbers]
 
 
 def decide(claim: Claim, measured: Mapping[str, Measured]) -> Outcome:
-    """Apply the rule at the end of ``studies.yaml``."""
+    """Decide a claim by the rule at the end of ``studies.yaml``."""
 
     def values(side: str | float) -> np.ndarray:
         return measured[side][claim.metric] if isinstance(side, str) else np.array(side)
@@ -309,14 +307,14 @@ def decide(claim: Claim, measured: Mapping[str, Measured]) -> Outcome:
     others = [name for name in measured if name != claim.better]
     against = others if claim.than == "others" else [claim.than]
     differences = {str(other): mean_interval(values(claim.better) - values(other)) for other in against}
-    verdicts = [_verdict(found) for found in differences.values()]
-    worst: tuple[Verdict, ...] = ("does not hold here", "inconclusive", "holds")
-    return Outcome(claim, differences, next(verdict for verdict in worst if verdict in verdicts))
+    verdicts = [_verdict(difference) for difference in differences.values()]
+    worst_first: tuple[Verdict, ...] = ("does not hold here", "inconclusive", "holds")
+    return Outcome(claim, differences, next(verdict for verdict in worst_first if verdict in verdicts))
 
 
-def _verdict(found: Interval) -> Verdict:
-    # Several values that are all equal have no interval; they speak for themselves.
-    low, high = (found.value if bound is None else bound for bound in (found.low, found.high))
-    if found.n > 1 and low > 0:
+def _verdict(difference: Interval) -> Verdict:
+    # If all seeds agree exactly, there is no interval and the common value decides.
+    low, high = (difference.value if bound is None else bound for bound in (difference.low, difference.high))
+    if difference.n > 1 and low > 0:
         return "holds"
-    return "does not hold here" if found.n > 1 and high < 0 else "inconclusive"
+    return "does not hold here" if difference.n > 1 and high < 0 else "inconclusive"
