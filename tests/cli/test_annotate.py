@@ -284,13 +284,13 @@ def length(prompt, response): return len(response)
         (
             "function:scorers_of_test:nan",
             ["--trust_remote_code"],
-            "prompt i0: [nan, nan, nan, nan]",
+            "prompt i0: expected finite scores, got [nan, nan, nan, nan]",
         ),
         ("function:scorers_of_test:words", ["--trust_remote_code"], "prompt i0: ValueError"),
         ("function:scorers_of_test:length", [], "allow it with --trust_remote_code"),
         ("api", [], "--judge_url and --judge_model"),
         ("exakt", [], "did you mean exact?"),
-        ("human:x.jsonl", [], "not known"),
+        ("human:x.jsonl", [], "unknown judge"),
     ],
 )
 def test_unusable_annotators_give_a_one_line_error(annotator, options, said, sampled, capsys, monkeypatch):

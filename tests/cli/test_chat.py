@@ -147,7 +147,7 @@ def test_truncated_reasoning_stays_in_the_conversation(talk, folder, monkeypatch
 
 def test_mistakes_give_a_one_line_error(talk, folder, tmp_path):
     for options, said in (
-        ({"chat_template": "none"}, "no chat template; give one with chat_template"),
+        ({"chat_template": "none"}, "no chat template; set chat_template"),
         ({"temperature": -1}, "temperature: must be"),
         ({"max_new_tokens": 128}, "context of 128"),
         ({"model": "./nowhere"}, "./nowhere"),

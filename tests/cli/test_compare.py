@@ -164,8 +164,8 @@ def test_a_warm_cache_sends_nothing_and_gives_the_same_file(answers, capsys):
     judged = sum(x != y for x, y in pairs_of(answers)) - sum(missing)
     assert first.n == judged and first.value == pytest.approx((0.5 * (judged - even)) / judged)
     printed = capsys.readouterr().out
-    assert f"{sent} requests to send, 0 answered before; estimate: about" in printed and "at most $" in printed
-    assert f"{sent} requests sent" in printed and f"0 requests to send, {sent} answered before" in printed
+    assert f"{sent} requests to send, 0 in the cache; estimate: about" in printed and "at most $" in printed
+    assert f"{sent} requests sent" in printed and f"0 requests to send, {sent} in the cache" in printed
 
 
 def pairs_of(answers):
@@ -204,14 +204,14 @@ def test_a_server_that_fails_loses_nothing(answers, capsys):
         (answers / "cache").rename(answers / "old")
         assert main(command(answers, *at(server), output="other")) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "status 401" in error and "what was received is kept" in error
+    assert error.count("\n") == 1 and "status 401" in error and "replies so far are cached" in error
 
 
 def test_the_user_confirms_the_cost(answers, capsys, monkeypatch):
     with ChatServer(prefer_shorter) as server:
         line = [option for option in command(answers, *at(server)) if option != "--yes"]
         assert main(line) == 2
-        assert "agree with --yes" in capsys.readouterr().err
+        assert "pass --yes" in capsys.readouterr().err
         terminal = io.StringIO("n\ny\n")
         terminal.isatty = lambda: True
         monkeypatch.setattr("sys.stdin", terminal)
@@ -281,8 +281,8 @@ OTHER = [{"instruction": "What is 99 plus 99?", "output": "198."}]
     ("options", "said"),
     [
         ([], ["--judge"]),
-        (["--judge=exakt"], ["'exakt' is not known", "exact"]),
-        (["--judge=exact", "--judge=exact"], ["named twice"]),
+        (["--judge=exakt"], ["unknown judge 'exakt'", "exact"]),
+        (["--judge=exact", "--judge=exact"], ["given twice"]),
         (["--judge=api"], ["--judge_url"]),
         (["--judge=api", "--judge_url=http://127.0.0.1:1/v1"], ["judge_url and judge_model"]),
         (["--judge=api", "--judge_url=https://a.invalid/v1", "--judge_model=m"], ["OPENAI_API_KEY"]),
@@ -303,8 +303,8 @@ def test_mistakes_give_a_one_line_error(answers, capsys, options, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows: rows[1:], "1 prompts are in"),
-        (lambda rows: rows[1:] + OTHER, "2 prompts are in"),
+        (lambda rows: rows[1:], "1 prompts were answered by only one side"),
+        (lambda rows: rows[1:] + OTHER, "2 prompts were answered by only one side"),
         (lambda rows: rows + rows[:1], "b.json[30]: prompt"),
         (lambda rows: [row | {"output": 7} for row in rows], "b.json[0]: output: expected text"),
         (lambda rows: [{"text": "x"}], "b.json[0]: id: expected text"),
@@ -342,8 +342,8 @@ def test_the_cost_is_confirmed_before_models_are_sampled(models, tmp_path, capsy
                 folder = tmp_path / f"{name}-{longest}"
                 assert main([*line, f"--max_new_tokens={longest}", f"--output_dir={folder}"]) == 2
                 printed = capsys.readouterr()
-                assert "agree with --yes" in printed.err and not list(folder.glob("[ab]"))
-                found = re.search(r"(\d+) requests to send, 0 .* about ([\d,]+) tokens to read", printed.out)
+                assert "pass --yes" in printed.err and not list(folder.glob("[ab]"))
+                found = re.search(r"(\d+) requests to send, 0 .* about ([\d,]+) prompt tokens", printed.out)
                 estimates.append((int(found[1]), int(found[2].replace(",", ""))))
         (pairs, less), (_, more), (fewer, little), (_, little_more) = estimates
         assert (pairs, fewer) == (2 * 5 * 2 * 2, 2 * 5 * 2)
@@ -361,7 +361,7 @@ def test_prompts_too_long_for_one_model_are_reported_before_sampling(models, tmp
     options = [f"--prompts={prompts}", "--judge=exact", "--max_new_tokens=8", f"--output_dir={tmp_path / 'out'}"]
     assert main(["compare", str(models / "model"), str(tmp_path / "narrow"), *options]) == 2
     error = capsys.readouterr().err
-    assert "1 prompts are in" in error and "no room" in error and error.count("\n") == 1
+    assert "1 prompts were answered by only one side" in error and "its context" in error and error.count("\n") == 1
     assert not list((tmp_path / "out").glob("[ab]"))
 
 

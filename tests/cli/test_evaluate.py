@@ -169,7 +169,7 @@ def test_a_reply_without_a_verdict_is_counted_and_not_scored(world, judge, tmp_p
     found = figures(tmp_path / "out")
     assert found["alpaca_eval/without_preference"].value == 1
     assert found["alpaca_eval/win_rate"].n == len(QUESTIONS) - 1
-    assert "1 of 12 answers got no preference" in capsys.readouterr().out
+    assert "1 of 12 answers have no preference" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/annotations.json").read_text())[5]["preference"] is None
 
 
@@ -219,10 +219,8 @@ def test_the_cost_is_confirmed_before_answers_are_sampled(world, judge, tmp_path
         for longest in (16, 32):
             assert main([*line, f"--max_new_tokens={longest}", f"--output_dir={tmp_path / str(longest)}"]) == 2
             printed = capsys.readouterr()
-            assert "agree with --yes" in printed.err and not (tmp_path / str(longest) / "answers").exists()
-            found = re.search(
-                r"as they may be: (\d+) requests to send, 0 .* about ([\d,]+) tokens to read", printed.out
-            )
+            assert "pass --yes" in printed.err and not (tmp_path / str(longest) / "answers").exists()
+            found = re.search(r"maximum length: (\d+) requests to send, 0 .* about ([\d,]+) prompt tokens", printed.out)
             assert int(found[1]) == requests
             estimates.append(int(found[2].replace(",", "")))
         assert estimates[1] - estimates[0] == 16 * answers
@@ -248,7 +246,7 @@ def test_a_run_with_existing_answers_only_asks_for_the_rest(world, judge, tmp_pa
         assert main([part for part in line if part != "--yes"]) == 2
         printed = capsys.readouterr()
         assert len(server.bodies) == sent and printed.err == "simpo: error: nothing was sent\n"
-        assert "as they may be" not in printed.out and "requests to send" in printed.out
+        assert "maximum length" not in printed.out and "requests to send" in printed.out
 
 
 def test_questions_that_do_not_fit_are_reported_before_sampling(world, judge, tmp_path, capsys):
@@ -257,7 +255,7 @@ def test_questions_that_do_not_fit_are_reported_before_sampling(world, judge, tm
     with ChatServer(judge) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", *options, model="model")) == 2
     error = capsys.readouterr().err
-    assert "no room for 1 of 12 questions" in error and "2,000 tokens" in error and error.count("\n") == 1
+    assert "1 of 12 questions leave no room" in error and "2,000 tokens" in error and error.count("\n") == 1
     assert not (tmp_path / "out/answers").exists()
 
 
@@ -374,8 +372,8 @@ def test_gsm8k_before_and_after(world, tmp_path):
             "unknown benchmark 'chess'; "
             "the benchmarks are academic, alpaca_eval, arena_hard, gsm8k, mt_bench, rewardbench",
         ),
-        (["alpaca_eval", "{}/outputs.jsonl"], "needs a judge: name it with --judge_url and --judge_model"),
-        (["alpaca_eval"], "give either a model or file of outputs, or --annotations"),
+        (["alpaca_eval", "{}/outputs.jsonl"], "needs a judge; set --judge_url and --judge_model"),
+        (["alpaca_eval"], "give either a model (or a file with its outputs) or --annotations"),
         (
             ["alpaca_eval", "{}/none.json", "--judge_url=http://127.0.0.1:1", "--judge_model=j"],
             "no such file of answers",
@@ -384,7 +382,7 @@ def test_gsm8k_before_and_after(world, tmp_path):
         (["arena_hard", "m", "--questions={}/none", "--baseline=x"], "questions: {}/none: there is no such file"),
         (
             ["gsm8k", "{}/model", "--data={}/outputs.jsonl"],
-            "outputs.jsonl:1: no 'question'; it has instruction, output",
+            "outputs.jsonl:1: no 'question'; the row has instruction, output",
         ),
     ],
 )
@@ -403,7 +401,7 @@ def test_a_judge_without_log_probabilities_is_detected(world, tmp_path, capsys):
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=3")) == 2
         assert len(server.bodies) == 8 < len(QUESTIONS) - 1  # no further requests are paid for
     error = capsys.readouterr().err
-    assert "gives no log-probabilities" in error and "--plain" in error
+    assert "reports no log-probabilities" in error and "--plain" in error
 
 
 def test_an_unusable_baseline_file_is_reported_before_anything_is_sent(world, judge, tmp_path, capsys):
@@ -412,7 +410,7 @@ def test_an_unusable_baseline_file_is_reported_before_anything_is_sent(world, ju
         assert main(alpaca(world, server.url, tmp_path / "out", f"--gamed={tmp_path / 'short.csv'}")) == 2
         assert server.bodies == [] and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
-    assert "12 instructions, but difficulties of 1" in error and error.count("\n") == 1
+    assert "12 instructions, but difficulties for 1 only" in error and error.count("\n") == 1
 
 
 def test_a_stopped_run_ends_with_one_line(world, judge, tmp_path, capfd):

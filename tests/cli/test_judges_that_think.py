@@ -138,7 +138,7 @@ def test_a_judge_at_its_servers_temperature_is_recorded(name, commands, tmp_path
 def test_a_judge_without_log_probabilities_is_rejected(commands, tmp_path, capsys):
     code, found, _ = run(commands["weighted"], lambda body: completion("m"), tmp_path)
     error = capsys.readouterr().err
-    assert (code, found) == (2, {}) and "gives no log-probabilities" in error and error.count("\n") == 1
+    assert (code, found) == (2, {}) and "reports no log-probabilities" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [*SAID, "weighted"])
@@ -150,7 +150,7 @@ def test_reasoning_in_answers_is_stripped_on_request_and_recorded(name, commands
 
     code, found, shown = run(commands[name], answer, tmp_path)
     assert code == 0 and any("<think>" in text for text in shown)
-    assert "--strip_thinking removes it" in capsys.readouterr().out
+    assert "--strip_thinking hides it" in capsys.readouterr().out
     key = {"annotate": "annotate/", "compare": "", "arena": "arena_hard/", "mt": "mt_bench/"}.get(name, "alpaca_eval/")
     assert found[f"{key}answers_with_thinking"].value == 2 and found[f"{key}answers_stripped_of_thinking"].value == 0
     assert "strip_thinking" not in json.loads((tmp_path / "run/run.json").read_text())["identity"]
@@ -188,4 +188,4 @@ def test_invalid_log_probabilities_are_never_weighted(logprob, commands, tmp_pat
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     code, found, _ = run(commands["weighted"], lambda body: completion("m", {"m": logprob, "M": -3.0}), tmp_path)
     assert (code, found) == (2, {})
-    assert f"a log-probability of {logprob!r}" in capsys.readouterr().err
+    assert f"invalid log-probability {logprob!r}" in capsys.readouterr().err

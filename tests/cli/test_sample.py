@@ -73,7 +73,7 @@ def test_answers_are_in_prompt_order_with_their_statistics(world, tmp_path, caps
     assert figures["sample/ended"].value == ended / 40 and figures["sample/hit_max_new_tokens"].value == 40 - ended
     assert figures["sample/distinct"].value == sum(len(set(row["responses"])) for row in rows) / 40
     printed = capsys.readouterr().out
-    assert f"{40 - ended} responses hit max_new_tokens 8" in printed
+    assert f"{40 - ended} responses reached max_new_tokens 8" in printed
     for row in rows[:3]:
         assert f"--- prompt {row['id']}\n{row['prompt']}\n--- answer {row['id']}\n" in printed
         assert printable(row["responses"][0].strip()) in printed
@@ -240,7 +240,7 @@ def test_an_adapters_folder_is_a_model(world, tmp_path, capsys):
     line = command(world, tmp_path / "out", n=1, temperature=0)
     line[1] = str(tmp_path / "adapter")
     assert main(line) == 0
-    assert "the model's context of 512 tokens leaves 504 to a prompt" in capsys.readouterr().out
+    assert "the model's context of 512 tokens leaves 504 for the prompt" in capsys.readouterr().out
     assert main(command(world, tmp_path / "base", n=1, temperature=0)) == 0
     first, second = ([row["response_ids"] for row in rows_in(tmp_path / name)] for name in ("out", "base"))
     assert first != second

@@ -139,7 +139,7 @@ def test_a_server_that_sends_byte_by_byte_times_out(tmp_path):
         server = await asyncio.start_server(drip, sock=listener)
         async with server:
             endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "tiny", timeout=0.2, attempts=1)
-            with pytest.raises(SimpoError, match=r"no answer within 0\.2 s"):
+            with pytest.raises(SimpoError, match=r"no reply within 0\.2 s"):
                 await asyncio.to_thread(ChatClient(endpoint, None).complete, requests(1))
 
     asyncio.run(measure())
@@ -168,7 +168,7 @@ def test_a_pause_holds_back_all_requests():
 def test_a_retry_after_of_a_day_is_an_error():
     with (
         ChatServer(echo, [Raw(429, b"{}", {"Retry-After": "86400"})]) as server,
-        pytest.raises(SimpoError, match="asks to wait 86,400 s"),
+        pytest.raises(SimpoError, match="asks for a wait of 86,400 s"),
     ):
         client(server).complete(requests(1))
 
@@ -212,7 +212,7 @@ def test_no_server_at_the_address_is_an_error():
 
 def test_replies_before_a_failure_are_kept(tmp_path):
     with ChatServer(slow_after(7, refuse(7))) as server:
-        with pytest.raises(SimpoError, match="too long; what was received is kept"):
+        with pytest.raises(SimpoError, match="too long; replies so far are cached"):
             client(server, tmp_path, concurrency=2).complete(requests(40))
         assert 8 <= len(server.bodies) <= 9  # requests in progress are finished, but no others are sent
         received = len(server.bodies) - 1
@@ -427,7 +427,7 @@ def test_keys_come_from_the_environment_and_are_never_shown(monkeypatch, tmp_pat
         client(server, tmp_path, api_key_env="JUDGE_KEY").complete(requests(1))
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
     monkeypatch.setenv("JUDGE_KEY", "two\nlines")
-    with pytest.raises(SimpoError, match="characters that no key has"):
+    with pytest.raises(SimpoError, match="characters not allowed in a key"):
         away.api_key()
 
 
@@ -454,11 +454,11 @@ def test_openai_is_only_imported_when_something_is_sent():
     [
         ({"base_url": "localhost:8000"}, "base_url"),
         ({"base_url": "ftp://host/v1"}, "base_url"),
-        ({"base_url": "http://user:password@host/v1"}, "keys come from the environment"),
+        ({"base_url": "http://user:password@host/v1"}, "put the key in the environment"),
         ({"base_url": "http://host:port/v1"}, "base_url"),
         ({"base_url": "http://[::1/v1"}, "base_url"),
-        ({"base_url": "http://host/v1?key=gsk_password"}, "keys come from the environment"),
-        ({"base_url": "http://host/v1?api-version=1&subscription-key=gsk_password"}, "keys come from the environment"),
+        ({"base_url": "http://host/v1?key=gsk_password"}, "put the key in the environment"),
+        ({"base_url": "http://host/v1?api-version=1&subscription-key=gsk_password"}, "put the key in the environment"),
         ({"model": ""}, "model"),
         ({"base_url": "http://\u2603.\u2603/v1"}, "base_url"),
         ({"base_url": "http://xn--/v1"}, "base_url"),
@@ -498,7 +498,7 @@ def test_an_unusable_proxy_or_certificate_gives_a_one_line_error(monkeypatch, va
 
 def test_a_key_at_the_end_of_a_long_error_is_fully_redacted(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    text = "x" * (sending._LONGEST_REASON - len("status 401: ") - 9) + KEY
+    text = "x" * (sending._MAX_REASON - len("status 401: ") - 9) + KEY
     with (
         ChatServer(lambda body: Raw(401, text.encode())) as server,
         pytest.raises(SimpoError, match="status 401") as raised,
@@ -551,7 +551,7 @@ def test_an_exact_temperature_is_not_dropped():
 
     with ChatServer(newer) as server:
         ours = ChatClient(Endpoint(server.url, "tiny"), None, exact_temperature=True)
-        with pytest.raises(SimpoError, match=r"only 1 is allowed.*ask for --temperature 1"):
+        with pytest.raises(SimpoError, match=r"only 1 is allowed.*use --temperature 1"):
             ours.complete(requests(1))
         [reply] = ours.complete(requests(1, temperature=1.0))
         assert reply.text == "SAY 0" and not reply.default_temperature
@@ -607,7 +607,7 @@ def test_a_reply_without_usage_has_an_unknown_cost():
         ours = client(server)
         ours.complete(requests(2))
     line = ours.usage.line(Prices(1.0, 1.0))
-    assert "at least $0.00" in line and "2 replies came without usage" in line
+    assert "at least $0.00" in line and "2 replies reported no token counts" in line
 
 
 def test_truncated_replies_are_counted():
@@ -672,7 +672,7 @@ def test_cost_is_estimated_before_and_counted_after(monkeypatch):
         longest = ours.estimate([ChatRequest([{"role": "user", "content": placeholder_answer(300, "a")}], 7)])
         assert (longest.prompt_tokens, longest.completion_tokens) == (300, 7)
         ours.complete(requests(10))
-    assert "70 tokens read, 30 written, $0.00" in ours.usage.line(prices)
+    assert "70 prompt tokens, 30 completion tokens, $0.00" in ours.usage.line(prices)
     said = []
     confirm_cost(estimate, yes=True, log=said.append)
     monkeypatch.setattr("sys.stdin", io.StringIO("y"))
@@ -699,7 +699,7 @@ def test_unusual_errors_give_one_line(raw):
 
 @pytest.mark.parametrize("status", [200, 400, 500])
 def test_a_huge_reply_is_partly_read_and_not_retried(monkeypatch, status):
-    monkeypatch.setattr(sending, "_LARGEST_REPLY", 1 << 20)
+    monkeypatch.setattr(sending, "_MAX_REPLY_BYTES", 1 << 20)
     with ChatServer(lambda body: Raw(status, b"x" * (3 << 20))) as server, pytest.raises(SimpoError, match="MiB"):
         client(server).complete(requests(1))
     assert len(server.bodies) == 1

@@ -16,6 +16,7 @@ from simpo.evaluation.arena_hard import (
     ArenaHard,
     ArenaPrompt,
     Judgment,
+    attach_baselines,
     battles,
     bootstrap_score,
     category_metrics,
@@ -25,7 +26,6 @@ from simpo.evaluation.arena_hard import (
     style_controlled_score,
     style_differences,
     style_of,
-    with_baselines,
 )
 
 
@@ -181,7 +181,7 @@ def test_both_file_formats_are_read(tmp_path):
     with pytest.raises(SimpoError, match=r"answers.jsonl:1: .*messages"):
         read(lines(tmp_path / "answers.jsonl", [{"uid": "a", "model": "m", "messages": []}]), [question])
     for file, version, right in ((old, "v2", r"v0\.1"), (new, "v0.1", "v2")):
-        with pytest.raises(SimpoError, match=f"not of {version}; give --version {right}"):
+        with pytest.raises(SimpoError, match=f"is not in {version}; use --version {right}"):
             read_questions(file, version)
 
 
@@ -212,14 +212,14 @@ def test_a_baseline_other_than_the_categorys_is_reported(tmp_path):
         files[model] = tmp_path / f"{model}.jsonl"
         write_rows(files[model], [ArenaHard.answer_row(one, Answer(model, (one.key,))) for one in questions])
     o3, gemini, said = *files.values(), []
-    found = with_baselines(questions, [o3], said.append)
+    found = attach_baselines(questions, [o3], said.append)
     assert [one.baseline.model for one in found] == ["o3-mini-2025-01-31"] * 2
     assert len(said) == 1 and "creative_writing is o3-mini-2025-01-31" in said[0]
-    found = with_baselines(questions, [gemini, o3], said.append)
+    found = attach_baselines(questions, [gemini, o3], said.append)
     expected = [("o3-mini-2025-01-31", "a"), ("gemini-2.0-flash-001", "b")]
     assert [(one.baseline.model, one.baseline.text) for one in found] == expected and len(said) == 1
     with pytest.raises(SimpoError, match=r"^baseline: .*gemini-2.0-flash-001"):
-        with_baselines(questions, [o3, o3], said.append)
+        attach_baselines(questions, [o3, o3], said.append)
 
 
 def test_metrics_by_category_and_what_is_excluded():
@@ -253,14 +253,14 @@ def test_prompts_of_both_versions(tmp_path):
     file = tmp_path / "judge.yaml"
     file.write_text("system_prompt: Judge.\nprompt_template:\n- '{question_1}|{answer_1}|{answer_2}'\n")
     assert ArenaPrompt(file).request(asked("a", "math", "Q"), "a", "b", "v0.1").messages[1]["content"] == "Q|a|b"
-    for text, said in (("a: [", "not YAML"), ("a: b", "has system_prompt"), ("text", "has system_prompt")):
+    for text, said in (("a: [", "not YAML"), ("a: b", "needs system_prompt"), ("text", "needs system_prompt")):
         file.write_text(text)
         with pytest.raises(SimpoError, match=said):
             ArenaPrompt(file)
     whole = "system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A} {ANSWER_B}'\nsystem_prompts: "
     for given in ("[math]", "{math: 3}"):
         file.write_text(whole + given)
-        with pytest.raises(SimpoError, match="system_prompts: expected a text for each category"):
+        with pytest.raises(SimpoError, match="system_prompts: expected one text per category"):
             ArenaPrompt(file)
     file.write_text("system_prompt: x\nprompt_template: '{QUESTION} {ANSWER_A}'")
     with pytest.raises(SimpoError, match=r"{ANSWER_B}"):

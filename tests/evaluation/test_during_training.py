@@ -262,8 +262,8 @@ def test_a_judges_cost_is_confirmed_before_any_answers_are_generated(world, tmp_
         assert cli.main(given) == 2
         printed = capsys.readouterr()
         asked = STEPS // EVERY * 2 * PROMPTS
-        assert f"eval_judge, at {STEPS // EVERY} evaluations: {asked} requests to send, 0 answered" in printed.out
-        assert "agree with --yes" in printed.err and not server.bodies
+        assert f"eval_judge, for {STEPS // EVERY} evaluations: {asked} requests to send, 0 in the cache" in printed.out
+        assert "pass --yes" in printed.err and not server.bodies
         assert not (tmp_path / "run/generations").exists()
         assert cli.main([*given, "--yes"]) == 0
     assert 0 < len(server.bodies) - 8 <= asked
@@ -333,7 +333,7 @@ def test_deepspeed_models_are_rejected(world, tmp_path, capsys, monkeypatch):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert cli.main(options(world, tmp_path / "run")) == 2
-    assert "error: eval_generations: not possible with DeepSpeed" in capsys.readouterr().err
+    assert "error: eval_generations: is not supported with DeepSpeed" in capsys.readouterr().err
 
 
 def sharded(arguments):

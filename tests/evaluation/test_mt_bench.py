@@ -73,7 +73,7 @@ def test_only_categories_with_right_answers_use_references(tmp_path):
     other = [{"question_id": 121, "choices": [{"turns": ["x1", "x2"]}]}]
     found = read_questions(file, lines(tmp_path / "reference.jsonl", other))
     assert [one.reference and one.reference.turns for one in found] == [None, None, ("x1", "x2")]
-    with pytest.raises(SimpoError, match="1 references are to other questions, the first to 7"):
+    with pytest.raises(SimpoError, match="1 references are for unknown questions, such as 7"):
         read_questions(file, lines(tmp_path / "reference.jsonl", [other[0] | {"question_id": 7}]))
 
 
@@ -122,5 +122,5 @@ def test_custom_prompts(tmp_path):
     with pytest.raises(SimpoError, match="single-v1: system_prompt: expected text, got 1"):
         RatingPrompts(file)
     file.write_text("no\n")
-    with pytest.raises(SimpoError, match="not judge prompts of MT-Bench"):
+    with pytest.raises(SimpoError, match="not MT-Bench judge prompts"):
         RatingPrompts(file)

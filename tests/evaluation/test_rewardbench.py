@@ -216,7 +216,7 @@ TIED = {"id": "tied:1", "subset": "Ties", "prompt": "p", "chosen": ["a", "e"], "
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({**GOOD, "subset": "Maths"}, r"test\.jsonl:2: subset: 'Maths' .*Factuality, .*Ties"),
+        ({**GOOD, "subset": "Maths"}, r"test\.jsonl:2: subset: expected one of Factuality, .*Ties, got 'Maths'"),
         ({**GOOD, "chosen": ["a", "b"]}, r"test\.jsonl:2: chosen: .*one .* 2"),
         ({**GOOD, "chosen": []}, r"test\.jsonl:2: chosen: .*one .* 0"),
         ({**GOOD, "rejected": []}, r"test\.jsonl:2: .*rejected"),

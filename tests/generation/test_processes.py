@@ -93,5 +93,5 @@ def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, 
 def test_vllm_requires_a_single_process(chat_world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("simpo.generation.sample.Processes.join", lambda: Processes(0, 2))
     assert cli.main(options(chat_world, engine="vllm", output_dir=tmp_path / "out")) == 2
-    assert "engine: vllm takes all GPUs from one process" in capsys.readouterr().err
+    assert "engine: vllm uses all GPUs from one process" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
         ({"temperature": float("inf")}, "temperature: must be finite, not inf"),
         ({"top_p": 0.0}, "top_p: must be above 0 and at most 1, not 0.0"),
         ({"top_p": 1.1}, "top_p: must be above 0 and at most 1, not 1.1"),
-        ({"temperature": 0.0, "n": 2}, "n: 2 greedy answers (temperature 0) would be identical; set n to 1"),
+        ({"temperature": 0.0, "n": 2}, "n: 2 greedy answers (temperature 0) would all be identical; set n to 1"),
     ],
 )
 def test_values_out_of_bounds_are_reported(changes, message):
@@ -39,7 +39,7 @@ def test_the_longest_answer_leaves_room_for_a_prompt(given, context, expected):
 
 
 def test_an_answer_as_long_as_the_context_is_rejected():
-    with pytest.raises(SimpoError, match=r"max_new_tokens: 512 leave no room .* context of 512 tokens"):
+    with pytest.raises(SimpoError, match=r"max_new_tokens: 512 leaves no room .* context of 512 tokens"):
         SamplingSettings(max_new_tokens=512).resolved(context=512, chunk_size=32)
 
 

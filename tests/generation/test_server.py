@@ -95,9 +95,9 @@ def test_received_answers_are_kept(prompts, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--top_k=5"], "top_k: OpenAI-compatible servers have none"),
-        (["--chat_template=none"], "chat_template: a server applies its own"),
-        (["--base_url=http://user:secret@127.0.0.1/v1"], "keys come from the environment"),
+        (["--top_k=5"], "top_k: is not supported by OpenAI-compatible servers"),
+        (["--chat_template=none"], "chat_template: the server applies its own"),
+        (["--base_url=http://user:secret@127.0.0.1/v1"], "put the key in the environment"),
         (["--base_url=https://model.invalid/v1", "--api_key_env=NO_SUCH_KEY"], "environment variable NO_SUCH_KEY"),
         (["--concurrency=0"], "concurrency: must be at least 1"),
         (["--dtype=bfloat16"], "dtype: engine server does not use it"),

@@ -100,7 +100,7 @@ def test_new_weights_are_loaded_and_caches_are_reset(engine, tmp_path, monkeypat
     monkeypatch.setattr(LLM, "reset_prefix_cache", lambda self: len(calls) == 1, raising=False)
     engine.reload(tmp_path)
     assert calls == [("reload_weights", {"weights_path": str(tmp_path)})]
-    with pytest.raises(SimpoError, match="engine: vLLM keeps what it computed"):
+    with pytest.raises(SimpoError, match="engine: vLLM could not clear its prefix cache"):
         engine.reload(tmp_path)
     monkeypatch.setattr(LLM, "collective_rpc", lambda self, name: None)  # as in an older vLLM
     with pytest.raises(SimpoError, match=r"engine: vLLM 0\.0 cannot load other weights: .*kwargs"):
@@ -140,7 +140,7 @@ def test_the_checkpoints_sampling_settings_are_not_used(engine):
 
 def test_an_adapter_must_be_merged_first(engine, tmp_path):
     LoraConfig(base_model_name_or_path="some/model").save_pretrained(tmp_path)
-    with pytest.raises(SimpoError, match="'simpo merge' the adapter first"):
+    with pytest.raises(SimpoError, match="merge the adapter first with 'simpo merge'"):
         VllmEngine(ModelArguments(str(tmp_path)), [STOP])
 
 
@@ -154,7 +154,7 @@ def test_a_missing_vllm_is_reported(monkeypatch):
     ("given", "said"),
     [
         ({"max_model_length": 9}, "engine_args: vLLM 0.0 has no 'max_model_length'; did you mean max_model_len?"),
-        ({"dtype": "float16"}, "engine_args: dtype: is set by simpo"),
+        ({"dtype": "float16"}, "engine_args: dtype is set by simpo"),
         ({"gpu_memory_utilization": 3.0}, "must be at most 1"),
         ({"tensor_parallel_size": 16}, "'tensor_parallel_size': 16.*Engine core initialization failed"),
     ],
@@ -190,7 +190,7 @@ def test_the_commands_engine_arguments_reach_vllm_and_the_record(vllm, chat_worl
     model = ModelArguments(str(chat_world / "model"))
     job = Job.prepare(model, source, settings, "vllm", lambda line: None, given)
     assert {key: job.identity()[f"engine_args/{key}"] for key in given} == given
-    with pytest.raises(SimpoError, match="max_new_tokens: 64 leave no room"):
+    with pytest.raises(SimpoError, match="max_new_tokens: 64 leaves no room"):
         Job.prepare(model, source, SamplingSettings(max_new_tokens=64), "vllm", lambda line: None, given)
 
 
@@ -199,7 +199,7 @@ def test_the_commands_engine_arguments_reach_vllm_and_the_record(vllm, chat_worl
     [
         (["--max_model_len=64"], "max_model_len: engine transformers does not use it"),
         (["--engine_args", "enforce_eager=true"], "engine_args: engine transformers does not use it"),
-        (["--engine=vllm", "--engine_args", "enforce_eager"], "'enforce_eager': expected KEY=VALUE or a JSON object"),
+        (["--engine=vllm", "--engine_args", "enforce_eager"], "a JSON object, got 'enforce_eager'"),
         (["--engine=vllm", "--engine_args", "{1, 2"], "expected KEY=VALUE or a JSON object"),
         (["--engine=vllm", "--max_model_len=64", "--engine_args", "max_model_len=8"], "max_model_len is given twice"),
     ],

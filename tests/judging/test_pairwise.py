@@ -116,7 +116,7 @@ def test_a_judge_prompt_can_come_from_a_file(tmp_path):
         path.write_text("{question} {answer_a}")
         with pytest.raises(SimpoError, match=r"prompt\.md: .*\{answer_b\}"):
             judge_at(server, prompt=path)
-        with pytest.raises(SimpoError, match="nowhere: the judge prompt cannot be read"):
+        with pytest.raises(SimpoError, match="nowhere: cannot read the judge prompt"):
             judge_at(server, prompt=tmp_path / "nowhere")
 
 

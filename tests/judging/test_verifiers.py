@@ -14,7 +14,7 @@ from simpo import SimpoError
 from simpo.cli import main
 from simpo.judging.protocol import Answers, Pair
 from simpo.judging.registry import make_annotator, make_judge
-from simpo.judging.scorers import _attempt, _Verifier
+from simpo.judging.scorers import _score_or_none, _Verifier
 from simpo.judging.settings import JudgeOptions
 from simpo.runs.files import read_lines
 
@@ -44,7 +44,7 @@ def test_a_failing_rule_gives_no_score():
     def rule(text):
         return {"infinite": float("inf"), "half": 0.5}.get(text) or 1 / 0
 
-    assert [_attempt(rule, text) for text in ("half", "infinite", "other")] == [0.5, None, None]
+    assert [_score_or_none(rule, text) for text in ("half", "infinite", "other")] == [0.5, None, None]
 
 
 def test_a_score_does_not_depend_on_other_responses():
@@ -53,7 +53,7 @@ def test_a_score_does_not_depend_on_other_responses():
     class Drawn(_Verifier):
         identity: ClassVar = {"judge": "drawn"}
 
-        def _rule(self, row):
+        def _verifier(self, row):
             return lambda text: random.random()
 
     state = random.getstate()

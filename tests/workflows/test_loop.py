@@ -203,7 +203,7 @@ def test_a_servers_cost_is_confirmed_once(world, chat_world, tmp_path, monkeypat
         options += [f"--judge_url={server.url}", "--judge_model=m", "--output_dir", str(tmp_path / "out")]
         assert main(["loop", "loop.yaml", *options]) == 0
     printed = capsys.readouterr().out
-    assert re.findall(r"(\d+) requests to send, 0 answered before", printed)[0] == str(48 + 64)
+    assert re.findall(r"(\d+) requests to send, 0 in the cache", printed)[0] == str(48 + 64)
     assert 60 < len(server.bodies) <= 48 + 64
     assert metrics(tmp_path / "out")["round-1/win_rate/api", None].n == 8
 

@@ -1,4 +1,4 @@
-"""Requests to servers with an OpenAI-compatible interface."""
+"""Client for servers with an OpenAI-compatible chat API."""
 
 from simpo.client.chat import (
     ChatReply,

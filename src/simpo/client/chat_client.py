@@ -1,4 +1,4 @@
-"""ChatClient: many requests to one model, several at a time, with every reply in a cache."""
+"""Concurrent requests to one model, with a cache of its replies on disk."""
 
 from __future__ import annotations
 
@@ -28,50 +28,51 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# ---- Replies on disk, keyed by their requests: a request that was answered once is not sent again.
+# ---- The cache: a request that has been answered once is never sent again.
 
 
 def default_cache() -> Path:
-    """The user's cache folder, ``~/.cache/simpo/replies`` unless ``XDG_CACHE_HOME`` names another place."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - needs no home
+    """Return the user's cache folder: ``~/.cache/simpo/replies``, or the same under ``XDG_CACHE_HOME``."""
+    # Unlike Path.expanduser, os.path.expanduser does not fail without a home directory.
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     return Path(home) / "simpo" / "replies"
 
 
 class ReplyCache:
-    """One model's replies in an SQLite database, which several processes may share.
+    """One model's replies in an SQLite database that several processes can share.
 
     A damaged reply counts as missing; a damaged database is an error.
 
     Attributes:
-        path: the database.
+        path: the database file.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
-        """Open the database of ``model``, or create it and its folder."""
+        """Open the database for ``model`` in ``folder``, creating both if needed."""
         name = re.sub(r"[^A-Za-z0-9.]+", "-", model)[-60:].strip("-.")
         self.path = folder / f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}.sqlite3"
         with disk_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            # SQLite does not wait for another process that changes the journal mode.
+            # SQLite's timeout does not cover another process changing the journal mode.
             with FileLock(self.path.with_suffix(".lock")), self._errors():
-                # Another thread may send the requests, but no two use the connection at once. The timeout is for locks.
+                # Requests may run in another thread, but only one thread uses the connection at a time.
                 self._database = sqlite3.connect(self.path, timeout=60.0, check_same_thread=False)
                 self._database.execute("PRAGMA journal_mode = WAL")
-                self._database.execute("PRAGMA synchronous = FULL")  # a reply that was paid for survives a power cut
+                self._database.execute("PRAGMA synchronous = FULL")  # a paid reply must survive a power cut
                 self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply BLOB NOT NULL)")
 
     def get(self, key: str) -> ChatReply | None:
-        """The reply to a request, whichever process stored it."""
+        """Return the stored reply to a request, or None; a damaged reply is removed with a warning."""
         with self._errors():
             row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         reply = None if row is None else _parse(row[0])
         if row is not None and reply is None:
-            logger.warning("%s: a damaged reply is removed; its request will be sent again", self.path)
+            logger.warning("%s: removed a damaged reply; its request will be sent again", self.path)
             self._change("DELETE FROM replies WHERE key = ? AND reply = ?", key, row[0])
         return reply
 
     def put(self, key: str, reply: ChatReply) -> ChatReply:
-        """Store a reply; returns it once it is on disk, or an earlier one of another process."""
+        """Store a reply and return it, or the one that another process stored first."""
         content = json.dumps(dataclasses.asdict(reply)).encode()
         self._change("INSERT OR IGNORE INTO replies VALUES (?, ?)", key, content)
         return self.get(key) or reply
@@ -86,8 +87,8 @@ class ReplyCache:
             yield
         except sqlite3.Error as error:
             raise SimpoError(
-                f"{self.path}: the cache of replies cannot be used: {error}; if it is damaged, move it away, and all "
-                "requests will be sent again"
+                f"{self.path}: cannot use the reply cache: {error}; if it is damaged, move it away (all requests will "
+                "then be sent again)"
             ) from error
 
 
@@ -108,8 +109,8 @@ def _parse(content: bytes) -> ChatReply | None:
 
 # ---- The client.
 
-# If the first requests, this many, are all refused, the cause is not the content of one of them.
-TRIED = 8
+# If this many first requests are all refused, the content of a single request is not to blame.
+PROBE_REQUESTS = 8
 
 Replies = dict[str, ChatReply]
 
@@ -119,7 +120,7 @@ class ChatClient:
 
     Attributes:
         endpoint: server and model.
-        usage: counts of the requests and their tokens.
+        usage: running totals of requests and tokens.
     """
 
     def __init__(self, endpoint: Endpoint, cache: Path | None, *, exact_temperature: bool = False) -> None:
@@ -127,18 +128,18 @@ class ChatClient:
 
         Args:
             endpoint: server and model.
-            cache: folder with replies, which several processes may share; None for no cache.
-            exact_temperature: fail if the server refuses the temperature, instead of using the server's own.
+            cache: folder for cached replies, which several processes can share; None for no cache.
+            exact_temperature: fail if the server refuses the temperature, rather than fall back to its own.
         """
         self.endpoint = endpoint
         self.usage = Usage()
         self._cache = None if cache is None else ReplyCache(cache, endpoint.model)
         self._exact_temperature = exact_temperature
-        self._dialect: Dialect | None = None  # the accepted parameters are learned once, for all calls
-        self._got_replies = False  # whether the server has answered any request, now or in an earlier run
+        self._dialect: Dialect | None = None  # shared by all calls, so that it is learned only once
+        self._got_replies = False  # whether the server has ever answered, in this run or an earlier one
 
     def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:
-        """The requests that :meth:`complete` would send; a repeated request is sent once."""
+        """Estimate what :meth:`complete` would send; duplicate requests count once."""
         wanted = self._by_key(requests)
         missing = [request for key, request in wanted.items() if self._cached(key) is None]
         self._got_replies = self._got_replies or len(missing) < len(wanted)
@@ -151,16 +152,16 @@ class ChatClient:
         despite_refusals: bool = False,
         log: Callable[[str], None] | None = None,
     ) -> list[ChatReply]:
-        """The replies, in the order of the requests.
+        """Send the requests and return the replies in the same order.
 
-        Each reply is on disk as soon as it is received, so that the same call, after a failure or a kill, sends only
-        what is missing.
+        Each reply is stored as soon as it arrives, so after a failure or a kill the same call sends only what is
+        missing.
 
         Args:
-            requests: the requests; a repeated one is sent once.
-            despite_refusals: continue after a request that the server refuses because of its content (status 400, 413
-                or 422): its reply has no text and the reason in ``refused``; it is counted in ``usage`` and not cached.
-            log: receives lines of progress.
+            requests: the requests; duplicates are sent once.
+            despite_refusals: continue if the server refuses a request because of its content (status 400, 413 or 422):
+                its reply has an empty text and the reason in ``refused``; it is counted in ``usage`` and not cached.
+            log: receives progress lines.
         """
         wanted = self._by_key(requests)
         replies = {key: reply for key in wanted if (reply := self._cached(key)) is not None}
@@ -188,7 +189,7 @@ class ChatClient:
             self._dialect = Dialect(self._exact_temperature)
         replies: Replies = {}
         failures: list[SimpoError] = []
-        first = list(missing)[:TRIED]
+        first = list(missing)[:PROBE_REQUESTS]
         waiting = iter(missing.items())
         async with Sender(self.endpoint, self._dialect) as sender:
 
@@ -212,14 +213,14 @@ class ChatClient:
             finally:
                 self.usage.repeated += sender.repeated
         if failures:
-            kept = "" if self._cache is None else "; what was received is kept, and the same command continues"
-            raise SimpoError(f"{failures[0]}{kept}") from failures[0]
+            hint = "" if self._cache is None else "; replies so far are cached: run the same command to continue"
+            raise SimpoError(f"{failures[0]}{hint}") from failures[0]
         return replies
 
     async def _answer(self, sender: Sender, key: str, request: ChatRequest, despite_refusals: bool) -> ChatReply:
         from simpo.client.sending import RefusedRequestError  # noqa: PLC0415 - as above
 
-        if (reply := self._cached(key)) is not None:  # another process has received it in the meantime
+        if (reply := self._cached(key)) is not None:  # another process has stored it in the meantime
             self.usage.cached += 1
             return reply
         try:
@@ -233,7 +234,7 @@ class ChatClient:
 
 
 def _run(work: Coroutine[Any, Any, Replies]) -> Replies:
-    """Run to the end, also inside a running event loop, as in a notebook."""
+    """Run a coroutine to completion, even inside a running event loop such as a notebook's."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Sends chat requests with openai's client, which repeats failed attempts, and adds what a batch of requests needs."""
+"""Sends chat requests through openai's client, adding shared backoff, size limits and parameter fallbacks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from simpo.client.chat import ChatReply, ChatRequest, Endpoint, error_text, read
 from simpo.errors import SimpoError, third_party
 from simpo.runs.log import REDACTED, mask_secrets
 
-_LONGEST_WAIT = 300.0  # seconds; a server that asks for more is not waited for
-_LONGEST_REASON = 300  # characters
-_LARGEST_REPLY = 32 << 20  # bytes
-_REFUSED_REQUEST = (400, 413, 422)  # too long, filtered, not understood; other refusals would meet every request
+_MAX_WAIT = 300.0  # seconds; if a server asks for more, the request fails
+_MAX_REASON = 300  # characters
+_MAX_REPLY_BYTES = 32 << 20  # bytes
+# Too long, filtered or malformed. Any other refusal would apply to every request.
+_REFUSAL_STATUSES = (400, 413, 422)
 
 # Errors that neither waiting nor another request would avoid, whatever their status.
-_QUOTA_SPENT = ("insufficient_quota", "billing_hard_limit_reached", "credit balance is too low")
+_QUOTA_ERRORS = ("insufficient_quota", "billing_hard_limit_reached", "credit balance is too low")
 
-# How servers say that a model does not accept a parameter or its value.
+# How servers report that a model does not accept a parameter or its value.
 _UNSUPPORTED = re.compile(
     r"unsupported|(?:not|n't)\W+support|not permitted|not allowed|unrecognized|unexpected|deprecated|extra_forbidden"
     r"|only\W.{0,40}\b(?:allowed|supported|accepted)",
@@ -35,7 +36,7 @@ _UNSUPPORTED = re.compile(
 
 
 class RefusedRequestError(SimpoError):
-    """The server refuses this request because of its content, but may answer others; ``reason`` is its message."""
+    """The server refused one request because of its content, but may answer others; ``reason`` is its message."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -44,16 +45,16 @@ class RefusedRequestError(SimpoError):
 
 @dataclass
 class Dialect:
-    """The parameters that a model accepts, as learned from its refusals.
+    """Which parameters a model accepts, learned from its refusals.
 
-    OpenAI's newer models take ``max_completion_tokens`` instead of ``max_tokens``, and only their own temperature.
+    OpenAI's newer models take ``max_completion_tokens`` instead of ``max_tokens`` and only their default temperature.
     """
 
-    exact_temperature: bool  # never leave out a temperature other than 1, the interface's default
-    refused: frozenset[str] = frozenset()  # parameters that the server has refused
+    exact_temperature: bool  # never drop a temperature other than 1, the API's default
+    refused: frozenset[str] = frozenset()  # parameters the server has refused so far
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body of a request in the form that the server accepts."""
+        """Return the body without the parameters that the server refuses."""
         body = dict(body)
         if "max_tokens" in self.refused and "max_tokens" in body:
             body["max_completion_tokens"] = body.pop("max_tokens")
@@ -62,83 +63,83 @@ class Dialect:
         return body
 
     def learn(self, parameter: str | None, body: dict[str, Any]) -> bool:
-        """Remember a refused parameter of ``body``; True if the request can now be sent in another form."""
+        """Remember a refused parameter of ``body``, and return whether the request can now be sent differently."""
         self.refused |= {parameter} if parameter else set()
         return parameter in body and self.adapt(body) != body
 
 
-class _Http(httpx.AsyncClient):
-    """The HTTP client that openai's client sends through.
+class _HttpClient(httpx.AsyncClient):
+    """The HTTP client underneath openai's client.
 
-    It holds all requests back while the server asks for a pause, which openai does for one request at a time, and
-    limits the time of a whole attempt, where httpx limits the time between two bytes. Unreadable replies become
-    transport errors, and refusals that cannot change are marked as final, so that openai repeats the right attempts.
+    It pauses all requests when the server asks for a pause (openai pauses only the one that was refused) and limits the
+    duration of a whole attempt (httpx limits the time between bytes). So that openai retries the right attempts,
+    unreadable replies become transport errors and permanent refusals are marked as final.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         limits = httpx.Limits(max_connections=endpoint.concurrency)
-        # A proxy from the environment is not meant for a server on this machine.
+        # Proxies from the environment are not meant for a server on this machine.
         super().__init__(timeout=None, limits=limits, trust_env=not endpoint.is_local)
         self._seconds = endpoint.timeout
-        self._quiet_until = 0.0  # seconds of time.monotonic()
-        self.repeated = 0  # failed attempts that were repeated
+        self._paused_until = 0.0  # in terms of time.monotonic()
+        self.repeated = 0  # failed attempts that were retried
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Send one attempt; a readable reply is in the response's ``extensions``."""
-        while (pause := self._quiet_until - time.monotonic()) > 0:
+        """Make one attempt; the parsed reply is in the response's ``extensions``."""
+        while (pause := self._paused_until - time.monotonic()) > 0:
             await asyncio.sleep(pause)
         self.repeated += _attempts(request) > 1
         try:
             async with asyncio.timeout(self._seconds):
-                response = await _read(await super().send(request, **options | {"stream": True}))
+                response = await _read_limited(await super().send(request, **options | {"stream": True}))
         except TimeoutError as error:
-            raise httpx.ReadTimeout(f"no answer within {self._seconds:g} s", request=request) from error
+            raise httpx.ReadTimeout(f"no reply within {self._seconds:g} s", request=request) from error
         if response.is_success:
             try:
                 response.extensions["reply"] = read_reply(response.content)
             except SimpoError as error:
-                raise httpx.DecodingError(f"an unreadable answer: {error}", request=request) from error
+                raise httpx.DecodingError(f"unreadable reply: {error}", request=request) from error
             return response
         wait = _retry_after(response)
-        if wait > _LONGEST_WAIT or _quota_spent(response):
+        if wait > _MAX_WAIT or _quota_exceeded(response):
             response.headers["x-should-retry"] = "false"
         elif wait:
-            self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
-            del response.headers["retry-after"]  # openai gives up for more than two minutes
+            self._paused_until = max(self._paused_until, time.monotonic() + wait)
+            del response.headers["retry-after"]  # openai gives up if it asks for more than two minutes
         return response
 
 
-async def _read(response: httpx.Response) -> httpx.Response:
-    """A response that has been read, as UTF-8 and in no more than ``_LARGEST_REPLY`` bytes.
+async def _read_limited(response: httpx.Response) -> httpx.Response:
+    """Read a response into memory as UTF-8.
 
-    A larger one becomes an error that is not repeated, because it is no reply to a chat request.
+    More than ``_MAX_REPLY_BYTES`` bytes cannot be a chat reply and become an error that is not retried.
     """
     content, status = b"", response.status_code
     headers = {name: value for name, value in response.headers.items() if name in ("retry-after", "x-should-retry")}
     async for part in response.aiter_bytes(1 << 16):
         content += part
-        if len(content) > _LARGEST_REPLY:
+        if len(content) > _MAX_REPLY_BYTES:
             await response.aclose()
             status, headers = 502, {"x-should-retry": "false"}
-            content = f"its reply has more than {_LARGEST_REPLY >> 20} MiB".encode()
+            content = f"the reply is larger than {_MAX_REPLY_BYTES >> 20} MiB".encode()
             break
-    headers["content-type"] = "application/json"  # and not an encoding that Python may know for other purposes
+    headers["content-type"] = "application/json"  # ignore the server's charset, which can be any Python codec
     return httpx.Response(status, headers=headers, content=content, request=response.request)
 
 
 class Sender:
-    """Sends requests over one pool of connections; an asynchronous context manager.
+    """Sends requests over one connection pool; use it as an asynchronous context manager.
 
     Raises:
-        SimpoError: there is no key and the server needs one, or the environment's proxy or certificates cannot be used.
+        SimpoError: the server needs a key and there is none, or the environment's proxy or certificates are unusable.
     """
 
     def __init__(self, endpoint: Endpoint, dialect: Dialect) -> None:
         self._endpoint, self._dialect, self._key = endpoint, dialect, endpoint.api_key()
         self._adapted = 0
         with third_party(f"{endpoint.url}: the environment's proxy or certificates (*_PROXY, SSL_CERT_*)"):
-            self._http = _Http(endpoint)
-        # openai reads OPENAI_API_KEY, OPENAI_ORG_ID and OPENAI_PROJECT_ID, and would send them to any server.
+            self._http = _HttpClient(endpoint)
+        # Without these, openai would send OPENAI_API_KEY, OPENAI_ORG_ID and OPENAI_PROJECT_ID to any server.
         self._headers: dict[str, str | Omit] = dict.fromkeys(
             ("Authorization", "OpenAI-Organization", "OpenAI-Project"), Omit()
         )
@@ -149,7 +150,7 @@ class Sender:
             base_url=endpoint.base_url,
             timeout=None,
             max_retries=endpoint.attempts - 1,
-            http_client=cast(Any, self._http),  # its type is httpx2's since openai 3, which accepts httpx's as well
+            http_client=cast(Any, self._http),  # typed as httpx2's since openai 3, which still accepts httpx's
         )
 
     async def __aenter__(self) -> Sender:
@@ -160,27 +161,27 @@ class Sender:
 
     @property
     def repeated(self) -> int:
-        """Attempts that were repeated, including those in another form."""
+        """Number of retries, including those with other parameters."""
         return self._http.repeated + self._adapted
 
     async def send(self, request: ChatRequest) -> ChatReply:
-        """Send a request until there is a reply.
+        """Send a request, retrying until there is a reply.
 
         Raises:
             RefusedRequestError: the server refuses this request (status 400, 413 or 422).
-            SimpoError: there is no reply after all attempts, or the server refuses every request.
+            SimpoError: all attempts failed, or the server refuses every request.
         """
         while True:
             body = self._dialect.adapt(request.body(self._endpoint.model))
             try:
-                # As bytes, because openai's encoder fails on half of a surrogate pair.
+                # Encoded here because openai's encoder fails on lone surrogates.
                 content = json.dumps(body).encode()
                 response = await self._openai.post(
                     self._endpoint.url, body=content, cast_to=httpx.Response, options={"headers": self._headers}
                 )
             except APIStatusError as error:
                 if not self._dialect.learn(_unsupported(error.response), body):
-                    # Not "from error", whose text may contain the key.
+                    # "from None" because the original error may contain the key.
                     raise self._status_error(error.response) from None
                 self._adapted += 1
             except APIConnectionError as error:
@@ -193,14 +194,14 @@ class Sender:
                 return replace(reply, text=self._redact_key(reply.text), default_temperature=default)
 
     def _status_error(self, response: Any) -> SimpoError:
-        text = error_text(_document(response)) or response.reason_phrase
+        text = error_text(_json_or_text(response)) or response.reason_phrase
         reason = self._one_safe_line(f"status {response.status_code}: {text}")
         message = self._message(reason, response.request)
-        if (wait := _retry_after(response)) > _LONGEST_WAIT:
-            message += f"; it asks to wait {wait:,.0f} s"
+        if (wait := _retry_after(response)) > _MAX_WAIT:
+            message += f"; it asks for a wait of {wait:,.0f} s"
         if _unsupported(response) == "temperature" and self._dialect.exact_temperature:
-            message += "; it samples at its own temperature only: ask for --temperature 1"
-        if response.status_code in _REFUSED_REQUEST and not _quota_spent(response):
+            message += "; it supports only its default temperature: use --temperature 1"
+        if response.status_code in _REFUSAL_STATUSES and not _quota_exceeded(response):
             return RefusedRequestError(message, reason)
         return SimpoError(message)
 
@@ -209,27 +210,27 @@ class Sender:
         return f"{self._endpoint.label}: {reason}" + (f" ({attempts} attempts)" if attempts > 1 else "")
 
     def _one_safe_line(self, text: str) -> str:
-        """One line without secrets: a server may repeat the key in its error."""
-        return self._redact_key(" ".join(text.split()))[:_LONGEST_REASON]  # last, because half a key is not found
+        """Return the text as one line without secrets, since a server may echo the key in its error."""
+        return self._redact_key(" ".join(text.split()))[:_MAX_REASON]  # cut last: half a key is not recognized
 
     def _redact_key(self, text: str) -> str:
-        for form in (str, repr, json.dumps):  # a server's error may hold it in quotes, as it looks in Python or JSON
+        for form in (str, repr, json.dumps):  # an error may quote the key with Python's or JSON's escapes
             if self._key is not None:
                 text = text.replace(form(self._key).strip("\"'"), REDACTED)
         return mask_secrets(text)
 
 
 def _attempts(request: Any) -> int:
-    """The number of times a request has been sent, by the header in which openai counts."""
+    """Return how many times a request has been sent, from the header in which openai counts retries."""
     return 1 + int(request.headers.get("x-stainless-retry-count", 0))
 
 
-def _quota_spent(response: Any) -> bool:
-    return any(sign in response.text for sign in _QUOTA_SPENT)
+def _quota_exceeded(response: Any) -> bool:
+    return any(sign in response.text for sign in _QUOTA_ERRORS)
 
 
 def _retry_after(response: Any) -> float:
-    """Seconds of a Retry-After header, which contains a number or a date; 0 without one."""
+    """Return the Retry-After header, a number or a date, in seconds from now; 0 if there is none."""
     value = response.headers.get("retry-after", "0")
     with suppress(ValueError):
         return max(0.0, float(value))
@@ -238,17 +239,17 @@ def _retry_after(response: Any) -> float:
     return 0.0
 
 
-def _document(response: Any) -> Any:
+def _json_or_text(response: Any) -> Any:
     with suppress(SimpoError), third_party("an error's text"):
         return response.json()
     return response.text
 
 
 def _unsupported(response: Any) -> str | None:
-    """The parameter, ``max_tokens`` or ``temperature``, that the server refuses; None for any other error."""
-    if response.status_code not in _REFUSED_REQUEST or not _UNSUPPORTED.search(response.text):
+    """Return which parameter the server refuses, ``max_tokens`` or ``temperature``; None for any other error."""
+    if response.status_code not in _REFUSAL_STATUSES or not _UNSUPPORTED.search(response.text):
         return None
-    document = _document(response)
+    document = _json_or_text(response)
     error = document.get("error") if isinstance(document, dict) else None
     named = error.get("param") if isinstance(error, dict) else None
     for name in ("max_tokens", "temperature"):

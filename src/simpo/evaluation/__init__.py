@@ -1,1 +1,1 @@
-"""Benchmarks, comparisons of two models, and evaluation during training."""
+"""Benchmarks, comparison of two models, and evaluation during training."""

@@ -1,4 +1,4 @@
-"""Benchmarks with right and wrong answers, before and after alignment: GSM8K, and those of lm-eval."""
+"""Benchmarks with ground truth, before and after alignment: GSM8K, and lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -37,42 +37,42 @@ from simpo.statistics import mean_interval, proportion_interval, share_bounds
 
 # ---- lm-eval.
 
-# Arithmetic, knowledge, truthfulness, following instructions and formats, toxicity, bias.
+# Arithmetic, knowledge, truthfulness, instruction following, toxicity, bias.
 TASKS = ("gsm8k", "mmlu", "truthfulqa_mc2", "ifeval", "toxigen", "crows_pairs_english")
-_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2", "pass@1")  # from 0 to 1
+_PROPORTIONS = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2", "pass@1")  # in [0, 1]
 _METHOD = "1.96 standard errors"
 
 
 @dataclass(kw_only=True)
 class AcademicSettings(BenchmarkSettings):
-    """lm-eval's tasks on a model, and on the model that it was made from.
+    """Evaluate a model, and optionally the model it was trained from, on lm-eval's tasks.
 
     examples:
       simpo evaluate academic outputs/simpo --against outputs/sft --output_dir outputs/academic
       simpo evaluate academic outputs/simpo --tasks gsm8k,truthfulqa_mc2 --limit 100 --output_dir outputs/academic
     """
 
-    against: str | None = setting(None, "The model that it was made from, for the differences.")
-    tasks: str = setting(",".join(TASKS), "lm-eval's names of tasks, or paths of task files, separated by commas.")
-    task_folder: str | None = setting(None, "Folder with task files of your own.")
-    num_fewshot: int | None = setting(None, "Examples before each item (default: the task's).")
-    limit: int | None = setting(None, "Items of each task, for a trial (default: all).")
-    batch_size: str = setting("auto", "Batch size of lm-eval, a number or auto.")
-    no_chat_template: bool = setting(False, "Show items as plain text instead of a user's messages.")
+    against: str | None = setting(None, "Baseline to compute differences to, usually the model before alignment.")
+    tasks: str = setting(",".join(TASKS), "lm-eval task names or paths of task files, separated by commas.")
+    task_folder: str | None = setting(None, "Folder with your own task files.")
+    num_fewshot: int | None = setting(None, "Number of few-shot examples (default: the task's).")
+    limit: int | None = setting(None, "Evaluate only this many items per task, for a quick trial (default: all).")
+    batch_size: str = setting("auto", "Batch size for lm-eval: a number or auto.")
+    no_chat_template: bool = setting(False, "Present items as plain text, without the chat template.")
 
     def benchmark(self, log: Log) -> Academic:
-        """The benchmark; raises :class:`SimpoError` if lm-eval is not installed or does not know a task."""
+        """Prepare the benchmark; raises :class:`SimpoError` if lm-eval is not installed or a task is unknown."""
         return Academic(self)
 
 
 class Academic:
-    """Runs lm-eval; the scores of a model are stored in the folder of the run and not computed again."""
+    """Runs lm-eval, storing each model's scores in the run folder so that they are computed only once."""
 
     def __init__(self, settings: AcademicSettings) -> None:
         self._task_names = settings.tasks.split(",")
-        own = settings.task_folder or next((name for name in self._task_names if Path(name).exists()), None)
-        if own is not None and not settings.loading.trust_remote_code:
-            raise SimpoError(f"{own}: task files can name code, which would run; allow it with --trust_remote_code")
+        local = settings.task_folder or next((name for name in self._task_names if Path(name).exists()), None)
+        if local is not None and not settings.loading.trust_remote_code:
+            raise SimpoError(f"{local}: task files can run code; allow it with --trust_remote_code")
         try:
             self._lm_eval: Any = importlib.import_module("lm_eval")
         except ImportError as error:
@@ -83,14 +83,14 @@ class Academic:
             name for name in self._task_names if not self._tasks.match_tasks([name]) and not Path(name).is_file()
         ]
         if unknown:
-            raise SimpoError(f"tasks: lm-eval has no {', '.join(unknown)}; lm-eval ls tasks lists its names")
+            raise SimpoError(f"tasks: lm-eval has no {', '.join(unknown)}; see 'lm-eval ls tasks' for the names")
         self._model = settings.model_arguments(settings.model)
         self._against = None if settings.against is None else settings.model_arguments(settings.against)
 
     def identity(self) -> dict[str, Any]:
-        """The models and what lm-eval is asked for."""
+        """Return the models and lm-eval's settings."""
         settings = self._settings
-        found = {
+        identity = {
             "benchmark": "academic",
             "model": model_digest(self._model),
             "dtype": with_dtype(self._model).dtype,
@@ -99,10 +99,10 @@ class Academic:
             "apply_chat_template": not settings.no_chat_template,
             "lm_eval": metadata.version("lm-eval"),
         }
-        return found if self._against is None else found | {"against": model_digest(self._against)}
+        return identity if self._against is None else identity | {"against": model_digest(self._against)}
 
     def measure(self, run: RunFolder) -> list[Metric]:
-        """Score one model, or both and their differences."""
+        """Score the model and, if there is a baseline, the baseline and the differences."""
         before = None if self._against is None else self._scores(self._against, run.path / "scores-before.json")
         after = self._scores(self._model, run.path / "scores-after.json")
         if before is None:
@@ -110,7 +110,7 @@ class Academic:
         return score_metrics(before, "before") + score_metrics(after, "after") + differences(before, after)
 
     def _scores(self, model: ModelArguments, path: Path) -> dict[str, Score]:
-        """The scores in the file, which is written first if it does not exist."""
+        """Read the scores from ``path``, or evaluate the model and write them first."""
         if not is_intact(path):
             scores = read_scores(self._evaluate(model))
             write_text(path, json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}) + "\n")
@@ -118,7 +118,7 @@ class Academic:
         return {name: Score(**score) for name, score in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def _evaluate(self, model: ModelArguments) -> Mapping[str, Any]:
-        """Run lm-eval on a model, or on an adapter and its base."""
+        """Run lm-eval on a model, or on an adapter with its base model."""
         check_model_files(model)
         base = base_model_of(model)
         model_args = {
@@ -144,8 +144,7 @@ class Academic:
                 log_samples=True,
             )
         except (ValueError, KeyError, OSError, ImportError) as error:
-            reason = one_line(error)
-            raise SimpoError(f"lm-eval: {model.model_name_or_path}: {reason}") from error
+            raise SimpoError(f"lm-eval: {model.model_name_or_path}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -153,18 +152,18 @@ class Score:
     """One metric of one task."""
 
     value: float
-    error: float | None  # standard error; None where lm-eval gives none
+    error: float | None  # standard error; None if lm-eval reports none
     n: int | None  # number of items; None for a group of tasks
-    items: dict[str, float]  # the value of every item by its number, where the metric is their mean; otherwise empty
+    items: dict[str, float]  # value of every item by id if the metric is their mean, otherwise empty
 
 
 def read_scores(output: Mapping[str, Any]) -> dict[str, Score]:
-    """Scores by ``task/metric``, or ``task/metric:filter`` where the answers are filtered.
+    """Extract scores, keyed by ``task/metric`` or ``task/metric:filter``, from lm-eval's output.
 
-    ``output`` is what ``lm_eval.simple_evaluate`` returns: ``results`` and, where they were requested, ``samples`` and
+    ``output`` is the return value of ``lm_eval.simple_evaluate``: ``results`` and, if requested, ``samples`` and
     ``n-samples``.
     """
-    found = {}
+    scores = {}
     for task, results in output["results"].items():
         for key, value in results.items():
             metric, _, rule = key.partition(",")
@@ -173,11 +172,11 @@ def read_scores(output: Mapping[str, Any]) -> dict[str, Score]:
             error = results.get(f"{metric}_stderr,{rule}")
             items = _items(output.get("samples", {}).get(task, ()), metric, rule)
             if items and not math.isclose(np.mean(list(items.values())), value, abs_tol=1e-9):
-                items = {}  # the metric is not their mean
+                items = {}  # the metric is not the mean over items
             name = f"{task}/{metric}" if rule == "none" else f"{task}/{metric}:{rule}"
             n = output.get("n-samples", {}).get(task, {}).get("effective")
-            found[name] = Score(float(value), float(error) if _is_number(error) else None, n, items)
-    return found
+            scores[name] = Score(float(value), float(error) if _is_number(error) else None, n, items)
+    return scores
 
 
 def _items(samples: Sequence[Mapping[str, Any]], metric: str, rule: str) -> dict[str, float]:
@@ -192,31 +191,31 @@ def _is_number(value: Any) -> bool:
 
 
 def score_metrics(scores: Mapping[str, Score], stage: Stage | None) -> list[Metric]:
-    """Scores with intervals of 1.96 standard errors; those of shares are Wilson's and stay in [0, 1]."""
+    """Return scores with intervals of 1.96 standard errors; for proportions, Wilson intervals within [0, 1]."""
     metrics = []
     for name, score in scores.items():
         low = high = method = None
         if score.error is not None:
             half, method = 1.96 * score.error, _METHOD
-            is_share = name.rpartition("/")[2].partition(":")[0] in _SHARES
-            low, high = share_bounds(score.value, half) if is_share else (score.value - half, score.value + half)
+            is_proportion = name.rpartition("/")[2].partition(":")[0] in _PROPORTIONS
+            low, high = share_bounds(score.value, half) if is_proportion else (score.value - half, score.value + half)
         metrics.append(Metric(f"academic/{name}", score.value, stage, score.n, low, high, method))
     return metrics
 
 
 def differences(before: Mapping[str, Score], after: Mapping[str, Score]) -> list[Metric]:
-    """After minus before, for the scores that both have.
+    """Return after minus before for every score that both models have.
 
-    Where both have items the interval is paired, because the same items are hard for both models. Otherwise it comes
-    from the two standard errors, and is wider than necessary.
+    The interval is paired if both have the same items, since the same items tend to be hard for both models. Otherwise
+    it is computed from the two standard errors and is wider than necessary.
     """
     metrics = []
     for key in (key for key in before if key in after):
         first, second, name = before[key], after[key], f"academic/{key}/difference"
         value = second.value - first.value
         if first.items and first.items.keys() == second.items.keys():
-            found = mean_interval([second.items[item] - first.items[item] for item in first.items])
-            metrics.append(Metric.of(name, found, method=f"paired, {found.method}"))
+            interval = mean_interval([second.items[item] - first.items[item] for item in first.items])
+            metrics.append(Metric.of(name, interval, method=f"paired, {interval.method}"))
         elif first.error is None or second.error is None:
             metrics.append(Metric(name, value, None, second.n))
         else:
@@ -228,26 +227,25 @@ def differences(before: Mapping[str, Score], after: Mapping[str, Score]) -> list
 # ---- GSM8K.
 
 _NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-_MARK = "####"
+_ANSWER_MARKER = "####"
 _PROMPT = "{}\n\nThink step by step. End with a line that has nothing but #### and the number, like this: #### 42"
 
-# A question and the number that answers it.
-Problem = tuple[str, Decimal]
+Problem = tuple[str, Decimal]  # a question and its numerical answer
 
 
 @dataclass(kw_only=True)
 class Gsm8kSettings(AnswerSettings):
-    """GSM8K by exact match, on a model and on the model that it was made from.
+    """Evaluate a model, and optionally the model it was trained from, on GSM8K by exact match.
 
     examples:
       simpo evaluate gsm8k outputs/simpo --against outputs/sft --output_dir outputs/gsm8k
       simpo evaluate gsm8k outputs/simpo --limit 200 --engine vllm --output_dir outputs/gsm8k
     """
 
-    against: str | None = setting(None, "The model that it was made from, for the difference.")
-    data: str = setting("openai/gsm8k", "File with rows of question and answer, or a hub data set.")
-    split: str = setting("test", "Split of a hub data set.")
-    limit: int | None = setting(None, "Only the first so many problems (default: all).", least=1)
+    against: str | None = setting(None, "Baseline to compute the difference to, usually the model before alignment.")
+    data: str = setting("openai/gsm8k", "File with question and answer columns, or a hub dataset.")
+    split: str = setting("test", "Split of a hub dataset.")
+    limit: int | None = setting(None, "Evaluate only the first so many problems (default: all).", least=1)
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
     )
@@ -256,68 +254,68 @@ class Gsm8kSettings(AnswerSettings):
         check_values(self)
 
     def benchmark(self, log: Log) -> Gsm8k:
-        """The benchmark; raises :class:`SimpoError` if the problems cannot be read."""
+        """Prepare the benchmark; raises :class:`SimpoError` if the problems cannot be read."""
         against = None if self.against is None else self.answerer(self.against)
         return Gsm8k(read_problems(self.data, self.split, self.limit), self.answerer(self.model), against)
 
 
 @dataclass(frozen=True)
 class Gsm8k:
-    """Samples answers and counts the correct ones."""
+    """Samples answers and computes their accuracy."""
 
     problems: Sequence[Problem]
     model: Answerer
     against: Answerer | None
 
     def identity(self) -> dict[str, Any]:
-        """The problems and the models."""
+        """Return the problems and the models."""
         problems = fingerprint([[question, str(number)] for question, number in self.problems])
-        found = {"benchmark": "gsm8k", "problems": problems, **self.model.identity()}
+        identity = {"benchmark": "gsm8k", "problems": problems, **self.model.identity()}
         if self.against is not None:
-            found |= {f"against/{key}": value for key, value in self.against.identity().items()}
-        return found
+            identity |= {f"against/{key}": value for key, value in self.against.identity().items()}
+        return identity
 
     def measure(self, run: RunFolder) -> list[Metric]:
-        """The accuracy of one model, or of both and the difference, paired by problem."""
+        """Return the model's accuracy and, if there is a baseline, its accuracy and the paired difference."""
         if self.against is None:
             return self._accuracy(self.model, run.path / "answers", None)[0]
         before, was_right = self._accuracy(self.against, run.path / "answers-against", "before")
         after, is_right = self._accuracy(self.model, run.path / "answers", "after")
-        found = mean_interval(is_right.astype(float) - was_right)
-        return [*before, *after, Metric.of("gsm8k/difference", found, method=f"paired, {found.method}")]
+        interval = mean_interval(is_right.astype(float) - was_right)
+        return [*before, *after, Metric.of("gsm8k/difference", interval, method=f"paired, {interval.method}")]
 
     def _accuracy(self, model: Answerer, folder: Path, stage: Stage | None) -> tuple[list[Metric], np.ndarray]:
-        """The metrics of a model, and whether its answer to each problem is right."""
+        """Return a model's metrics, and whether its answer to each problem is correct."""
         texts = model.answer([_PROMPT.format(question) for question, _ in self.problems], folder)
         numbers = [final_number(text) for text in texts]
-        right = np.array([found == number for (_, number), found in zip(self.problems, numbers, strict=True)])
+        correct = np.array([answer == number for (_, number), answer in zip(self.problems, numbers, strict=True)])
         metrics = [
-            Metric.of("gsm8k/accuracy", proportion_interval(int(right.sum()), len(right)), stage),
+            Metric.of("gsm8k/accuracy", proportion_interval(int(correct.sum()), len(correct)), stage),
             Metric("gsm8k/without_number", sum(number is None for number in numbers), stage, len(numbers)),
         ]
-        return metrics, right
+        return metrics, correct
 
 
 def read_problems(data: str, split: str, limit: int | None) -> list[Problem]:
-    """Questions and the numbers that answer them, from a file of ``{question, answer}`` rows or a hub data set."""
+    """Read questions and numerical answers from a file with ``{question, answer}`` rows or a hub dataset."""
     dataset = load_rows(data, split=split, config=None if has_one_split(data) else "main", any_split=True)
     dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
     problems = []
     for row, where in rows_of(dataset[:], range(len(dataset)), data):
         question, answer = cell(row, "question", where), cell(row, "answer", where)
-        number = final_number(answer) if _MARK in answer else None
+        number = final_number(answer) if _ANSWER_MARKER in answer else None
         if number is None:
-            raise SimpoError(f"{where}: answer: no number after {_MARK}")
+            raise SimpoError(f"{where}: answer: has no number after {_ANSWER_MARKER}")
         problems.append((question, number))
     return problems
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last ``####`` or, where there is none, the last number; None without any.
+    """Return the number after the last ``####``, else the last number in the text, or None if there is none.
 
-    Thousands separators and dollar signs are ignored, and so are numbers in the model's thinking.
+    Thousands separators, dollar signs and any numbers in the model's thinking are ignored.
     """
     text = after_thinking(text) or ""
-    marked = _NUMBER.findall(text.rpartition(_MARK)[2]) if _MARK in text else []
-    found = marked[:1] or _NUMBER.findall(text)[-1:]
-    return Decimal(found[0].replace(",", "").replace("$", "")) if found else None
+    marked = _NUMBER.findall(text.rpartition(_ANSWER_MARKER)[2]) if _ANSWER_MARKER in text else []
+    matches = marked[:1] or _NUMBER.findall(text)[-1:]
+    return Decimal(matches[0].replace(",", "").replace("$", "")) if matches else None

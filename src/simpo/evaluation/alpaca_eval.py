@@ -1,4 +1,4 @@
-"""AlpacaEval 2: win rates over gpt4_1106_preview by a weighted pairwise judge, raw and length-controlled."""
+"""AlpacaEval 2: raw and length-controlled win rates against gpt4_1106_preview, by a weighted pairwise judge."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REPOSITORY = "tatsu-lab/alpaca_eval"
 
 @dataclass(kw_only=True)
 class AlpacaEvalSettings(JudgedSettings):
-    """AlpacaEval 2: a model or a file of its outputs, or annotations with what was judged before.
+    """AlpacaEval 2 for a model, a file of its outputs, or existing annotations.
 
     examples:
       simpo evaluate alpaca_eval outputs/simpo --judge_url https://api.openai.com/v1 \\
@@ -43,44 +43,44 @@ class AlpacaEvalSettings(JudgedSettings):
     """
 
     model: str = setting(
-        "", "Hub name or folder of the model, or a file of its outputs.", positional="MODEL_OR_OUTPUTS"
+        "", "Hub name or folder of the model, or a file with its outputs.", positional="MODEL_OR_OUTPUTS"
     )
-    annotations: Path | None = setting(None, "Compute the metrics of this annotations.json instead of judging a model.")
-    reference_outputs: Path | None = setting(None, "Instructions and the baseline's outputs (default: the hub's).")
-    gamed: Path | None = setting(None, "df_gamed.csv: the gamed baselines (default: the hub's).")
-    difficulty: Path | None = setting(None, "instruction_difficulty.csv (default: what the gamed baselines have).")
-    plain: bool = setting(False, "For a judge without log-probabilities: it names the better answer.")
+    annotations: Path | None = setting(None, "Compute metrics from this annotations.json instead of judging a model.")
+    reference_outputs: Path | None = setting(None, "Instructions and the baseline's outputs (default: from the hub).")
+    gamed: Path | None = setting(None, "df_gamed.csv with the gamed baselines (default: from the hub).")
+    difficulty: Path | None = setting(None, "instruction_difficulty.csv (default: difficulties in df_gamed.csv).")
+    plain: bool = setting(False, "Let the judge name the better answer, if it reports no log-probabilities.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.model) == (self.annotations is not None):
-            raise SimpoError("give either a model or file of outputs, or --annotations with what was judged")
+            raise SimpoError("give either a model (or a file with its outputs) or --annotations")
 
     def benchmark(self, log: Log) -> Benchmark:
-        """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
-        return AlpacaEval(self, log) if self.annotations is None else AnnotatedBefore(self, log)
+        """Prepare the benchmark; raises :class:`SimpoError` if a file is unusable."""
+        return AlpacaEval(self, log) if self.annotations is None else ExistingAnnotations(self, log)
 
     def length_control(self, count: int, log: Log) -> Baselines | None:
-        """The inputs of the length-controlled win rate of ``count`` instructions; None if they are not on the hub."""
+        """Load what length control needs for ``count`` instructions; None, with a note, if the download fails."""
         try:
-            found = read_baselines(self.gamed, self.difficulty)
+            baselines = read_baselines(self.gamed, self.difficulty)
         except SimpoError as error:
             if self.gamed is not None:
                 raise
-            log(f"note: no length-controlled win rate: {error}; --annotations computes it later")
+            log(f"note: no length-controlled win rate: {error}; compute it later with --annotations")
             return None
-        available = len(found.difficulties)
+        available = len(baselines.difficulties)
         if count > available:
-            raise SimpoError(f"{count} instructions, but difficulties of {available}: give the benchmark's")
+            raise SimpoError(f"{count} instructions, but difficulties for {available} only; use the benchmark's own")
         if count < available:
             log(
-                f"note: difficulties of {available} instructions are looked up by position: the length-controlled win "
-                f"rate is correct only if the {count} are the benchmark's first, in its order"
+                f"note: the {available} difficulties are looked up by position: the length-controlled win rate is "
+                f"correct only if your {count} instructions are the benchmark's first, in the same order"
             )
-        return found
+        return baselines
 
     def length_control_identity(self) -> dict[str, Any]:
-        """The settings that determine the length correction; files from the hub are None."""
+        """Return digests of the files used for length control, None for files from the hub."""
         return {
             key: None if (path := getattr(self, key)) is None else file_digest(path) for key in ("gamed", "difficulty")
         }
@@ -91,17 +91,17 @@ class AlpacaEvalSettings(JudgedSettings):
 
 @dataclass(frozen=True)
 class Annotation:
-    """The baseline's answer, the model's, and the judge's verdict."""
+    """The judge's preference between the baseline's answer and the model's."""
 
-    question: Question  # with the baseline's answer
-    answer: Answer
-    annotator: str  # the judge
-    preference: float  # in [1, 2], 2 where the model is preferred; NaN where there is none
-    raw_completion: str | None = None  # what the judge wrote; None if it was not asked
+    question: Question  # includes the baseline's answer
+    answer: Answer  # the model's answer
+    annotator: str  # name of the judge
+    preference: float  # in [1, 2]: 2 if the model is preferred, NaN if there is no preference
+    raw_completion: str | None = None  # the judge's reply; None if it was not asked
 
 
 class AlpacaEval(JudgedBenchmark):
-    """A pairwise judge compares the model's answers with the baseline's."""
+    """Compares a model's answers with the baseline's through a pairwise judge."""
 
     name = "alpaca_eval"
     key_name = "instruction"
@@ -121,7 +121,7 @@ class AlpacaEval(JudgedBenchmark):
         super().__init__(settings, questions, self._prompt.digest)
 
     def extra_identity(self) -> dict[str, Any]:
-        """The baseline's outputs, how preferences are read, and the files of the length control."""
+        """Return the baseline's outputs, how preferences are read, and the files for length control."""
         return {
             "benchmark": self.name,
             "reference_outputs": file_digest(self._reference),
@@ -131,12 +131,12 @@ class AlpacaEval(JudgedBenchmark):
 
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[str, Answer]:
-        """Read a row of ``model_outputs.json``."""
+        """Parse a row of ``model_outputs.json``."""
         return cell(row, "instruction", where), _output(row, where)
 
     @classmethod
     def answer_row(cls, question: Question, answer: Answer) -> Row:
-        """A row of ``model_outputs.json``."""
+        """Return a row of ``model_outputs.json``."""
         return {
             "dataset": question.category,
             "instruction": question.key,
@@ -145,7 +145,7 @@ class AlpacaEval(JudgedBenchmark):
         }
 
     def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest | None]:
-        """A request for every pair; identical answers are a draw, and nothing is asked."""
+        """Build one request per pair, or None for identical answers, which are a draw."""
         return [
             None
             if question.baseline.text == answer.text
@@ -157,25 +157,25 @@ class AlpacaEval(JudgedBenchmark):
         self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
     ) -> list[Metric]:
         """Read preferences, write ``annotations.json``, and compute the leaderboard's metrics."""
-        found = [
+        preferences = [
             preference(question.key, reply, weighted=self._weighted)
             for question, reply in zip(questions, replies, strict=True)
         ]
-        without = [reply for reply, value in zip(replies, found, strict=True) if reply and math.isnan(value)]
+        without = [reply for reply, value in zip(replies, preferences, strict=True) if reply and math.isnan(value)]
         if self._weighted and (unsure := sum(bool(reply.first_token_logprobs) for reply in without)):
             run.log(
-                f"note: {unsure} replies have a probability below {LEAST_MASS} of naming an answer and are not "
-                "verdicts; a judge that thinks first needs --plain and --judge_max_tokens"
+                f"note: {unsure} replies name an answer with a probability below {MIN_MASS} and do not count; "
+                "reasoning judges need --plain and --judge_max_tokens"
             )
         if not self._weighted and (cut := sum(reply.cut_off for reply in without)):
             run.log(
-                f"note: {cut} replies were cut off before they named an answer; a judge that thinks first needs a "
-                "higher --judge_max_tokens"
+                f"note: {cut} replies were cut off before they named an answer; reasoning judges need a higher "
+                "--judge_max_tokens"
             )
         annotator = f"{'weighted' if self._weighted else 'plain'}_{self.judge_name}"
         annotations = [
             Annotation(question, answer, annotator, value, None if reply is None else reply.text)
-            for question, answer, value, reply in zip(questions, answers, found, replies, strict=True)
+            for question, answer, value, reply in zip(questions, answers, preferences, replies, strict=True)
         ]
         write_annotations(run.path / "annotations.json", annotations)
         return leaderboard_metrics(annotations, self._baselines, run.log)
@@ -183,13 +183,13 @@ class AlpacaEval(JudgedBenchmark):
     def _check_logprobs(self, replies: Sequence[ChatReply]) -> None:
         if not any(reply.first_token_logprobs for reply in replies):
             raise SimpoError(
-                f"{self.client.endpoint.base_url}: the server gives no log-probabilities; use one that does, and "
-                "another --cache, or the judge without them: --plain"
+                f"{self.client.endpoint.base_url}: the server reports no log-probabilities; use one that does (with "
+                "another --cache), or judge without them: --plain"
             )
 
 
-class AnnotatedBefore:
-    """The metrics of annotations that exist; nothing is judged."""
+class ExistingAnnotations:
+    """Computes metrics from existing annotations, without a judge."""
 
     def __init__(self, settings: AlpacaEvalSettings, log: Log) -> None:
         assert settings.annotations is not None
@@ -203,7 +203,7 @@ class AnnotatedBefore:
         }
 
     def identity(self) -> dict[str, Any]:
-        """The files of annotations and of the length control."""
+        """Return digests of the annotations and of the files for length control."""
         return self._identity
 
     def measure(self, run: RunFolder) -> list[Metric]:
@@ -211,26 +211,24 @@ class AnnotatedBefore:
         return leaderboard_metrics(self._annotations, self._baselines, run.log)
 
 
-# ---- The pairwise judge: which answer is shown first, what is asked, and what the reply means.
+# ---- The pairwise judge: the order of the answers, the request, and how replies are read.
 
 _SECTION = re.compile(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
-# The names of the answers in the order in which they are shown.
-_FIRST, _SECOND = "m", "M"
+_FIRST, _SECOND = "m", "M"  # the names of the answers, in the order in which they are shown
 _TOP_LOGPROBS = 5
-# Least probability of the two names together. With less, the judge was about to write something else.
-LEAST_MASS = 0.5
+MIN_MASS = 0.5  # if the two names together are less likely than this, the judge was about to write something else
 
 
 def switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first; drawn from the instruction exactly as the benchmark draws it."""
+    """Whether the model's answer is shown first, drawn from the instruction exactly as in the benchmark."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]  # noqa: S311
 
 
 class PairwisePrompt:
-    """A judge prompt with places ``{instruction}``, ``{output_1}`` and ``{output_2}``.
+    """A judge prompt with placeholders ``{instruction}``, ``{output_1}`` and ``{output_2}``.
 
-    Messages are marked ``<|im_start|>role ... <|im_end|>``, as in the benchmark's own file; a text without marks is one
-    user message. The shipped prompt is used if no path is given.
+    Messages are delimited by ``<|im_start|>role ... <|im_end|>``, as in the benchmark's own file; a text without these
+    is a single user message. If ``path`` is None, the built-in prompt is used.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -248,9 +246,9 @@ class PairwisePrompt:
         self._messages = [{"role": role, "content": content} for role, content in sections]
 
     def request(self, instruction: str, baseline: str, answer: str, *, weighted: bool) -> ChatRequest:
-        """Ask about two answers in the order drawn.
+        """Build a request with the two answers in random order.
 
-        The weighted judge writes one token, whose alternatives are weighed; the plain one is greedy.
+        The weighted judge is asked for the log-probabilities of one token; the plain one answers greedily.
         """
         first, second = (answer, baseline) if switched(instruction) else (baseline, answer)
         values = {"instruction": instruction, "output_1": first, "output_2": second}
@@ -261,9 +259,9 @@ class PairwisePrompt:
 
 
 def preference(instruction: str, reply: ChatReply | None, *, weighted: bool) -> float:
-    """The preference in [1, 2], 2 where the model's answer wins; NaN where the judge gave none.
+    """Return the preference in [1, 2]: 2 if the model's answer wins, NaN if the judge gave none.
 
-    Without a reply the answers are identical, which is a draw.
+    A reply of None means that the answers are identical, which is a draw.
     """
     if reply is None:
         return 1.5
@@ -272,23 +270,23 @@ def preference(instruction: str, reply: ChatReply | None, *, weighted: bool) -> 
 
 
 def weighted_preference(logprobs: dict[str, float] | None) -> float:
-    """``2 - P(m) / (P(m) + P(M))`` over the first token; a name that is not among the most likely tokens counts 0.
+    """Compute ``2 - P(m) / (P(m) + P(M))`` for the first token; a name missing from the top tokens counts as 0.
 
-    NaN where the two together have a probability below :data:`LEAST_MASS`. Names with white space around them count
-    only where the bare ones have less than that.
+    NaN if the two together have a probability below :data:`MIN_MASS`. Names surrounded by white space count only if
+    the bare names have less than that.
     """
-    for strip in ("", None):  # nothing, then white space
+    for strip in ("", None):  # first strip nothing, then white space
         first, second = (
             sum(math.exp(logprob) for token, logprob in (logprobs or {}).items() if token.strip(strip) == name)
             for name in (_FIRST, _SECOND)
         )
-        if first + second >= LEAST_MASS:
+        if first + second >= MIN_MASS:
             return 2 - first / (first + second)
     return math.nan
 
 
 def plain_preference(text: str) -> float:
-    """1 or 2 for the name that the judge wrote after any thinking; NaN where it wrote neither."""
+    """Return 1 or 2 for the name that the judge wrote after any thinking, or NaN if it wrote neither."""
     return {_FIRST: 1.0, _SECOND: 2.0}.get((after_thinking(text) or "").strip(), math.nan)
 
 
@@ -296,9 +294,9 @@ def plain_preference(text: str) -> float:
 
 
 def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines | None, log: Log) -> list[Metric]:
-    """The leaderboard's metrics under its names, and how many answers were empty or got no preference.
+    """Compute the leaderboard's metrics under its names, and count empty answers and missing preferences.
 
-    Intervals are those of 1.96 standard errors, kept within 0 to 100.
+    Intervals are 1.96 standard errors wide on either side, kept within 0 to 100.
     """
     preferences = np.array([annotation.preference for annotation in annotations])
     theirs = [annotation.question.baseline.text for annotation in annotations]
@@ -306,7 +304,7 @@ def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines 
     total, without = len(preferences), int(np.isnan(preferences).sum())
     empty = sum(not text.strip() for text in ours)
     if without:
-        log(f"note: {without} of {total} answers got no preference and are left out")
+        log(f"note: {without} of {total} answers have no preference and do not count")
     if empty:
         log(f"note: {empty} of {total} answers are empty; they were judged like any other")
 
@@ -321,10 +319,10 @@ def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines 
                 _with_interval("length_controlled_winrate", controlled.win_rate, controlled.standard_error, total),
                 Metric("alpaca_eval/lc_standard_error", controlled.standard_error, n=total),
             ]
-        found = win_rates(preferences[~np.isnan(preferences)])
+        rates = win_rates(preferences[~np.isnan(preferences)])
         judged = total - without
-        metrics.append(_with_interval("win_rate", found.pop("win_rate"), found["standard_error"], judged))
-        metrics += [Metric(f"alpaca_eval/{name}", value, n=judged) for name, value in found.items()]
+        metrics.append(_with_interval("win_rate", rates.pop("win_rate"), rates["standard_error"], judged))
+        metrics += [Metric(f"alpaca_eval/{name}", value, n=judged) for name, value in rates.items()]
     return [
         *metrics,
         Metric("alpaca_eval/avg_length", int(np.mean([len(text) for text in ours])), n=total),
@@ -334,7 +332,7 @@ def leaderboard_metrics(annotations: Sequence[Annotation], baselines: Baselines 
 
 
 def _with_interval(name: str, value: float, error: float, n: int) -> Metric:
-    """A percentage with the interval of 1.96 standard errors; none where the error is NaN."""
+    """Return a percentage with an interval of 1.96 standard errors, or without one if the error is NaN."""
     if math.isnan(error):
         return Metric(f"alpaca_eval/{name}", value, n=n)
     low, high = share_bounds(value / 100, 1.96 * error / 100)
@@ -345,13 +343,13 @@ def _with_interval(name: str, value: float, error: float, n: int) -> Metric:
 
 
 def hub_file(name: str, option: str) -> Path:
-    """A file of the benchmark on the hub, from the cache if it is there; an error names the option for a local one."""
-    with third_party(f"{REPOSITORY}: {name} cannot be downloaded from the hub; give it with {option}"):
+    """Download a file of the benchmark from the hub, or find it in the cache; errors suggest ``option`` instead."""
+    with third_party(f"{REPOSITORY}: {name} cannot be downloaded from the hub; pass a local copy with {option}"):
         return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
 
 
 def read_reference(path: Path) -> list[Question]:
-    """The instructions with the baseline's outputs ``{instruction, output, generator, dataset}``."""
+    """Read instructions with the baseline's outputs, ``{instruction, output, generator, dataset}``."""
 
     def parse(row: Row, where: str) -> tuple[str, Question]:
         instruction = cell(row, "instruction", where)
@@ -366,7 +364,7 @@ def _output(row: Row, where: str) -> Answer:
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """Annotations in their order; a preference of 0, which older versions write for a draw, is 1.5."""
+    """Read annotations in file order; a preference of 0, which older versions write for a draw, becomes 1.5."""
 
     def parse(row: Row, where: str) -> tuple[str, Annotation]:
         instruction = cell(row, "instruction", where)
@@ -387,7 +385,7 @@ def read_annotations(path: Path) -> list[Annotation]:
 
 
 def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
-    """Write ``annotations.json``; a preference that is missing is null."""
+    """Write ``annotations.json``; a missing preference is written as null."""
     rows = [
         {
             "instruction": annotation.question.key,
@@ -406,11 +404,11 @@ def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
 
 
 def read_baselines(gamed: Path | None, difficulty: Path | None) -> Baselines:
-    """The gamed baselines and the difficulties, from the hub where they are not given.
+    """Read the gamed baselines and the difficulties, from the hub unless files are given.
 
-    The gamed file's columns are ``index``, ``std_delta_len``, ``instruction_difficulty`` and a preference in [0, 1],
-    whose name starts with ``preference``. It has the difficulties too, which a file of ``index`` and
-    ``instruction_difficulty`` may replace.
+    The gamed file has the columns ``index``, ``std_delta_len``, ``instruction_difficulty`` and a preference in [0, 1],
+    whose name starts with ``preference``. A ``difficulty`` file with the columns ``index`` and
+    ``instruction_difficulty`` overrides its difficulties.
     """
     rows = read_rows(hub_file("df_gamed.csv", "--gamed") if gamed is None else gamed)
     columns = ("std_delta_len", "instruction_difficulty", "preference")
@@ -419,21 +417,23 @@ def read_baselines(gamed: Path | None, difficulty: Path | None) -> Baselines:
     outside = (y < 0) | (y > 1)
     if outside.any():
         raise SimpoError(f"{rows[int(outside.argmax())][1]}: preference: expected a number from 0 to 1")
-    own = rows if difficulty is None else read_rows(difficulty)
-    by_index = {int(_number(row, "index", where)): _number(row, "instruction_difficulty", where) for row, where in own}
+    source = rows if difficulty is None else read_rows(difficulty)
+    by_index = {
+        int(_number(row, "index", where)): _number(row, "instruction_difficulty", where) for row, where in source
+    }
     if sorted(by_index) != list(range(len(by_index))):
-        raise SimpoError(f"{own[0][1]}: index: the {len(by_index)} instructions are not numbered from 0 on")
+        raise SimpoError(f"{source[0][1]}: index: expected numbers from 0 to {len(by_index) - 1}, each once")
     x = np.column_stack([np.tanh(length), difficulties, np.zeros(len(y))])
     return Baselines(np.array([by_index[index] for index in range(len(by_index))]), x, y)
 
 
 def _number(row: Row, name: str, where: str) -> float:
-    """A finite number; cells of CSV files are text."""
+    """Return a cell as a finite number, which is text in CSV files; raises :class:`SimpoError` if it is not one."""
     key = next((key for key in row if key == name or (name == "preference" and key.startswith(name))), None)
     try:
         value = float(row[key]) if key is not None and not isinstance(row[key], bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise SimpoError(f"{where}: no number {name!r}; it has {', '.join(sorted(row))}")
+        raise SimpoError(f"{where}: {name}: expected a number; the row has {', '.join(sorted(row))}")
     return value

@@ -1,4 +1,4 @@
-"""Answers of models: read from files, or sampled."""
+"""Questions and answers of benchmarks: read from files, or sampled from a model."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from simpo.runs.results import fingerprint
 T = TypeVar("T")
 Record = dict[str, Any]
 
-# ---- Rows of files, with error messages that name the row and the cell.
+# ---- Reading rows, with errors that name the row and the column.
 
 
 def read_rows(path: str | Path) -> list[tuple[Row, str]]:
-    """The rows of a file, each with its place for messages."""
+    """Read the rows of a file, each with its location for error messages."""
     dataset = load_rows(str(Path(path).expanduser().resolve()), split="train")
     return rows_of(dataset[:], range(len(dataset)), Path(path).name)
 
 
 def cell(row: Row, key: str, where: str, kind: type = str) -> Any:
-    """A cell that must hold text or, with ``kind``, a list."""
+    """Return a cell of type ``kind``, a string or a list; raises :class:`SimpoError` if it is missing or not one."""
     if key not in row:
-        raise SimpoError(f"{where}: no {key!r}; it has {', '.join(sorted(row)) or 'no columns'}")
+        raise SimpoError(f"{where}: no {key!r}; the row has {', '.join(sorted(row)) or 'no columns'}")
     if not isinstance(row[key], kind):
         expected = "text" if kind is str else "a list"
         raise SimpoError(f"{where}: {key}: expected {expected}, got {row[key]!r:.60}")
@@ -51,60 +51,60 @@ def cell(row: Row, key: str, where: str, kind: type = str) -> Any:
 def read_by_key(
     path: str | Path, key_name: str, parse: Callable[[Row, str], tuple[Any, T]]
 ) -> dict[Any, tuple[T, str]]:
-    """Value and place of every row of a file by its key, in the order of the file.
+    """Read a file into a mapping from each row's key to its value and location, in file order.
 
-    ``parse`` gives the key and the value of a row; its second argument is the row's place for messages, which call the
-    key ``key_name``. No key may occur twice.
+    ``parse`` takes a row and its location and returns the key and the value. A duplicate key raises
+    :class:`SimpoError`, in which it is called ``key_name``.
     """
-    found: dict[Any, tuple[T, str]] = {}
+    values: dict[Any, tuple[T, str]] = {}
     for row, where in read_rows(path):
         key, value = parse(row, where)
-        if key in found:
-            raise SimpoError(f"{where}: {key_name} {str(key)!r:.80} occurs twice, first at {found[key][1]}")
-        found[key] = value, where
-    return found
+        if key in values:
+            raise SimpoError(f"{where}: {key_name} {str(key)!r:.80} occurs twice, first at {values[key][1]}")
+        values[key] = value, where
+    return values
 
 
 def read_answers(
     path: str | Path, key_name: str, parse: Callable[[Row, str], tuple[Any, T]], questions: Mapping[Any, str]
 ) -> list[T]:
-    """Read the answers to given questions, in the order of the questions.
+    """Read the answers to the given questions, in the order of the questions.
 
-    ``questions`` has the place of every question by its key; the others are those of :func:`read_by_key`. Every
-    question needs an answer, and every answer a question.
+    ``questions`` maps every question's key to its location; for the other arguments see :func:`read_by_key`. Raises
+    :class:`SimpoError` if a question has no answer or an answer has no question.
     """
-    found = read_by_key(path, key_name, parse)
-    unknown = [key for key in found if key not in questions]
+    answers = read_by_key(path, key_name, parse)
+    unknown = [key for key in answers if key not in questions]
     if unknown:
         raise SimpoError(
-            f"{found[unknown[0]][1]}: {len(unknown)} of {len(found)} answers are to other questions than the "
-            f"benchmark's; the first has {key_name} {str(unknown[0])!r:.80}"
+            f"{answers[unknown[0]][1]}: {len(unknown)} of {len(answers)} answers are to questions that are not in the "
+            f"benchmark; the first has {key_name} {str(unknown[0])!r:.80}"
         )
-    missing = [key for key in questions if key not in found]
+    missing = [key for key in questions if key not in answers]
     if missing:
         raise SimpoError(
             f"{path}: {len(missing)} of {len(questions)} questions have no answer; the first is "
             f"{questions[missing[0]]} ({key_name} {str(missing[0])!r:.80})"
         )
-    return [found[key][0] for key in questions]
+    return [answers[key][0] for key in questions]
 
 
 def answers_path(name: str) -> Path:
-    """The file of answers that a command was given: a file, or the folder of a run of ``simpo sample``."""
+    """Resolve a command's argument to a file of answers; a ``simpo sample`` run folder stands for its file."""
     path = Path(name).expanduser()
     return path / FILE_NAME if (path / FILE_NAME).is_file() else path
 
 
 def is_answer_file(name: str) -> bool:
-    """Whether a command was given a file of answers instead of a model."""
+    """Whether a command's argument is a file of answers rather than a model."""
     return name.endswith(SUFFIXES)
 
 
 def read_answer_file(path: Path) -> dict[str, Record]:
-    """Prompts with their answers by the prompts' ids, in the order of the file.
+    """Read prompts with their answers, keyed by prompt id, in file order.
 
-    Rows are ``{id, prompt, responses}`` with whatever else ``simpo sample`` stores, or AlpacaEval's ``{instruction,
-    output}``. An answer may be empty.
+    Rows are ``{id, prompt, responses, ...}`` as written by ``simpo sample``, or AlpacaEval's ``{instruction, output}``.
+    Answers may be empty.
     """
     return {key: record for key, (record, _) in read_by_key(path, "prompt", _record).items()}
 
@@ -114,14 +114,14 @@ def _record(row: Row, where: str) -> tuple[str, Record]:
         instruction, output = cell(row, "instruction", where), cell(row, "output", where)
         key = prompt_id(instruction)
         return key, {"id": key, "prompt": instruction, "responses": [output]}
-    if isinstance(row.get("prompt"), dict):  # one message
+    if isinstance(row.get("prompt"), dict):  # a single message
         row = row | {"prompt": [row["prompt"]]}
     prompt = checked_prompt(row, where)
     return row["id"], row | {"prompt": prompt}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a JSON array or, if the name ends in ``.jsonl``, JSON lines."""
+    """Write a JSON array, or JSON lines if the name ends in ``.jsonl``."""
     if path.suffix == ".jsonl":
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     else:
@@ -136,64 +136,64 @@ class Answer:
     """A model's answer to a question."""
 
     model: str
-    turns: tuple[str, ...]  # the text of every turn
-    tokens: int | None = None  # length by the benchmark's tokenizer; None if the file does not give it
+    turns: tuple[str, ...]  # one text per turn
+    tokens: int | None = None  # length under the benchmark's tokenizer; None if unknown
 
     @property
     def text(self) -> str:
-        """The text of the first turn, for benchmarks that have only one."""
+        """The first turn, for single-turn benchmarks."""
         return self.turns[0]
 
     def shown(self, show: ShownAnswers) -> Answer:
-        """The answer as the judge is shown it; a text that has changed has no known number of tokens."""
+        """Return the answer as the judge sees it; if this changes the text, ``tokens`` becomes None."""
         turns = tuple(show(text) for text in self.turns)
         return self if turns == self.turns else replace(self, turns=turns, tokens=None)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a benchmark."""
+    """A benchmark question."""
 
-    key: Any  # what identifies it
-    turns: tuple[str, ...]  # what the user writes in every turn
-    where: str  # its place in a file, for messages
+    key: Any  # unique within the benchmark
+    turns: tuple[str, ...]  # the user's message in every turn
+    where: str  # location in a file, for error messages
     category: str | None = None
-    reference: Answer | None = None  # what the judge compares answers with: the baseline's answer, or a correct one
+    reference: Answer | None = None  # the baseline's answer or a correct one, for the judge to compare with
 
     @property
     def baseline(self) -> Answer:
-        """The reference, for benchmarks in which every question has one."""
+        """The baseline's answer, for benchmarks in which every question has one."""
         assert self.reference is not None
         return self.reference
 
 
-# ---- Answers that are sampled.
+# ---- Sampling answers.
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model and how it answers."""
+    """A model and the settings for sampling its answers."""
 
     model: ModelArguments
     settings: SamplingSettings
-    chat_template: str | None = None  # a template, a file with one, or "none"; None for the model's own
+    chat_template: str | None = None  # a template, a file with one, or "none"; None uses the model's own
     engine: EngineName = "transformers"
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     @property
     def name(self) -> str:
-        """The name of the model in results: the last part of its path."""
+        """The model's name in results: the last component of its path."""
         return Path(self.model.model_name_or_path).name
 
     @property
     def max_new_tokens(self) -> int:
-        """The most tokens of an answer."""
+        """Maximum length of an answer in tokens."""
         resolved = self.settings.resolved(context=Checkpoint.read(self.model).context, chunk_size=1)
         assert resolved.max_new_tokens is not None
         return resolved.max_new_tokens
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the answers: weights, template, settings."""
+        """Return everything that determines the answers: weights, template and settings."""
         tokenizer = load_tokenizer(self.model, chat_template=self.chat_template)
         return {
             "model": model_digest(self.model),
@@ -206,20 +206,20 @@ class Answerer:
         }
 
     def placeholder_answer(self, name: str = "") -> str:
-        """A text as long as an answer may be, to estimate the cost of judging; different names give different texts."""
+        """Return a dummy answer of maximum length, to estimate the cost of judging; texts differ by ``name``."""
         return placeholder_answer(self.max_new_tokens, name)
 
     def fitting(self, source: PromptArguments) -> Prompts:
-        """The prompts that will be answered: those that leave room for an answer in the model's context."""
+        """Return the prompts that leave room for an answer in the model's context."""
         return Job.prepare(self.model, source, self.settings, self.engine, lambda line: None).prompts
 
     def answer(
         self, questions: Sequence[str | list[dict[str, str]]], folder: Path, *, temperature: float | None = None
     ) -> list[str]:
-        """Sample one answer to every text or conversation, in their order; one that occurs twice is answered once.
+        """Sample one answer per text or conversation, in the same order; duplicates are answered once.
 
-        ``folder`` is that of the sampling run, which is continued if it was stopped; ``temperature`` replaces the one
-        in the settings. Before anything is sampled, questions that do not fit the context are refused.
+        ``folder`` is the folder of the sampling run, which is resumed if it was interrupted; ``temperature`` overrides
+        the settings'. Raises :class:`SimpoError` before sampling if a question does not fit the context.
         """
         prompts = folder.with_name(f"{folder.name}-questions.jsonl")
         prompts.parent.mkdir(parents=True, exist_ok=True)
@@ -229,17 +229,17 @@ class Answerer:
         too_long = [question for question in questions if _key(question) not in fitting]
         if too_long:
             raise SimpoError(
-                f"{self.model.model_name_or_path}: its context has no room for {len(too_long)} of {len(questions)} "
-                f"questions and an answer of {self.max_new_tokens:,} tokens; set a smaller max_new_tokens; the first "
-                f"is {str(too_long[0])!r:.80}"
+                f"{self.model.model_name_or_path}: {len(too_long)} of {len(questions)} questions leave no room in the "
+                f"context for an answer of {self.max_new_tokens:,} tokens; set a smaller max_new_tokens; the first is "
+                f"{str(too_long[0])!r:.80}"
             )
         settings = self.settings
         if temperature is not None:
             settings = dataclasses.replace(settings, temperature=temperature)
         sample_responses(self.model, source, settings, folder, engine=self.engine)
         free_memory()
-        found = {_key(record["prompt"]): record["responses"][0] for record in read_lines(folder / FILE_NAME)}
-        return [found[_key(question)] for question in questions]
+        by_question = {_key(record["prompt"]): record["responses"][0] for record in read_lines(folder / FILE_NAME)}
+        return [by_question[_key(question)] for question in questions]
 
 
 def _key(question: object) -> str:

@@ -1,4 +1,4 @@
-"""Arena-Hard v0.1 and v2: a judge compares the answer to every prompt with a baseline's, in two games."""
+"""Arena-Hard v0.1 and v2: pairwise comparisons with a baseline, in two games per prompt."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from simpo.statistics import Interval, share_interval
 
 Version = Literal["v0.1", "v2"]
 
-_V01 = "arena-hard-v0.1"  # the one category of v0.1
+_V01 = "arena-hard-v0.1"  # v0.1's only category
 _O3_MINI = "o3-mini-2025-01-31"
-# The baseline of every category.
+# The baseline for each category.
 BASELINES = {
     _V01: "gpt-4-0314",
     "hard_prompt": _O3_MINI,
@@ -47,7 +47,7 @@ BASELINES = {
 
 @dataclass(kw_only=True)
 class ArenaHardSettings(JudgedSettings):
-    """Arena-Hard: a model or a file of its answers, in two games per prompt against the baseline.
+    """Arena-Hard for a model or a file of its answers, in two games per prompt against the baseline.
 
     examples:
       simpo evaluate arena_hard outputs/simpo --questions question.jsonl --baseline gpt-4-0314.jsonl \\
@@ -57,14 +57,14 @@ class ArenaHardSettings(JudgedSettings):
 
     version: Version = setting("v0.1", "Version of the benchmark; v0.1 is the paper's.")
     questions: Path = required("The benchmark's question.jsonl.")
-    baseline: list[Path] = required("Files with the baseline's answers; v2 has two.", repeat=True)
+    baseline: list[Path] = required("Files with the baseline's answers; v2 needs two.", repeat=True)
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.0, top_p=1.0), metadata={"without": ("n", "top_k")}
     )
     api: ApiSettings = field(default=ApiSettings(judge_timeout=600.0))  # judgments are long
 
     def benchmark(self, log: Log) -> ArenaHard:
-        """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
+        """Prepare the benchmark; raises :class:`SimpoError` if a file is unusable."""
         return ArenaHard(self, log)
 
 
@@ -73,16 +73,16 @@ class ArenaHardSettings(JudgedSettings):
 
 @dataclass(frozen=True)
 class Judgment:
-    """The two games of a question."""
+    """The two games for one question."""
 
-    question: Question  # with the baseline's answer, which is shown first in the first game
-    answer: Answer  # the model's, which is shown first in the second game
-    texts: tuple[str, str]  # what the judge wrote
-    verdicts: tuple[str | None, str | None]  # what that means; None where there is no verdict
+    question: Question  # includes the baseline's answer, which is shown first in the first game
+    answer: Answer  # the model's answer, which is shown first in the second game
+    texts: tuple[str, str]  # the judge's replies
+    verdicts: tuple[str | None, str | None]  # the verdicts in them; None if there is none
 
 
 class ArenaHard(JudgedBenchmark):
-    """A judge compares the model's answers with the baseline's, each being shown first once."""
+    """Compares a model's answers with the baseline's, with each shown first once."""
 
     name = "arena_hard"
     key_name = "uid"
@@ -91,11 +91,11 @@ class ArenaHard(JudgedBenchmark):
 
     def __init__(self, settings: ArenaHardSettings, log: Log) -> None:
         self._prompt = ArenaPrompt(settings.api.judge_prompt)
-        questions = with_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
+        questions = attach_baselines(read_questions(settings.questions, settings.version), settings.baseline, log)
         super().__init__(settings, questions, self._prompt.digest)
 
     def extra_identity(self) -> dict[str, Any]:
-        """The version and its files."""
+        """Return the version and its files."""
         return {
             "benchmark": f"{self.name} {self.settings.version}",
             "questions": file_digest(self.settings.questions),
@@ -104,8 +104,8 @@ class ArenaHard(JudgedBenchmark):
 
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[str, Answer]:
-        """Read a row ``{uid, model, messages}``, or v0.1's earlier ``{question_id, model_id, choices}``."""
-        with third_party(f"{where}: not a row of uid, model and messages"):
+        """Parse a row ``{uid, model, messages}``, or v0.1's earlier ``{question_id, model_id, choices}``."""
+        with third_party(f"{where}: expected a row with uid, model and messages"):
             if "choices" in row:
                 turn = row["choices"][0]["turns"][0]
                 model, text, tokens = cell(row, "model_id", where), turn["content"], turn.get("token_len")
@@ -121,7 +121,7 @@ class ArenaHard(JudgedBenchmark):
 
     @classmethod
     def answer_row(cls, question: Question, answer: Answer) -> Row:
-        """A row ``{uid, model, messages}``."""
+        """Return a row ``{uid, model, messages}``."""
         return {
             "uid": question.key,
             "model": answer.model,
@@ -132,7 +132,7 @@ class ArenaHard(JudgedBenchmark):
         }
 
     def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest]:
-        """Both games of every question: the baseline's answer first, then the model's."""
+        """Build two requests per question: first with the baseline's answer shown first, then with the model's."""
         return [
             self._prompt.request(question, first.text, second.text, self.settings.version)
             for question, answer in zip(questions, answers, strict=True)
@@ -142,7 +142,7 @@ class ArenaHard(JudgedBenchmark):
     def read_judgments(
         self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
     ) -> list[Metric]:
-        """Read verdicts, write ``model_judgment.jsonl``, and compute scores by category."""
+        """Read verdicts, write ``model_judgment.jsonl``, and compute scores per category."""
         judgments = []
         for question, answer, first, second in zip(questions, answers, replies[::2], replies[1::2], strict=True):
             verdicts = (
@@ -169,34 +169,34 @@ class ArenaHard(JudgedBenchmark):
 
 
 class ArenaPrompt:
-    """A judge prompt: YAML with ``system_prompt`` and ``prompt_template``, as the benchmark's settings have them.
+    """A judge prompt: YAML with ``system_prompt`` and ``prompt_template``, as in the benchmark's settings.
 
-    The template has places ``{QUESTION}``, ``{ANSWER_A}`` and ``{ANSWER_B}`` (v2) or ``{question_1}``, ``{answer_1}``
-    and ``{answer_2}`` (v0.1). ``system_prompts`` may have other system prompts by category. The shipped prompt is used
-    if no path is given.
+    The template has placeholders ``{QUESTION}``, ``{ANSWER_A}`` and ``{ANSWER_B}`` (v2) or ``{question_1}``,
+    ``{answer_1}`` and ``{answer_2}`` (v0.1). ``system_prompts`` can override the system prompt per category. If
+    ``path`` is None, the built-in prompt is used.
     """
 
     def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "arena_hard.yaml"
         text, self.digest = read_prompt_file(path, shipped, ())
         with third_party(f"{path}: not YAML"):
-            found = yaml.safe_load(text)
-        settings = found if isinstance(found, dict) else {}
+            document = yaml.safe_load(text)
+        settings = document if isinstance(document, dict) else {}
         template, system = settings.get("prompt_template"), settings.get("system_prompt")
         if isinstance(template, list) and template:
             template = template[0]
         if not isinstance(template, str) or not isinstance(system, str):
-            raise SimpoError(f"{path}: a judge prompt of Arena-Hard has system_prompt and prompt_template")
+            raise SimpoError(f"{path}: a judge prompt for Arena-Hard needs system_prompt and prompt_template")
         for names in (("QUESTION", "question_1"), ("ANSWER_A", "answer_1"), ("ANSWER_B", "answer_2")):
             if not any(f"{{{name}}}" in template for name in names):
                 raise SimpoError(f"{path}: prompt_template lacks the placeholder {{{names[0]}}}")
         self._template, self._system = template, system
         self._by_category: dict[str | None, str] = settings.get("system_prompts") or {}
         if not isinstance(self._by_category, dict) or not all(isinstance(x, str) for x in self._by_category.values()):
-            raise SimpoError(f"{path}: system_prompts: expected a text for each category")
+            raise SimpoError(f"{path}: system_prompts: expected one text per category")
 
     def request(self, question: Question, first: str, second: str, version: Version) -> ChatRequest:
-        """Ask about two answers in the order in which they are shown."""
+        """Build the request for one game, with the answers in the order in which they are shown."""
         text = question.turns[0]
         values = {"QUESTION": text, "ANSWER_A": first, "ANSWER_B": second}
         values |= {"question_1": text, "answer_1": first, "answer_2": second}
@@ -211,13 +211,13 @@ class ArenaPrompt:
 
 
 def read_questions(path: Path, version: Version) -> list[Question]:
-    """Questions ``{uid, category, prompt}``, or v0.1's earlier ``{question_id, category, turns: [{content}]}``."""
+    """Read questions ``{uid, category, prompt}``, or v0.1's earlier ``{question_id, category, turns: [{content}]}``."""
 
     def parse(row: Row, where: str) -> tuple[str, Question]:
         category = cell(row, "category", where)
-        of = "v0.1" if category == _V01 else "v2"
-        if of != version:
-            raise SimpoError(f"{where}: category {category!r} is one of {of}, not of {version}; give --version {of}")
+        actual = "v0.1" if category == _V01 else "v2"
+        if actual != version:
+            raise SimpoError(f"{where}: category {category!r} is not in {version}; use --version {actual}")
         if "turns" not in row:
             prompt = cell(row, "prompt", where)
         else:
@@ -234,79 +234,79 @@ def _uid(row: Row, where: str) -> str:
     return cell(row, "uid" if "uid" in row else "question_id", where)
 
 
-def with_baselines(questions: Sequence[Question], files: Sequence[Path], log: Log) -> list[Question]:
-    """The questions with the baseline's answers; from several files, each category takes that of its baseline."""
-    places = {question.key: question.where for question in questions}
-    read = [read_answers(path, "uid", ArenaHard.parse_answer, places) for path in files]
-    if len(read) == 1:
-        found = [replace(question, reference=answer) for question, answer in zip(questions, read[0], strict=True)]
+def attach_baselines(questions: Sequence[Question], files: Sequence[Path], log: Log) -> list[Question]:
+    """Add the baseline's answers to the questions; if there are several files, each category uses its own baseline."""
+    locations = {question.key: question.where for question in questions}
+    answer_sets = [read_answers(path, "uid", ArenaHard.parse_answer, locations) for path in files]
+    if len(answer_sets) == 1:
+        pairs = zip(questions, answer_sets[0], strict=True)
+        attached = [replace(question, reference=answer) for question, answer in pairs]
         for category in dict.fromkeys(question.category for question in questions):
-            used = {question.baseline.model for question in found if question.category == category}
+            used = {question.baseline.model for question in attached if question.category == category}
             if used != {BASELINES.get(str(category))}:
-                log(f"note: the baseline of {category} is {', '.join(sorted(used))}, not the benchmark's")
-        return found
-    by_model = {answer.model: answers for answers in read for answer in answers}
+                log(f"note: the baseline for {category} is {', '.join(sorted(used))}, not the benchmark's")
+        return attached
+    by_model = {answer.model: answers for answers in answer_sets for answer in answers}
     missing = {BASELINES.get(str(question.category), "") for question in questions} - by_model.keys()
     if missing:
-        raise SimpoError(f"baseline: none of the files is of {', '.join(sorted(missing))}")
+        raise SimpoError(f"baseline: no file has answers by {', '.join(sorted(missing))}")
     return [
         replace(question, reference=by_model[BASELINES[str(question.category)]][index])
         for index, question in enumerate(questions)
     ]
 
 
-# ---- Verdicts, the battles that they count as, and metrics.
+# ---- Verdicts, battles and metrics.
 
 _MARKED = re.compile(r"\[\[([AB<>=]+)\]\]")
 _LOOSELY_MARKED = re.compile(r"\[([AB<>=]+)\]")
-_STRONG = 3  # battles that a strong verdict counts as
-# What each verdict is worth to the answer that is shown first, and the number of battles.
-_WORTH = {"A>>B": (1.0, _STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, _STRONG)}
+_STRONG = 3  # number of battles that a strong verdict counts as
+# The outcome of each verdict for the answer shown first, and the number of battles it counts as.
+_OUTCOMES = {"A>>B": (1.0, _STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, _STRONG)}
 _REVERSED = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A"}
 
 
 def read_verdict(text: str, version: Version) -> str | None:
-    """One of ``A>>B``, ``A>B``, ``A=B``, ``B>A`` and ``B>>A``; None where the judge gave none.
+    """Return the verdict, ``A>>B``, ``A>B``, ``A=B``, ``B>A`` or ``B>>A``, or None if the judge gave none.
 
-    v0.1 takes the verdict in double brackets if there is only one, or the same one several times. v2 takes the last, in
-    any case, in single brackets where there is none in double ones, and in either direction. What the judge wrote
-    while thinking does not count.
+    v0.1 accepts a verdict in double brackets unless there are several different ones. v2 uses the last one, ignoring
+    case, written in either direction, and in single brackets if there is none in double brackets. Thinking is ignored.
     """
     text = after_thinking(text) or ""
     if version == "v0.1":
-        found = set(_MARKED.findall(text))
-        return found.pop() if len(found) == 1 and found <= _WORTH.keys() else None
+        verdicts = set(_MARKED.findall(text))
+        return verdicts.pop() if len(verdicts) == 1 and verdicts <= _OUTCOMES.keys() else None
     matches = _MARKED.findall(text.upper()) or _LOOSELY_MARKED.findall(text.upper())
     last = matches[-1] if matches else ""
     verdict = _REVERSED.get(last, last)
-    return verdict if verdict in _WORTH else None
+    return verdict if verdict in _OUTCOMES else None
 
 
 def battles(first: str | None, second: str | None, version: Version) -> list[float]:
-    """The model's results in a prompt's games, a number in [0, 1] for each battle.
+    """Return the model's outcome, in [0, 1], in each battle of a prompt's two games.
 
-    The baseline is shown first in the game of the ``first`` verdict, the model in that of the ``second``. v0.1 counts a
-    game whose counterpart has no verdict, v2 does not.
+    The baseline is shown first in the game with the ``first`` verdict, the model in the game with the ``second``. If
+    only one game has a verdict, v0.1 counts it and v2 does not.
     """
     if version == "v2" and (first is None or second is None):
         return []
-    found = []
+    outcomes = []
     for verdict, model_first in ((first, False), (second, True)):
         if verdict is not None:
-            worth, count = _WORTH[verdict]
-            found += [worth if model_first else 1 - worth] * count
-    return found
+            outcome, count = _OUTCOMES[verdict]
+            outcomes += [outcome if model_first else 1 - outcome] * count
+    return outcomes
 
 
 def category_metrics(judgments: Sequence[Judgment], version: Version, log: Log) -> list[Metric]:
-    """Scores by category in percent: the benchmark's, over prompts, and in the baseline's style."""
+    """Compute scores per category in percent: the benchmark's, one over prompts, and one with style control."""
     metrics = []
     for category in dict.fromkeys(judgment.question.category for judgment in judgments):
         played = [judgment for judgment in judgments if judgment.question.category == category]
-        counted = [(judgment, worths) for judgment in played if (worths := battles(*judgment.verdicts, version))]
+        counted = [(judgment, outcomes) for judgment in played if (outcomes := battles(*judgment.verdicts, version))]
         name = f"arena_hard/{category}"
         if counted:
-            prompts = [worths for _, worths in counted]
+            prompts = [outcomes for _, outcomes in counted]
             lengths = [len(judgment.answer.text) for judgment, _ in counted]
             metrics += [
                 Metric.of(f"{name}/score", bootstrap_score(prompts, version)),
@@ -320,62 +320,63 @@ def category_metrics(judgments: Sequence[Judgment], version: Version, log: Log) 
         metrics.append(Metric(f"{name}/games_without_verdict", missing, n=2 * len(played)))
         if missing:
             left_out = len(played) - len(counted)
-            log(f"note: {category}: {missing} games have no verdict; {left_out} prompts are left out for that reason")
+            log(f"note: {category}: {missing} games have no verdict; {left_out} prompts are excluded because of this")
     return metrics
 
 
 def _score_in_baseline_style(counted: Sequence[tuple[Judgment, list[float]]]) -> float:
-    """Lengths are in tokens where every answer has them; otherwise all are in characters, to be comparable."""
-    pairs = [(judgment.answer, judgment.question.baseline) for judgment, worths in counted for _ in worths]
+    """Compute the style-controlled score; lengths are in tokens if known for every answer, otherwise in characters."""
+    pairs = [(judgment.answer, judgment.question.baseline) for judgment, outcomes in counted for _ in outcomes]
     known = all(answer.tokens is not None for pair in pairs for answer in pair)
     styles = (
         [style_of(answer.text, answer.tokens if known else None) for answer in side]
         for side in zip(*pairs, strict=True)
     )
-    worths = np.array([worth for _, worths in counted for worth in worths])
-    return style_controlled_score(worths, style_differences(*styles))
+    outcomes = np.array([outcome for _, outcomes in counted for outcome in outcomes])
+    return style_controlled_score(outcomes, style_differences(*styles))
 
 
 # ---- Arena-Hard's scores.
 #
-# The benchmark fits Bradley-Terry strengths by unpenalized logistic regression. Every battle has the baseline on one
-# side, and therefore a model's fitted chance to win is the mean worth of its battles, which is what is computed here.
+# The benchmark fits Bradley-Terry strengths by unpenalized logistic regression. As every battle is against the
+# baseline, a model's fitted win probability is simply its mean outcome, which is what we compute.
 
 _RESAMPLES = 100
 _PERCENTILES: dict[Version, tuple[float, float]] = {"v0.1": (2.5, 97.5), "v2": (5, 95)}
 
 
 def bootstrap_score(prompts: Sequence[Sequence[float]], version: Version, seed: int = 42) -> Interval:
-    """The benchmark's score in percent and its bootstrap interval.
+    """Compute the benchmark's score in percent and its bootstrap interval.
 
-    Battles are drawn independently, although those of one prompt, and the three of a strong verdict, are not
-    independent. That makes the interval narrower than stated; :func:`score_over_prompts` is the one to trust. v0.1
-    reports the mean of the battles with the 2.5th and 97.5th percentiles, v2 the mean of the bootstrap means with the
-    5th and 95th.
+    The benchmark resamples battles independently, although battles for the same prompt, and the three that a strong
+    verdict counts as, are not independent. The interval is therefore too narrow; trust :func:`score_over_prompts`
+    instead. v0.1 reports the mean of the battles with the 2.5th and 97.5th percentiles, v2 the mean of the bootstrap
+    means with the 5th and 95th.
 
-    ``prompts`` has the worth of each of a prompt's battles, from 0 to 1.
+    ``prompts`` holds the outcomes, in [0, 1], of each prompt's battles.
     """
-    worths = np.concatenate([np.asarray(worths, dtype=np.float64) for worths in prompts])
-    draws = np.random.default_rng(seed).integers(len(worths), size=(_RESAMPLES, len(worths)))
-    means = worths[draws].mean(axis=1)
+    pooled = np.concatenate([np.asarray(outcomes, dtype=np.float64) for outcomes in prompts])
+    draws = np.random.default_rng(seed).integers(len(pooled), size=(_RESAMPLES, len(pooled)))
+    means = pooled[draws].mean(axis=1)
     percentiles = _PERCENTILES[version]
     low, high = np.percentile(means, percentiles)
-    value = worths.mean() if version == "v0.1" else means.mean()
+    value = pooled.mean() if version == "v0.1" else means.mean()
     method = "bootstrap of battles, {:g} to {:g}%".format(*percentiles)
     return Interval(100 * float(value), 100 * float(low), 100 * float(high), len(prompts), method)
 
 
 def score_over_prompts(prompts: Sequence[Sequence[float]]) -> Interval:
-    """The mean worth of the battles in percent, with a 95% interval in which a prompt is one observation.
+    """Compute the mean outcome in percent, with a 95% interval that treats each prompt as one observation.
 
-    ``prompts`` has the worth of each of a prompt's battles, at least one each.
+    ``prompts`` holds the outcomes, in [0, 1], of each prompt's battles, at least one per prompt.
     """
-    found = share_interval([float(np.mean(worths)) for worths in prompts], [len(worths) for worths in prompts])
-    low, high = (None if bound is None else 100 * bound for bound in (found.low, found.high))
-    return Interval(100 * found.value, low, high, found.n, f"over prompts: {found.method}")
+    means, counts = [float(np.mean(outcomes)) for outcomes in prompts], [len(outcomes) for outcomes in prompts]
+    score = share_interval(means, counts)
+    low, high = (None if bound is None else 100 * bound for bound in (score.low, score.high))
+    return Interval(100 * score.value, low, high, score.n, f"over prompts: {score.method}")
 
 
-# ---- Arena-Hard's style control: the score if the model's answers had the style of the baseline's.
+# ---- Arena-Hard's style control: the score the model would have if its answers had the baseline's style.
 
 _CODE = re.compile(r"```[^`]*```")
 _HEADERS = re.compile(r"^#{1,6}\s", re.MULTILINE)
@@ -384,15 +385,14 @@ _BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 
 
 def style_of(text: str, length: int | None = None) -> tuple[int, ...]:
-    """An answer's length, in characters unless given in another unit, and its numbers of headers, list items and bold
-    passages outside code blocks."""
+    """Return an answer's length (``length``, or in characters) and its counts of headers, list items and bold text."""
     prose = _CODE.sub("", text)
     counts = (len(pattern.findall(prose)) for pattern in (_HEADERS, _LISTS, _BOLD))
     return len(text) if length is None else length, *counts
 
 
 def style_differences(model: Sequence[tuple[int, ...]], baseline: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Features ``[N, 4]``: relative differences in length and in the densities of headers, lists and bold text."""
+    """Return features ``[N, 4]``: relative differences in length and in header, list and bold-text density."""
     ours, theirs = (np.array(styles, dtype=np.float64) for styles in (model, baseline))
     total = ours[:, :1] + theirs[:, :1]
     length = np.divide(ours[:, :1] - theirs[:, :1], total, out=np.zeros_like(total), where=total > 0)
@@ -400,19 +400,19 @@ def style_differences(model: Sequence[tuple[int, ...]], baseline: Sequence[tuple
     return np.hstack([length, (mine - other) / (mine + other + 1)])
 
 
-def style_controlled_score(worths: np.ndarray, features: np.ndarray) -> float:
-    """A model's score in percent if its answers had the baseline's style; NaN where style determines the results.
+def style_controlled_score(outcomes: np.ndarray, features: np.ndarray) -> float:
+    """Estimate the score in percent at equal style; NaN if style alone determines the outcomes.
 
-    The Bradley-Terry strength of the model and the effects of style are fitted together.
+    The model's Bradley-Terry strength and the effects of style are fitted jointly.
 
     Args:
-        worths: of the model's battles, ``[N]`` in [0, 1].
-        features: of :func:`style_differences`, ``[N, 4]``.
+        outcomes: outcomes of the model's battles, ``[N]``, in [0, 1].
+        features: style differences from :func:`style_differences`, ``[N, 4]``.
     """
-    features = features[:, np.ptp(features, axis=0) > 0]  # one that is equal in all battles explains nothing
+    features = features[:, np.ptp(features, axis=0) > 0]  # drop constant features
     mean, deviation = features.mean(axis=0), features.std(axis=0, ddof=1)
-    x = np.column_stack([np.ones(len(worths)), (features - mean) / deviation])
-    w = fit_logistic(x, worths)
+    x = np.column_stack([np.ones(len(outcomes)), (features - mean) / deviation])
+    w = fit_logistic(x, outcomes)
     if not is_determined(x, w):
         return math.nan
     return 100 * float(expit(w[0] - w[1:] @ (mean / deviation)))

@@ -1,4 +1,4 @@
-"""``simpo compare``: two models or their answers, judged by any judges, and where the judges differ."""
+"""``simpo compare``: judges the answers of two models, and measures how far the judges agree."""
 
 from __future__ import annotations
 
@@ -36,50 +36,47 @@ from simpo.statistics import Interval, mean_interval, proportion_interval, share
 
 VERDICTS = "verdicts.jsonl"
 
-# Gives a number for an answer to a prompt.
-Scoring = Callable[[Any, str], float]
-# Model a is compared with the baseline b.
-SIDES: dict[Stage, str] = {"before": "b", "after": "a"}
+Scoring = Callable[[Any, str], float]  # maps a prompt and an answer to a score
+SIDES: dict[Stage, str] = {"before": "b", "after": "a"}  # model a is compared with the baseline b
 
-
-_SIDE = "Model, file of answers, or folder of simpo sample"
+_SIDE = "Model, file of answers, or simpo sample folder"
 
 
 @dataclass(kw_only=True)
 class CompareSettings:
     """The two sides and the judges."""
 
-    a: str = field(metadata={"help": f"{_SIDE}, whose win rate is measured.", "positional": "A"})
-    b: str = field(metadata={"help": f"{_SIDE}, which it is compared with.", "positional": "B"})
-    output_dir: Path = field(metadata={"help": "Folder of the run; the same one continues it."})
-    judge: list[str] = field(metadata={"help": f"One or several of {JUDGES}.", "repeat": True})
-    prompts: str | None = setting(None, "File, folder or hub id of the prompts that models answer.")
-    split: str = setting("train", "Split of the prompts.")
+    a: str = field(metadata={"help": f"{_SIDE}; its win rate is reported.", "positional": "A"})
+    b: str = field(metadata={"help": f"{_SIDE} to compare with.", "positional": "B"})
+    output_dir: Path = field(metadata={"help": "Run folder; reuse it to continue an interrupted run."})
+    judge: list[str] = field(metadata={"help": f"One or more of {JUDGES}.", "repeat": True})
+    prompts: str | None = setting(None, "Prompts for the models to answer: a file, folder or hub dataset id.")
+    split: str = setting("train", "Dataset split to read prompts from.")
     sampling: SamplingSettings = field(default=SamplingSettings(temperature=0.0))
-    engine: EngineName = setting("transformers", "What generates the answers.")
+    engine: EngineName = setting("transformers", "Engine that generates the answers.")
     rendering: RenderSettings = field(default_factory=RenderSettings)
     judging: JudgeSettings = field(default=JudgeSettings())
 
     def flat(self) -> dict[str, Any]:
-        """Every key with its value, those of the parts next to the others."""
-        found = asdict(self)
-        for part in ("sampling", "rendering", "judging"):
-            found |= found.pop(part)
-        return found
+        """Return all settings as one flat mapping."""
+        settings = asdict(self)
+        for group in ("sampling", "rendering", "judging"):
+            settings |= settings.pop(group)
+        return settings
 
 
 def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, argv: Sequence[str] = ()) -> Path:
-    """Sample answers where needed, and judge every answer of ``a`` against every answer of ``b``.
+    """Sample answers if needed, and judge every answer by ``a`` against every answer by ``b``.
 
-    The cost of an API judge is confirmed before anything is sampled. A run that was killed is continued by the same
-    call: samples are in the folder, replies of an API in its cache; other judges judge again.
+    The cost of an API judge is confirmed before anything is sampled. Repeating the call resumes a killed run: sampled
+    answers are in the folder and API replies in the cache; only other judges start over.
 
-    The folder gets ``verdicts.jsonl`` and ``results.json``, whose path is returned. Without
-    ``options``, the judges' are those of the settings.
+    Writes ``verdicts.jsonl`` and ``results.json`` to the run folder and returns the path of the latter. ``options``
+    override the judge options in the settings.
 
     Raises:
-        SimpoError: something that the user gave cannot be used, or the user does not confirm the cost of a judge.
-        InterruptedRun: the user stopped it.
+        SimpoError: the settings or files are invalid, or the user declines the cost of a judge.
+        InterruptedRun: the user stopped the run.
     """
     folder, options = settings.output_dir, options or settings.judging.options()
     with interruptible(), RunFolder(folder, command="compare") as run:
@@ -103,7 +100,7 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
         def measure() -> list[Metric]:
             answers = read_matched(*(side.answers(run.log) for side in sides))
             show = ShownAnswers(options.strip_thinking)
-            answers = [replace(one, a=_shown(one.a, show), b=_shown(one.b, show)) for one in answers]
+            answers = [replace(each, a=_shown(each.a, show), b=_shown(each.b, show)) for each in answers]
             pairs, prompts = all_pairs(answers)
             run.log(f"{len(pairs):,} pairs of answers to {len(answers):,} prompts")
             judged = judge_pairs(judges, pairs, prompts, prices=prices, log=run.log)
@@ -119,20 +116,20 @@ def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
     return {**record, "responses": [show(text) for text in record["responses"]]}
 
 
-# ---- What is compared: a model that is sampled, or a file of answers.
+# ---- The two sides: a model to sample from, or a file of answers.
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a file of answers, or a model whose answers to ``prompts`` become one."""
+    """One side of a comparison: a file of answers, or a model whose answers to ``prompts`` are written to it."""
 
     name: str  # "a" or "b"
     file: Path
-    model: Answerer | None  # None where the file was given
+    model: Answerer | None  # None if the user gave a file
     prompts: PromptArguments
 
     def identity(self) -> dict[str, Any]:
-        """The settings that determine the answers, as JSON values."""
+        """Return what determines the answers, as JSON values."""
         if self.model is None:
             return {"answers": file_digest(self.file)}
         prompts, _ = read_prompts(self.prompts.rows())
@@ -140,16 +137,16 @@ class Side:
         return self.model.identity() | {"prompts": ids} | columns_identity(prompts)
 
     def answers(self, log: Log) -> Path:
-        """The file of the answers, which are sampled first if necessary."""
+        """Return the file of answers, sampling them first if needed."""
         if self.model is not None:
             model, settings = self.model.model, self.model.settings
-            log(f"answers of {self.name.upper()}, {model.model_name_or_path}:")
+            log(f"answers from {self.name.upper()}, {model.model_name_or_path}:")
             sample_responses(model, self.prompts, settings, self.file.parent, engine=self.model.engine)
             free_memory()
         return self.file
 
     def expected_answers(self) -> dict[str, Record]:
-        """The answers by the prompts' ids; texts of the greatest possible length if they have not been sampled."""
+        """Return answers by prompt id, or dummies of maximum length if they have not been sampled yet."""
         if self.model is None or self.file.exists():
             return read_answer_file(self.file)
         responses = [self.model.placeholder_answer(f"{self.name}{i}") for i in range(self.model.settings.n)]
@@ -166,7 +163,7 @@ class Side:
 
 
 def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
-    """Both sides: a file of answers, the folder of a run of ``simpo sample``, or else a model."""
+    """Resolve both sides to a file of answers, a ``simpo sample`` run folder, or else a model."""
     names, prompts = (settings.a, settings.b), settings.prompts
     files: list[Path | None] = []
     for name in names:
@@ -174,15 +171,15 @@ def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
         files.append(path if path.is_file() or is_answer_file(name) else None)
     given = next((path for path in files if path is not None), None)
     if None not in files and prompts is not None:
-        raise SimpoError("prompts: both sides are answers, which have prompts of their own; leave --prompts out")
+        raise SimpoError("prompts: both sides already have answers, with their prompts; remove --prompts")
     if prompts is None and given is None:
-        raise SimpoError("prompts: name the prompts that the models answer with --prompts")
+        raise SimpoError("prompts: the models need prompts to answer; set --prompts")
     source, split = (str(given), "train") if prompts is None else (prompts, settings.split)
     arguments = PromptArguments(source, split, rendering=settings.rendering)
     sides = []
     for side, name, file in zip("ab", names, files, strict=True):
         if file is not None:
-            read_answer_file(file)  # so that a mistake in it shows before anything is sampled
+            read_answer_file(file)  # fail on an invalid file before anything is sampled
             sides.append(Side(side, file, None, arguments))
             continue
         judging = settings.judging
@@ -201,41 +198,41 @@ def read_sides(settings: CompareSettings) -> tuple[Side, Side]:
 
 @dataclass(frozen=True)
 class PromptAnswers:
-    """Both models' answers to one prompt; model ``a`` is compared with the baseline ``b``."""
+    """Answers by both models to one prompt; model ``a`` is compared with the baseline ``b``."""
 
     prompt: Any  # text or messages
-    a: Mapping[str, Any]  # one or more answers, as ``simpo sample`` stores them
+    a: Mapping[str, Any]  # one or more answers, in the format of ``simpo sample``
     b: Mapping[str, Any]
 
 
 def read_matched(a: Path, b: Path) -> list[PromptAnswers]:
-    """Match two files of answers by prompt, as :func:`match_answers`."""
+    """Read two files of answers and match them by prompt; see :func:`match_answers`."""
     return match_answers(read_answer_file(a), read_answer_file(b), f"{a} and {b}")
 
 
 def match_answers(a: Mapping[str, Record], b: Mapping[str, Record], names: str) -> list[PromptAnswers]:
-    """Match answers by the prompts' ids, in the order of the first; ``names`` are those of both sides, for messages."""
+    """Match answers by prompt id, in the order of ``a``; ``names`` describes both sides in error messages."""
     if a.keys() != b.keys():
         raise SimpoError(
-            f"{names}: {len(a.keys() ^ b.keys())} prompts are in only one of them; let both answer the same prompts (a "
-            "model leaves out those for which its context has no room)"
+            f"{names}: {len(a.keys() ^ b.keys())} prompts were answered by only one side; both sides need the same "
+            "prompts (a model skips prompts that do not fit its context)"
         )
-    other = next((key for key, record in a.items() if record["prompt"] != b[key]["prompt"]), None)
-    if other is not None:
-        raise SimpoError(f"{names}: id {other!r} belongs to different prompts; let both answer the same prompts")
+    conflict = next((key for key, record in a.items() if record["prompt"] != b[key]["prompt"]), None)
+    if conflict is not None:
+        raise SimpoError(f"{names}: id {conflict!r} belongs to different prompts; both sides need the same prompts")
     return [PromptAnswers(record["prompt"], record, b[key]) for key, record in a.items()]
 
 
 def all_pairs(answers: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]:
-    """Every answer of ``a`` with every answer of ``b`` to the same prompt, and the number of the prompt, ``[P]``."""
+    """Pair every answer by ``a`` with every answer by ``b`` to the same prompt; also returns prompt indices ``[P]``."""
     pairs, prompts = [], []
-    for number, one in enumerate(answers):
-        single = len(one.a["responses"]) == len(one.b["responses"]) == 1
-        for i, a in enumerate(one.a["responses"]):
-            for j, b in enumerate(one.b["responses"]):
-                key = one.a["id"] if single else f"{one.a['id']}/{i}-{j}"
-                pairs.append(Pair(key, one.prompt, (a, b), context_of(one.a), one.a.get("extra", {})))
-                prompts.append(number)
+    for index, each in enumerate(answers):
+        single = len(each.a["responses"]) == len(each.b["responses"]) == 1
+        for i, a in enumerate(each.a["responses"]):
+            for j, b in enumerate(each.b["responses"]):
+                key = each.a["id"] if single else f"{each.a['id']}/{i}-{j}"
+                pairs.append(Pair(key, each.prompt, (a, b), context_of(each.a), each.a.get("extra", {})))
+                prompts.append(index)
     return pairs, np.array(prompts)
 
 
@@ -243,43 +240,43 @@ def all_pairs(answers: Sequence[PromptAnswers]) -> tuple[list[Pair], np.ndarray]
 
 
 def make_judges(names: Sequence[str], options: JudgeOptions) -> dict[str, Judge]:
-    """Judges by the names that results use: their kinds, with a number where a kind is repeated."""
+    """Create judges, keyed by their names in results: the kind, with a number if a kind occurs more than once."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise SimpoError(f"judge {repeated[0]!r} is named twice")
-    found: dict[str, Judge] = {}
+        raise SimpoError(f"judge: {repeated[0]!r} is given twice")
+    judges: dict[str, Judge] = {}
     for name in names:
         kind = name.partition(":")[0]
-        count = sum(other.partition("-")[0] == kind for other in found)
-        found[f"{kind}-{count + 1}" if count else kind] = make_judge(name, options)
-    return found
+        count = sum(other.partition("-")[0] == kind for other in judges)
+        judges[f"{kind}-{count + 1}" if count else kind] = make_judge(name, options)
+    return judges
 
 
 def judge_pairs(
     judges: Mapping[str, Judge], pairs: Sequence[Pair], prompts: np.ndarray, *, prices: Prices | None, log: Log
 ) -> Judged:
-    """Every judge's verdicts, and the differences in scores for judges that score; see :class:`Judged`."""
+    """Collect every judge's verdicts and, for judges that score, score differences; see :class:`Judged`."""
     judged = Judged(pairs, prompts)
     for name, judge in judges.items():
         log(f"judge {name}")
         margins = judge.margins(pairs)
         if margins is None:
-            found = judge.compare(pairs)
+            verdicts = judge.compare(pairs)
         else:
             judged.margins[name] = np.array(margins)
-            found = [verdict_of(margin) for margin in margins]
-        judged.verdicts[name] = np.array(found, dtype=np.float64)  # None becomes NaN
+            verdicts = [verdict_of(margin) for margin in margins]
+        judged.verdicts[name] = np.array(verdicts, dtype=np.float64)  # None becomes NaN
         if judge.usage is not None:
             log(judge.usage.line(prices))
         if missing := int(np.isnan(judged.verdicts[name]).sum()):
-            log(f"note: judge {name} gave no verdict on {missing:,} of {len(pairs):,} pairs; they do not count")
+            log(f"note: judge {name} gave no verdict on {missing:,} of {len(pairs):,} pairs, which do not count")
     return judged
 
 
 def judge_metrics(judges: Mapping[str, Judge], prompts: np.ndarray, seed: int) -> list[Metric]:
-    """Metrics of API judges: contradictions on swapped answers, position bias, and temperatures of their own choice.
+    """Compute metrics of API judges after judging: conflicting orders, position bias and default temperatures.
 
-    The judges have judged; ``prompts`` is the number of each pair's prompt, ``[P]``.
+    ``prompts`` is the index of each pair's prompt, ``[P]``.
     """
     metrics = []
     for name, judge in judges.items():
@@ -296,32 +293,32 @@ def judge_metrics(judges: Mapping[str, Judge], prompts: np.ndarray, seed: int) -
     return metrics
 
 
-# ---- Metrics of both models' answers.
+# ---- Metrics of the answers.
 
 
 def compare_answers(answers: Sequence[PromptAnswers], score: Scoring, others: Mapping[str, Scoring]) -> list[Metric]:
-    """Metrics of the baseline ("before") and of the model ("after"), and the model's win rate, over prompts.
+    """Compute metrics of the baseline ``b`` ("before") and the model ``a`` ("after"), and the model's win rate.
 
-    ``a`` is the model, ``b`` the baseline; ``score`` decides who wins, and ``others`` are further metrics by name.
+    ``score`` decides which answer wins; ``others`` are additional metrics by name. Intervals are over prompts.
     """
 
     def values(side: str, scoring: Scoring) -> list[list[float]]:
-        return [[float(scoring(one.prompt, text)) for text in getattr(one, side)["responses"]] for one in answers]
+        return [[float(scoring(each.prompt, text)) for text in getattr(each, side)["responses"]] for each in answers]
 
     metrics = [Metric.of("win_rate", win_rate(values("a", score), values("b", score)), "after")]
     for name, scoring in {"score": score, **others}.items():
         for stage, side in SIDES.items():
-            found = values(side, scoring)
-            interval = share_interval if {x for several in found for x in several} <= {0.0, 1.0} else mean_interval
-            metrics.append(Metric.of(name, interval([float(np.mean(several)) for several in found]), stage))
+            scores = values(side, scoring)
+            interval = share_interval if {x for of_prompt in scores for x in of_prompt} <= {0.0, 1.0} else mean_interval
+            metrics.append(Metric.of(name, interval([float(np.mean(of_prompt)) for of_prompt in scores]), stage))
     return metrics + sampled_metrics(answers)
 
 
 def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Interval:
-    """Share of comparisons that ``a`` wins, ties counting half, with an interval over prompts.
+    """Compute the fraction of comparisons that ``a`` wins, ties counting half, with an interval over prompts.
 
-    ``a`` and ``b`` have the scores of each prompt's answers. Every answer of ``a`` is compared with every answer of
-    ``b`` to the same prompt. A prompt's share is one observation, because answers to one prompt are not independent.
+    ``a`` and ``b`` hold the scores of each prompt's answers. Every answer by ``a`` is compared with every answer by
+    ``b`` to the same prompt. As answers to the same prompt are not independent, each prompt is one observation.
     """
     shares = []
     for ours, theirs in zip(a, b, strict=True):
@@ -331,10 +328,10 @@ def win_rate(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Inte
 
 
 def sampled_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
-    """Length of sampled answers in tokens, over prompts, and the share that ended, over answers."""
+    """Compute the length of sampled answers in tokens, over prompts, and the fraction that ended, over answers."""
     metrics = []
     for stage, side in SIDES.items():
-        records = [getattr(one, side) for one in answers]
+        records = [getattr(each, side) for each in answers]
         lengths = [float(np.mean([len(ids) for ids in record["response_ids"]])) for record in records]
         ended = [finished for record in records for finished in record["finished"]]
         metrics.append(Metric.of("response_tokens", mean_interval(lengths), stage))
@@ -343,20 +340,20 @@ def sampled_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
 
 
 def text_metrics(answers: Sequence[PromptAnswers]) -> list[Metric]:
-    """Length of answers in characters, over prompts, the number of empty ones, and those of sampled answers."""
+    """Compute answer lengths in characters, over prompts, and empty answers; also :func:`sampled_metrics` if known."""
     metrics = []
     for stage, side in SIDES.items():
-        texts = [getattr(one, side)["responses"] for one in answers]
-        lengths = [float(np.mean([len(text) for text in several])) for several in texts]
-        empty = [not text.strip() for several in texts for text in several]
+        texts = [getattr(each, side)["responses"] for each in answers]
+        lengths = [float(np.mean([len(text) for text in responses])) for responses in texts]
+        empty = [not text.strip() for responses in texts for text in responses]
         metrics.append(Metric.of("response_characters", mean_interval(lengths), stage))
         metrics.append(Metric("empty_responses", sum(empty), stage, len(empty)))
-    sampled = all({"response_ids", "finished"} <= record.keys() for one in answers for record in (one.a, one.b))
+    sampled = all({"response_ids", "finished"} <= record.keys() for each in answers for record in (each.a, each.b))
     return metrics + sampled_metrics(answers) if sampled else metrics
 
 
 def write_verdicts(path: Path, judged: Judged) -> None:
-    """Write every pair with its answers, verdicts (null where there is none) and margins as JSON lines."""
+    """Write every pair with its answers, verdicts (null if there is none) and margins as JSON lines."""
     rows = (
         {
             "id": pair.id, "prompt": pair.prompt, **pair.context.columns, "a": pair.a, "b": pair.b,

@@ -26,15 +26,14 @@ from simpo.runs.results import Metric
 from simpo.statistics import mean_interval
 
 _TURNS = (1, 2)
-# Categories whose answers are right or wrong: the judge is shown a reference.
-REFERENCED = ("math", "reasoning", "coding")
-# The benchmark's temperatures; other categories have 0.7.
+REFERENCED = ("math", "reasoning", "coding")  # categories for which the judge sees a reference answer
+# The benchmark's temperatures; other categories use 0.7.
 _TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 
 
 @dataclass(kw_only=True)
 class MTBenchSettings(JudgedSettings):
-    """MT-Bench: both turns of a model or of a file of its answers, rated.
+    """MT-Bench for a model or a file of its answers.
 
     examples:
       simpo evaluate mt_bench outputs/simpo --questions question.jsonl --judge_url https://api.openai.com/v1 \\
@@ -43,27 +42,27 @@ class MTBenchSettings(JudgedSettings):
     """
 
     questions: Path = required("The benchmark's question.jsonl.")
-    references: Path | None = setting(None, "File of reference answers, instead of those in the questions.")
-    temperature: float | None = setting(None, "0 is greedy (default: 0, 0.1 or 0.7 by category, as the benchmark).")
+    references: Path | None = setting(None, "File with reference answers, to replace those in the questions.")
+    temperature: float | None = setting(None, "Sampling temperature (default: 0, 0.1 or 0.7, by category).")
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=1024),
         metadata={"without": ("n", "top_k", "temperature")},
     )
 
     def answerer(self, model: str) -> Answerer:
-        """A model, with the temperature that was given."""
-        found = super().answerer(model)
+        """Return the answerer for a model, with the ``temperature`` if one is given."""
+        answerer = super().answerer(model)
         if self.temperature is None:
-            return found
-        return replace(found, settings=replace(self.sampling, temperature=self.temperature))
+            return answerer
+        return replace(answerer, settings=replace(self.sampling, temperature=self.temperature))
 
     def benchmark(self, log: Log) -> MTBench:
-        """The benchmark; raises :class:`SimpoError` if a file cannot be used."""
+        """Prepare the benchmark; raises :class:`SimpoError` if a file is unusable."""
         return MTBench(self, log)
 
 
 class MTBench(JudgedBenchmark):
-    """A judge rates every turn separately."""
+    """Has a judge rate every turn separately."""
 
     name = "mt_bench"
     key_name = "question_id"
@@ -76,22 +75,22 @@ class MTBench(JudgedBenchmark):
         questions = read_questions(settings.questions, settings.references)
         wanted = [question for question in questions if question.category in REFERENCED]
         if missing := sum(question.reference is None for question in wanted):
-            log(f"note: {missing} of {len(wanted)} questions of {', '.join(REFERENCED)} have no reference answer")
+            log(f"note: {missing} of {len(wanted)} questions in {', '.join(REFERENCED)} have no reference answer")
         super().__init__(settings, questions, self._prompts.digest)
 
     def extra_identity(self) -> dict[str, Any]:
-        """The benchmark's files, and where temperatures come from."""
+        """Return the benchmark's files, and whether the user set the temperature."""
         settings = self.settings
-        found = {
+        identity = {
             "benchmark": self.name,
             "questions": file_digest(settings.questions),
             "references": None if settings.references is None else file_digest(settings.references),
         }
-        return found if self.answerer is None else found | {"own_temperature": settings.temperature is not None}
+        return identity if self.answerer is None else identity | {"own_temperature": settings.temperature is not None}
 
     @classmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[int, Answer]:
-        """Read a row ``{question_id, model_id, choices: [{turns}]}``."""
+        """Parse a row ``{question_id, model_id, choices: [{turns}]}``."""
         choices = cell(row, "choices", where, list)
         if not choices or not isinstance(choices[0], dict):
             raise SimpoError(f"{where}: choices: expected a list with an answer, got {choices!r:.60}")
@@ -100,12 +99,12 @@ class MTBench(JudgedBenchmark):
 
     @classmethod
     def answer_row(cls, question: Question, answer: Answer) -> Row:
-        """A row ``{question_id, model_id, choices: [{turns}]}``."""
+        """Return a row ``{question_id, model_id, choices: [{turns}]}``."""
         choices = [{"index": 0, "turns": list(answer.turns)}]
         return {"question_id": question.key, "model_id": answer.model, "choices": choices}
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
-        """Sample both turns; the first turn and its answer precede the second."""
+        """Sample both turns; the second is sampled with the first and its answer as context."""
         show = ShownAnswers(self.settings.api.strip_thinking)
         conversations = [[{"role": "user", "content": question.turns[0]}] for question in self.questions]
         first = self._sample_turn(answerer, conversations, folder / "turn-1")
@@ -118,21 +117,21 @@ class MTBench(JudgedBenchmark):
     def _sample_turn(
         self, answerer: Answerer, conversations: Sequence[list[dict[str, str]]], folder: Path
     ) -> list[str]:
-        """Sample at the temperatures of the categories, in one sampling run for each of them."""
+        """Sample one turn, in a separate sampling run for each of the categories' temperatures."""
         if self.settings.temperature is not None:
             return answerer.answer(conversations, folder)
         temperatures = [_TEMPERATURES.get(str(question.category), 0.7) for question in self.questions]
         answers = [""] * len(conversations)
         for temperature in dict.fromkeys(temperatures):
-            places = [place for place, other in enumerate(temperatures) if other == temperature]
-            name = folder.with_name(f"{folder.name}-at-{temperature}")
-            found = answerer.answer([conversations[place] for place in places], name, temperature=temperature)
-            for place, text in zip(places, found, strict=True):
-                answers[place] = text
+            indices = [index for index, other in enumerate(temperatures) if other == temperature]
+            run = folder.with_name(f"{folder.name}-at-{temperature}")
+            texts = answerer.answer([conversations[index] for index in indices], run, temperature=temperature)
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = text
         return answers
 
     def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[ChatRequest]:
-        """A request for every turn of every conversation."""
+        """Build one request per turn of every conversation."""
         return [
             self._prompts.request(question, answer, turn)
             for question, answer in zip(questions, answers, strict=True)
@@ -142,7 +141,7 @@ class MTBench(JudgedBenchmark):
     def read_judgments(
         self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
     ) -> list[Metric]:
-        """Read ratings, write ``model_judgment.jsonl`` (a score of -1 is none), and compute averages."""
+        """Read ratings, write ``model_judgment.jsonl`` (a missing score is -1), and compute averages."""
         judged = [
             (question, answer, turn) for question, answer in zip(questions, answers, strict=True) for turn in _TURNS
         ]
@@ -164,9 +163,9 @@ class MTBench(JudgedBenchmark):
         return rating_metrics(ratings, run.log)
 
 
-# ---- What the judge is asked about a turn.
+# ---- The judge's prompts.
 
-# The names of the prompts by whether there is a reference and by turn, with the places that they need.
+# Whether there is a reference, and the turn -> name of the prompt and the placeholders it needs.
 _PROMPTS = {
     (False, 1): ("single-v1", ("question", "answer")),
     (False, 2): ("single-v1-multi-turn", ("question_1", "answer_1", "question_2", "answer_2")),
@@ -181,26 +180,26 @@ _PROMPTS = {
 class RatingPrompts:
     """The four judge prompts: JSON lines ``{name, system_prompt, prompt_template}``, as in the benchmark's own file.
 
-    The shipped prompts are used if no path is given.
+    If ``path`` is None, the built-in prompts are used.
     """
 
     def __init__(self, path: Path | None) -> None:
         shipped = resources.files("simpo.evaluation") / "prompts" / "mt_bench.jsonl"
         text, self.digest = read_prompt_file(path, shipped, ())
-        with third_party(f"{path}: not judge prompts of MT-Bench"):
+        with third_party(f"{path}: not MT-Bench judge prompts"):
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             named = {cell(row, "name", f"{path}"): row for row in rows}
         self._prompts = {
             name: tuple(cell(row, key, f"{path}: {name}") for key in ("system_prompt", "prompt_template"))
             for name, row in named.items()
         }
-        for name, places in _PROMPTS.values():
-            for place in places:
-                if f"{{{place}}}" not in self._prompts.get(name, ("", ""))[1]:
-                    raise SimpoError(f"{path}: the judge prompt {name} is missing or lacks {{{place}}}")
+        for name, placeholders in _PROMPTS.values():
+            for placeholder in placeholders:
+                if f"{{{placeholder}}}" not in self._prompts.get(name, ("", ""))[1]:
+                    raise SimpoError(f"{path}: the judge prompt {name} is missing or lacks {{{placeholder}}}")
 
     def request(self, question: Question, answer: Answer, turn: int) -> ChatRequest:
-        """Ask about the first turn (1) or, with the first before it, the second (2)."""
+        """Build the request to rate turn 1, or turn 2 with the first turn as context."""
         values = {"question": question.turns[0], "answer": answer.turns[0]}
         for number in range(len(_TURNS)):
             values[f"question_{number + 1}"] = question.turns[number]
@@ -212,7 +211,7 @@ class RatingPrompts:
         return ChatRequest(messages, max_tokens=2048)
 
 
-# ---- Ratings in a judge's words, and their means.
+# ---- Reading and averaging ratings.
 
 _MARKED = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _LOOSELY_MARKED = re.compile(r"\[(\d+\.?\d*)\]")
@@ -221,7 +220,7 @@ _BEST = 10
 
 @dataclass(frozen=True)
 class Rating:
-    """The judge's rating of a turn; ``score`` is None where it gave none."""
+    """The judge's rating of a turn; ``score`` is None if it gave none."""
 
     question_id: int
     category: str
@@ -230,25 +229,25 @@ class Rating:
 
 
 def read_rating(text: str) -> float | None:
-    """The first number in double brackets or, where there is none, in single ones; None without either.
+    """Return the first number in double brackets, else in single brackets, or None.
 
-    A number above 10 is not a rating, because single brackets also hold years and references. Numbers in the judge's
+    Numbers above 10 are not ratings, since single brackets also hold years and references. Numbers in the judge's
     thinking do not count.
     """
     text = after_thinking(text) or ""
-    found = _MARKED.search(text) or _LOOSELY_MARKED.search(text)
-    return float(found[1]) if found and float(found[1]) <= _BEST else None
+    match = _MARKED.search(text) or _LOOSELY_MARKED.search(text)
+    return float(match[1]) if match and float(match[1]) <= _BEST else None
 
 
 def rating_metrics(ratings: Sequence[Rating], log: Log) -> list[Metric]:
-    """Means by turn and by category, and the pooled mean of all turns.
+    """Compute mean ratings by turn, by category and over all turns.
 
-    The turns of a conversation are not independent: in pooled means a conversation is one observation.
+    Turns of a conversation are not independent, so means over both turns treat a conversation as one observation.
     """
     rated = [rating for rating in ratings if rating.score is not None]
     missing = len(ratings) - len(rated)
     if missing:
-        log(f"note: {missing} of {len(ratings)} turns got no rating and are left out")
+        log(f"note: {missing} of {len(ratings)} turns have no rating and do not count")
     metrics = [_pooled("average", rated) if rated else Metric("mt_bench/average", None, n=0)]
     for turn in sorted({rating.turn for rating in rated}):
         scores = [rating.score for rating in rated if rating.turn == turn and rating.score is not None]
@@ -263,17 +262,17 @@ def _pooled(name: str, ratings: Sequence[Rating]) -> Metric:
     for rating in ratings:
         if rating.score is not None:
             scores.setdefault(rating.question_id, []).append(rating.score)
-    means = [sum(found) / len(found) for found in scores.values()]
-    return Metric.of(f"mt_bench/{name}", mean_interval(means, [len(found) for found in scores.values()]))
+    means = [sum(of_question) / len(of_question) for of_question in scores.values()]
+    return Metric.of(f"mt_bench/{name}", mean_interval(means, [len(of_question) for of_question in scores.values()]))
 
 
 # ---- Files.
 
 
 def read_questions(path: Path, references: Path | None) -> list[Question]:
-    """Questions ``{question_id, category, turns, reference}``; references are used in :data:`REFERENCED` only.
+    """Read questions ``{question_id, category, turns, reference}``; only :data:`REFERENCED` ones use the reference.
 
-    A file of ``references``, in the form of a model's answers, replaces the questions' own.
+    A file of ``references``, in the format of model answers, replaces the references in the questions.
     """
 
     def parse(row: Row, where: str) -> tuple[int, Question]:
@@ -286,14 +285,14 @@ def read_questions(path: Path, references: Path | None) -> list[Question]:
     questions = [question for question, _ in read_by_key(path, "question_id", parse).values()]
     if references is None:
         return questions
-    found = {
+    by_number = {
         number: answer for number, (answer, _) in read_by_key(references, "question_id", MTBench.parse_answer).items()
     }
-    unknown = found.keys() - {question.key for question in questions}
+    unknown = by_number.keys() - {question.key for question in questions}
     if unknown:
-        raise SimpoError(f"{references}: {len(unknown)} references are to other questions, the first to {min(unknown)}")
+        raise SimpoError(f"{references}: {len(unknown)} references are for unknown questions, such as {min(unknown)}")
     return [
-        replace(question, reference=found.get(question.key)) if question.category in REFERENCED else question
+        replace(question, reference=by_number.get(question.key)) if question.category in REFERENCED else question
         for question in questions
     ]
 
@@ -308,5 +307,5 @@ def _number(row: Row, where: str) -> int:
 def _two_turns(row: Row, key: str, where: str) -> tuple[str, ...]:
     texts = cell(row, key, where, list)
     if len(texts) != len(_TURNS) or not all(isinstance(text, str) for text in texts):
-        raise SimpoError(f"{where}: {key}: expected {len(_TURNS)} texts, got {len(texts)} of {texts!r:.60}")
+        raise SimpoError(f"{where}: {key}: expected {len(_TURNS)} texts, got {len(texts)}: {texts!r:.60}")
     return tuple(texts)

@@ -1,4 +1,4 @@
-"""From verdicts on pairs of answers to metrics: win rates, length control as in AlpacaEval, agreement of judges."""
+"""Metrics of verdicts on pairs of answers: win rates, length control as in AlpacaEval, and agreement of judges."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from simpo.statistics import Interval, bootstrap_interval, cohen_kappa
 # ---- Logistic regression with soft labels, weights and an optional L1 penalty, solved to full precision.
 
 _STEPS, _SWEEPS = 100, 1000
-_CONVERGED = 1e-10  # change of a coefficient
-_ROUNDING = 1e-12  # of an objective that is a sum over rows
-_COLLINEAR = 1e-8  # squared difference of features, relative to their squares
-_VANISHED = 1e-6  # variance of labels
+_CONVERGED = 1e-10  # change in a coefficient
+_ROUNDING = 1e-12  # relative rounding error of an objective summed over rows
+_COLLINEAR = 1e-8  # ratio of the smallest to the largest eigenvalue
+_VANISHED = 1e-6  # label variance
 
 
 def fit_logistic(
@@ -31,18 +31,18 @@ def fit_logistic(
     penalty: float = 0.0,
     start: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Coefficients ``[F]`` that minimize ``penalty |w|_1 + sum_i weights_i (log(1 + exp(x_i w)) - y_i x_i w)``.
+    """Find coefficients ``[F]`` that minimize ``penalty |w|_1 + sum_i weights_i (log(1 + exp(x_i w)) - y_i x_i w)``.
 
-    Newton steps; with a penalty, each minimizes its quadratic model by coordinate descent, followed by a line search.
-    Source: Yuan, Ho and Lin, Journal of Machine Learning Research 13 (2012), with a stricter stopping rule. Where the
-    rows are separable and there is no penalty, the coefficients stop where the loss has vanished.
+    Takes Newton steps with a line search; with a penalty, each step minimizes its quadratic model by coordinate
+    descent. Source: Yuan, Ho and Lin, Journal of Machine Learning Research 13 (2012), with a stricter stopping rule. If
+    the rows are separable and there is no penalty, the iteration stops once the loss has vanished.
 
     Args:
-        x: features ``[N, F]``; an intercept is a column of ones.
-        y: labels ``[N]`` in [0, 1].
-        weights: of the rows, ``[N]``; 1 if None.
+        x: features ``[N, F]``; include a column of ones for an intercept.
+        y: labels ``[N]``, in [0, 1].
+        weights: row weights ``[N]``; all 1 if None.
         penalty: strength of the L1 penalty.
-        start: coefficients to start from.
+        start: initial coefficients ``[F]``; zeros if None.
     """
 
     def objective(w: np.ndarray) -> float:
@@ -69,12 +69,12 @@ def fit_logistic(
 
 
 def is_determined(x: np.ndarray, w: np.ndarray, weights: np.ndarray | None = None) -> bool:
-    """Whether the rows determine the coefficients ``w`` of an unpenalized fit of :func:`fit_logistic`.
+    """Whether the data determine the coefficients ``w`` of an unpenalized :func:`fit_logistic`.
 
-    They do not where features are collinear, nor where some rows are separable by their labels: then a coefficient
-    grows without bound, and its last value is meaningless. This shows in a direction in which the mean of ``p (1 -
-    p)``, weighted by the squared feature, has vanished. Source: Albert and Anderson, Biometrika 71 (1984). Features
-    that are zero in all rows do not count.
+    They do not if features are collinear, or if labels are (quasi-)separable: then some coefficient diverges, and its
+    final value is meaningless. Separation shows as a direction in which the mean of ``p (1 - p)``, weighted by the
+    squared feature, has vanished. Source: Albert and Anderson, Biometrika 71 (1984). Features that are zero in all
+    rows are ignored.
     """
     weights = np.ones(len(x)) if weights is None else weights
     p = expit(x @ w)
@@ -88,13 +88,13 @@ def is_determined(x: np.ndarray, w: np.ndarray, weights: np.ndarray | None = Non
 
 
 def log_loss(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """The logistic loss of every row, ``[N]``: ``log(1 + exp(x_i w)) - y_i x_i w``."""
+    """Compute the logistic loss of every row, ``[N]``: ``log(1 + exp(x_i w)) - y_i x_i w``."""
     z = x @ w
     return np.logaddexp(0, z) - y * z
 
 
 def _minimize_quadratic(gradient: np.ndarray, curvature: np.ndarray, penalty: float, w: np.ndarray) -> np.ndarray:
-    """Minimum over v of ``gradient (v - w) + (v - w) curvature (v - w) / 2 + penalty |v|_1``."""
+    """Find the v that minimizes ``gradient (v - w) + (v - w) curvature (v - w) / 2 + penalty |v|_1``."""
     if not penalty:
         return w - np.linalg.solve(curvature, gradient)
     v = w.copy()
@@ -112,9 +112,9 @@ def _minimize_quadratic(gradient: np.ndarray, curvature: np.ndarray, penalty: fl
 
 
 def win_rates(preferences: np.ndarray) -> dict[str, float]:
-    """Raw and discrete win rate in percent, and numbers of instructions, under the leaderboard's names.
+    """Compute raw and discrete win rates in percent, and counts, under the leaderboard's names.
 
-    ``preferences`` are ``[N]`` in [1, 2], 2 where the model is preferred; a draw is exactly 1.5 and counts half. The
+    ``preferences`` ``[N]`` are in [1, 2], with 2 if the model is preferred; a draw is exactly 1.5 and counts half. The
     standard error of a single preference is NaN.
     """
     shares = preferences - 1
@@ -131,32 +131,31 @@ def win_rates(preferences: np.ndarray) -> dict[str, float]:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """The standard error of the mean of ``values``, ``[N]``; NaN for a single value."""
+    """Compute the standard error of the mean of ``values`` ``[N]``; NaN for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-# ---- AlpacaEval's length-controlled win rate: the win rate if both sides wrote answers of the same length.
+# ---- AlpacaEval's length-controlled win rate: the win rate if both sides' answers had the same length.
 
 _FOLDS = 5
-_GAMED_WEIGHT = 0.1  # of each row of the two gamed baselines
-# Inverse strengths of the penalty that cross-validation chooses from.
-STRENGTHS = np.logspace(-4, 4, 10)
+_GAMED_WEIGHT = 0.1  # weight of each row of the two gamed baselines
+STRENGTHS = np.logspace(-4, 4, 10)  # candidate inverse penalty strengths for cross-validation
 
 
 class Baselines(NamedTuple):
-    """Constants that the benchmark measured once and uses in the fit of every model."""
+    """Data that the benchmark measured once and uses in every model's fit."""
 
-    difficulties: np.ndarray  # [N], of the instructions in the benchmark's order
+    difficulties: np.ndarray  # [N], one per instruction, in the benchmark's order
     x: np.ndarray  # [G, 3], features of the gamed baselines' rows; the third is 0
-    y: np.ndarray  # [G], their preferences in [0, 1]
+    y: np.ndarray  # [G], preferences of these rows, in [0, 1]
 
 
 class LengthControlled(NamedTuple):
-    """The length-controlled win rate in percent."""
+    """A length-controlled win rate in percent, with the fit behind it."""
 
-    win_rate: float  # mean over the instructions of the fitted preference at equal lengths
-    standard_error: float  # of that mean; the fit is taken as given
-    coefficients: np.ndarray  # [3], of length, difficulty and model
+    win_rate: float  # mean over instructions of the predicted preference at equal lengths
+    standard_error: float  # of that mean, ignoring uncertainty in the fit
+    coefficients: np.ndarray  # [3]: length, difficulty, model
 
 
 def length_controlled(
@@ -167,17 +166,16 @@ def length_controlled(
     *,
     strength: float | None = None,
 ) -> LengthControlled:
-    """Fit the benchmark's logistic model to one model's preferences and predict them at equal lengths.
+    """Fit the benchmark's logistic model to a model's preferences and predict them at equal lengths.
 
-    An instruction's difficulty is looked up by its position, as in the benchmark. The baseline itself has 50 by
-    definition.
+    Difficulties are looked up by position, as in the benchmark. The baseline's own win rate is 50 by definition.
 
     Args:
-        preferences: ``[N]`` in [1, 2] or NaN; rows without a preference are predicted but not fitted.
-        baseline_lengths: characters of the baseline's answers, ``[N]``.
-        lengths: characters of the model's answers, ``[N]``.
-        baselines: difficulties and gamed rows; at least N difficulties.
-        strength: inverse strength of the penalty; chosen by cross-validation if None.
+        preferences: ``[N]``, in [1, 2] or NaN; rows that are NaN are predicted but not fitted.
+        baseline_lengths: lengths of the baseline's answers in characters, ``[N]``.
+        lengths: lengths of the model's answers in characters, ``[N]``.
+        baselines: difficulties, at least N of them, and gamed rows.
+        strength: inverse penalty strength; chosen by cross-validation if None.
     """
     difficulties = baselines.difficulties[: len(preferences)]
     if np.array_equal(baseline_lengths, lengths) and (preferences == 1.5).all():
@@ -197,12 +195,12 @@ def length_controlled(
 
 
 def predicted_preferences(difficulties: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """Preferences ``[N]`` in [0, 1] at equal lengths, from the coefficients of length, difficulty and model."""
+    """Predict preferences ``[N]``, in [0, 1], at equal lengths, from the coefficients of :class:`LengthControlled`."""
     return expit(coefficients[1] * difficulties + coefficients[2])
 
 
 def cross_validated_strength(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
-    """The one of :data:`STRENGTHS` with the lowest weighted log loss on held-out rows."""
+    """Return the value in :data:`STRENGTHS` with the lowest weighted log loss on held-out rows."""
     losses = np.zeros(len(STRENGTHS))
     for held_out in folds(len(y)):
         fitted, coefficients = ~held_out, None
@@ -215,36 +213,36 @@ def cross_validated_strength(x: np.ndarray, y: np.ndarray, weights: np.ndarray) 
 
 
 def folds(n: int) -> Iterator[np.ndarray]:
-    """Masks ``[n]`` of the held-out rows, fold by fold.
+    """Yield a mask ``[n]`` of held-out rows for every fold.
 
-    scikit-learn's GroupKFold assigns groups of equal size to the folds in turn, from the last to the first.
+    Folds match those of scikit-learn's GroupKFold, which deals out groups of equal size from the last to the first.
     """
     order = np.arange(n)[::-1]
     for fold in range(_FOLDS):
         yield order % _FOLDS == fold
 
 
-# ---- The win rate if both answers were equally long.
+# ---- A length-controlled win rate for any pairs of answers.
 
 _METHOD = "logistic, robust 95%"
 
 
 def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prompts: np.ndarray) -> Interval | None:
-    """Win rate at equal lengths, by logistic regression of the verdicts on ``[tanh(longer_by / s), 1]``.
+    """Estimate the win rate at equal lengths by logistic regression of verdicts on ``[tanh(longer_by / s), 1]``.
 
-    This is AlpacaEval's model, with ``s`` the standard deviation of the differences, without its terms for the
-    difficulty of instructions and without its penalty. The interval is computed on the logit, from the sandwich
-    covariance over prompts, and is therefore not symmetric. Sources: Dubois et al., arXiv 2404.04475, section 3; Liang
+    This is AlpacaEval's model, where ``s`` is the standard deviation of the differences, without its terms for
+    instruction difficulty and without its penalty. The interval is computed on the logit scale from the sandwich
+    covariance clustered by prompt, so it is not symmetric. Sources: Dubois et al., arXiv 2404.04475, section 3; Liang
     and Zeger, Biometrika 73 (1986), equation 7.
 
     Args:
-        verdicts: ``[P]``, 1 where the first answer wins, 0 where the second does, or between.
-        longer_by: ``[P]``, length of the first answer minus that of the second.
-        prompts: ``[P]``, the number of each pair's prompt; a prompt counts once, however many pairs it has.
+        verdicts: ``[P]``, 1 if the first answer wins, 0 if the second does, or anything in between.
+        longer_by: ``[P]``, length of the first answer minus length of the second.
+        prompts: ``[P]``, index of each pair's prompt; every prompt has the same weight, however many pairs it has.
 
     Returns:
-        The win rate, where n is the number of prompts; None where lengths determine the verdicts, as where the longer
-        answer always wins. There is no interval without more prompts than coefficients.
+        The win rate, where n is the number of prompts, or None if length alone determines the verdicts, for example if
+        the longer answer always wins. There is no interval unless there are more prompts than coefficients.
     """
     _, prompt, pairs = np.unique(prompts, return_inverse=True, return_counts=True)
     weights = 1 / pairs[prompt]
@@ -273,18 +271,18 @@ def length_controlled_win_rate(verdicts: np.ndarray, longer_by: np.ndarray, prom
 
 @dataclass(frozen=True)
 class Judged:
-    """Pairs of answers and every judge's verdicts on them."""
+    """Pairs of answers with every judge's verdicts on them."""
 
     pairs: Sequence[Pair]  # the answers `a` and `b`
-    prompts: np.ndarray  # the number of each pair's prompt, `[P]`
-    # Judge -> `[P]`, 1 where `a` wins, 0 where `b` does, or between; NaN where there is no verdict.
+    prompts: np.ndarray  # index of each pair's prompt, `[P]`
+    # Judge -> `[P]`: 1 if `a` wins, 0 if `b` does, or anything in between; NaN without a verdict.
     verdicts: dict[str, np.ndarray] = field(default_factory=dict)
-    # Judge -> `[P]`, by how much the score of `a` exceeds that of `b`, of judges that score.
+    # Judge -> `[P]`: the score of `a` minus the score of `b`, for judges that score.
     margins: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def preference_metrics(judged: Judged, seed: int) -> list[Metric]:
-    """The metrics of every judge, and the agreement of every two; ``seed`` is that of the bootstrap."""
+    """Compute the metrics of every judge and the agreement of every two judges; ``seed`` is for the bootstrap."""
     longer = np.array([len(pair.a) - len(pair.b) for pair in judged.pairs], dtype=np.float64)
     metrics = []
     for judge, verdicts in judged.verdicts.items():
@@ -305,10 +303,10 @@ def preference_metrics(judged: Judged, seed: int) -> list[Metric]:
 
 
 def win_rate_over_prompts(verdicts: np.ndarray, prompts: np.ndarray, seed: int) -> Interval | None:
-    """Mean over prompts of the share that ``a`` wins, ties counting half, with a bootstrap interval over prompts.
+    """Average the fraction of pairs that ``a`` wins over prompts, with a bootstrap interval over prompts.
 
-    ``verdicts`` ``[P]`` that are NaN do not count; ``prompts`` ``[P]`` is the number of each pair's prompt. The n of
-    the win rate is the number of prompts with a verdict; None if there is none.
+    Ties count half, and ``verdicts`` ``[P]`` that are NaN are ignored; ``prompts`` ``[P]`` is the index of each pair's
+    prompt. The result's n is the number of prompts with a verdict; None if there are none.
     """
     known = ~np.isnan(verdicts)
     if not known.any():
@@ -320,15 +318,15 @@ def win_rate_over_prompts(verdicts: np.ndarray, prompts: np.ndarray, seed: int) 
 
 
 def agreement_metrics(name: str, prompts: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int) -> list[Metric]:
-    """Agreement of two judges on the winner (``a``, tie or ``b``) over prompts, as a share and beyond chance."""
+    """Compute how often two judges agree on the winner (``a``, tie or ``b``), and Cohen's kappa, over prompts."""
     both = ~(np.isnan(first) | np.isnan(second))
     if not both.any():
         return [Metric(f"agreement/{name}", None, n=0), Metric(f"kappa/{name}", None, n=0)]
-    # 0 where b wins, 1 for a tie, 2 where a wins.
+    # 0 if b wins, 1 for a tie, 2 if a wins.
     winners = ((np.sign(verdicts[both] - 0.5) + 1).astype(np.int64) for verdicts in (first, second))
     cells = 3 * next(winners) + next(winners)
     _, prompt = np.unique(prompts[both], return_inverse=True)
-    tables = np.zeros((prompt.max() + 1, 9))  # three by three for every prompt
+    tables = np.zeros((prompt.max() + 1, 9))  # a 3x3 table for every prompt
     np.add.at(tables, (prompt, cells), 1.0)
 
     def agreement(tables: np.ndarray) -> np.ndarray:

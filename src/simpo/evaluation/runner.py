@@ -1,4 +1,4 @@
-"""The common part of all benchmarks: settings, the run, sampled answers, and a judge behind an API."""
+"""What all benchmarks share: settings, running, sampling answers, API judges, and published results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simpo.client import ChatReply, ChatRequest, confirm_cost
-from simpo.client.chat_client import TRIED
+from simpo.client.chat_client import PROBE_REQUESTS
 from simpo.config import required, setting
 from simpo.data.rows import Row
 from simpo.data.settings import RenderSettings
@@ -34,48 +34,46 @@ from simpo.runs.terminal import interruptible
 
 
 class Entry(NamedTuple):
-    """A benchmark in the list of benchmarks."""
+    """An entry in the table of benchmarks."""
 
-    module: str  # of this package; it is imported on demand, because it is slow to import
-    settings: str  # the name of its settings dataclass there
+    module: str  # in this package; imported on demand because it is slow to import
+    settings: str  # name of its settings dataclass
     summary: str  # one line for `simpo evaluate --help`
 
 
 BENCHMARKS = {
     "academic": Entry("academic", "AcademicSettings", "lm-eval before and after alignment; needs simpo[academic]."),
-    "alpaca_eval": Entry("alpaca_eval", "AlpacaEvalSettings", "Win rates over gpt4_1106_preview, length-controlled."),
+    "alpaca_eval": Entry("alpaca_eval", "AlpacaEvalSettings", "Length-controlled win rate against gpt4_1106_preview."),
     "arena_hard": Entry("arena_hard", "ArenaHardSettings", "Arena-Hard v0.1 and v2: two games per prompt."),
     "gsm8k": Entry("academic", "Gsm8kSettings", "A quick check of arithmetic before and after alignment."),
     "mt_bench": Entry("mt_bench", "MTBenchSettings", "Both turns of 80 conversations, rated from 1 to 10."),
-    "rewardbench": Entry(
-        "rewardbench", "RewardBenchSettings", "RewardBench 2 for a reward model: best of 4, and Ties."
-    ),
+    "rewardbench": Entry("rewardbench", "RewardBenchSettings", "RewardBench 2 for reward models: best of 4, and Ties."),
 }
 
 
 class Benchmark(Protocol):
-    """A benchmark whose files have been read."""
+    """A benchmark that is ready to run."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that determine the results, as JSON values."""
+        """Return everything that determines the results, as JSON values."""
         ...
 
     def measure(self, run: RunFolder) -> list[Metric]:
-        """Do the work in the folder of the run, and continue an unfinished run."""
+        """Run the benchmark in the run folder, resuming an unfinished run."""
         ...
 
 
 def settings_type(name: str) -> type[BenchmarkSettings]:
-    """The settings dataclass of a benchmark in :data:`BENCHMARKS`."""
+    """Return the settings dataclass of a benchmark in :data:`BENCHMARKS`."""
     entry = BENCHMARKS[name]
     return getattr(importlib.import_module(f"simpo.evaluation.{entry.module}"), entry.settings)
 
 
 def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
-    """Run a benchmark and print its results; a run that was stopped is continued by the same call.
+    """Run a benchmark and print its results; repeating the call resumes an interrupted run.
 
-    ``name`` is one of :data:`BENCHMARKS`, and the settings are an instance of its :func:`settings_type`. Returns the
-    path of ``results.json``.
+    ``name`` is one of :data:`BENCHMARKS`, and ``settings`` an instance of its :func:`settings_type`. Returns the path
+    of ``results.json``.
     """
     results = evaluate(settings, argv=argv)
     print_results(results)
@@ -87,7 +85,7 @@ def run_benchmark(name: str, settings: BenchmarkSettings, *, argv: Sequence[str]
 
 
 def evaluate(settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
-    """As :func:`run_benchmark`, without printing the results."""
+    """Run a benchmark as :func:`run_benchmark` does, but without printing its results."""
     with interruptible(), RunFolder(settings.output_dir.expanduser(), command="evaluate") as run:
         benchmark = settings.benchmark(run.log)
         run.begin(benchmark.identity(), argv=argv)
@@ -99,45 +97,45 @@ def evaluate(settings: BenchmarkSettings, *, argv: Sequence[str] = ()) -> Path:
 
 @dataclass(kw_only=True)
 class BenchmarkSettings(ABC):
-    """The model and the run."""
+    """The model and the run folder."""
 
     model: str = required("Hub name or folder of the model.", positional="MODEL")
     loading: ModelArguments = field(
         default_factory=lambda: ModelArguments(""),
         metadata={"only": ("model_revision", "dtype", "trust_remote_code", "allow_pickle")},
     )
-    output_dir: Path = required("Folder of the run; the same one continues it.")
+    output_dir: Path = required("Run folder; reuse it to continue an interrupted run.")
 
     def model_arguments(self, model: str) -> ModelArguments:
-        """A model, loaded according to the settings."""
+        """Return the loading arguments for ``model``."""
         return replace(self.loading, model_name_or_path=model)
 
     @abstractmethod
     def benchmark(self, log: Log) -> Benchmark:
-        """Read the files of the benchmark; ``log`` receives notes about them."""
+        """Read the benchmark's files and prepare it; ``log`` receives notes about them."""
 
 
 @dataclass(kw_only=True)
 class AnswerSettings(BenchmarkSettings):
-    """Settings of the model's answers."""
+    """Settings for sampling answers."""
 
     sampling: SamplingSettings = field(
         default=SamplingSettings(temperature=0.7, top_p=1.0), metadata={"without": ("n", "top_k")}
     )
-    engine: EngineName = setting("transformers", "What generates the answers.")
-    chat_template: str | None = setting(None, "A chat template, a file with one, or none (default: the model's own).")
+    engine: EngineName = setting("transformers", "Engine that generates the answers.")
+    chat_template: str | None = setting(None, "Chat template, a file with one, or none (default: the model's own).")
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def answerer(self, model: str) -> Answerer:
-        """A model that answers according to the settings."""
+        """Return an answerer for ``model`` with these settings."""
         return Answerer(self.model_arguments(model), self.sampling, self.chat_template, self.engine, self.rendering)
 
 
 @dataclass(kw_only=True)
 class JudgedSettings(AnswerSettings):
-    """The model may also be a file of its answers. The judge is a model behind an OpenAI-compatible server."""
+    """Settings for benchmarks with an API judge; the model may also be a file of its answers."""
 
-    model: str = required("Hub name or folder of the model, or a file of its answers.", positional="MODEL_OR_ANSWERS")
+    model: str = required("Hub name or folder of the model, or a file with its answers.", positional="MODEL_OR_ANSWERS")
     api: ApiSettings = field(default=ApiSettings())
 
     def __post_init__(self) -> None:
@@ -148,28 +146,28 @@ class JudgedSettings(AnswerSettings):
             if missing and key != "output_dir":
                 raise SimpoError(f"{key}: {missing[0]}: there is no such file")
         if self.model and self.api.judge_url is None and self.api.judge_model is None:
-            raise SimpoError("this benchmark needs a judge: name it with --judge_url and --judge_model")
+            raise SimpoError("this benchmark needs a judge; set --judge_url and --judge_model")
         if self.answer_file is not None and not self.answer_file.is_file():
             raise SimpoError(f"model: {self.answer_file}: there is no such file of answers")
 
     @property
     def answer_file(self) -> Path | None:
-        """The file of answers, if the model is one."""
+        """The file of answers, if one was given instead of a model."""
         return Path(self.model).expanduser() if is_answer_file(self.model) else None
 
 
-# ---- Benchmarks with a judge behind an API.
+# ---- Benchmarks with an API judge.
 
 
 class JudgedBenchmark(ABC):
-    """A benchmark whose questions a model answers and whose judge is a model behind an API.
+    """A benchmark in which a model answers questions and a model behind an API judges the answers.
 
     Attributes:
-        name: of the benchmark, with which the names of its metrics begin.
-        key_name: what its files call the key of a question.
-        answer_file: the file of answers in the run folder.
-        compares: whether references are answers of a baseline, which are shown to the judge like the model's.
-        check_first: gets the first few replies before more is sent, and raises an error if they cannot be used.
+        name: name of the benchmark and prefix of its metrics.
+        key_name: column that identifies a question in the benchmark's files.
+        answer_file: name of the file of answers in the run folder.
+        compares: whether references are a baseline's answers, which are prepared for the judge like the model's.
+        check_first: called with the first few replies before more are requested; raises an error if they are unusable.
     """
 
     name: ClassVar[str]
@@ -179,57 +177,57 @@ class JudgedBenchmark(ABC):
     check_first: Callable[[Sequence[ChatReply]], None] | None = None
 
     def __init__(self, settings: JudgedSettings, questions: Sequence[Question], prompt_digest: str) -> None:
-        """Read the answers, if the settings name a file of them."""
+        """Read the answers if the settings give a file with them."""
         client = settings.api.client()
         assert client is not None
-        client.endpoint.api_key()  # a missing key is an error now and not after the answers have been sampled
+        client.endpoint.api_key()  # fail on a missing key now rather than after sampling
         self.settings, self.client, self.questions, self.prompt_digest = settings, client, questions, prompt_digest
         self.judge_name, self._confirmed = client.endpoint.model, settings.api.yes
         self.answerer = None if settings.answer_file else settings.answerer(settings.model)
         if settings.answer_file:
-            places = {question.key: question.where for question in questions}
-            self._given = read_answers(settings.answer_file, self.key_name, self.parse_answer, places)
+            locations = {question.key: question.where for question in questions}
+            self._given = read_answers(settings.answer_file, self.key_name, self.parse_answer, locations)
 
     @classmethod
     @abstractmethod
     def parse_answer(cls, row: Row, where: str) -> tuple[Any, Answer]:
-        """The key of the question and the answer in a row of a file of answers."""
+        """Parse a row of a file of answers into the question's key and the answer."""
 
     @classmethod
     @abstractmethod
     def answer_row(cls, question: Question, answer: Answer) -> Row:
-        """The row of a file of answers."""
+        """Return the row for a file of answers."""
 
     @abstractmethod
     def requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Sequence[ChatRequest | None]:
-        """The request to the judge; None where there is nothing to ask."""
+        """Build the requests to the judge; None in place of a request that is not needed."""
 
     @abstractmethod
     def read_judgments(
         self, questions: Sequence[Question], answers: Sequence[Answer], replies: Sequence[Any], run: RunFolder
     ) -> list[Metric]:
-        """Read the judge's replies to :meth:`requests`, write the judgments to the run folder, and compute metrics."""
+        """Read the replies to :meth:`requests`, write the judgments to the run folder, and compute metrics."""
 
     @abstractmethod
     def extra_identity(self) -> dict[str, Any]:
-        """The settings that determine the verdicts on given answers, except for the judge and its prompt."""
+        """Return what determines the verdicts on given answers, other than the judge and its prompt."""
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
-        """Sample the turns of the answer to every question."""
+        """Sample all turns of the answer to every question."""
         return [(text,) for text in answerer.answer([question.turns[0] for question in self.questions], folder)]
 
     def identity(self) -> dict[str, Any]:
-        """The settings that determine the results; options that are off are left out."""
+        """Return everything that determines the results; options that are off are omitted."""
         api, file = self.settings.api, self.settings.answer_file
-        found = {**self.extra_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
+        identity = {**self.extra_identity(), "judge": self.judge_name, "judge_prompt": self.prompt_digest}
         optional = {"strip_thinking": api.strip_thinking, "judge_max_tokens": api.judge_max_tokens}
-        found |= {key: value for key, value in optional.items() if value}
+        identity |= {key: value for key, value in optional.items() if value}
         if self.answerer is not None:
-            return found | self.answerer.identity()
-        return found | {"outputs": file_digest(str(file))}
+            return identity | self.answerer.identity()
+        return identity | {"outputs": file_digest(str(file))}
 
     def measure(self, run: RunFolder) -> list[Metric]:
-        """Sample answers if none were given, have them judged, and write everything down."""
+        """Sample answers if none were given, have them judged, and store everything in the run folder."""
         answers = self._given if self.answerer is None else self._sampled(self.answerer, run)
         rows = [self.answer_row(*pair) for pair in zip(self.questions, answers, strict=True)]
         write_rows(run.path / self.answer_file, rows)
@@ -248,23 +246,23 @@ class JudgedBenchmark(ABC):
         return metrics
 
     def _sampled(self, answerer: Answerer, run: RunFolder) -> list[Answer]:
-        """Sampled answers; the cost of judging them is confirmed first, because sampling may take long."""
+        """Sample answers, after confirming the cost of judging them because sampling can take long."""
         if not (run.path / self.answer_file).exists():
             text = answerer.placeholder_answer()
             expected = [Answer(answerer.name, (text,) * len(question.turns)) for question in self.questions]
             to_send = self._to_send(self.requests(self.questions, expected))
-            self._confirm(to_send, lambda line: run.log(f"the judge, with answers as long as they may be: {line}"))
+            self._confirm(to_send, lambda line: run.log(f"the judge, if answers have maximum length: {line}"))
         return [Answer(answerer.name, turns) for turns in self.sample(answerer, run.path / "answers")]
 
     def _ask(self, requests: Sequence[ChatRequest | None], log: Log) -> list[ChatReply | None]:
-        """The replies in the order of the requests; None where there is nothing to ask."""
+        """Send the requests and return the replies in the same order; None where there is no request."""
         to_send = self._to_send(requests)
         self._confirm(to_send, log)
-        few = 0 if self.check_first is None else max(TRIED, self.client.endpoint.concurrency)
-        received = self.client.complete(to_send[:few], despite_refusals=True)
+        probes = 0 if self.check_first is None else max(PROBE_REQUESTS, self.client.endpoint.concurrency)
+        received = self.client.complete(to_send[:probes], despite_refusals=True)
         if self.check_first is not None and received:
             self.check_first(received)
-        received += self.client.complete(to_send[few:], despite_refusals=True, log=log)
+        received += self.client.complete(to_send[probes:], despite_refusals=True, log=log)
         log(self.client.usage.line(self.settings.api.token_prices()))
         replies = iter(received)
         return [None if request is None else next(replies) for request in requests]
@@ -283,16 +281,15 @@ class JudgedBenchmark(ABC):
 # ---- Published results.
 
 _README = "princeton-nlp/SimPO, README.md: judge gpt-4-1106-preview; GSM8K and MMLU by ZeroEval"
-# An empty cell was not legible in the copy of the paper's tables. For RRHF, SLiC-HF, R-DPO, KTO and CPO the repository
-# has other AlpacaEval and Arena-Hard figures than the paper; those of the repository are shown.
+# Empty cells were illegible in our copy of the paper's tables. For RRHF, SLiC-HF, R-DPO, KTO and CPO, the paper and its
+# repository report different AlpacaEval and Arena-Hard results; we show the repository's.
 _PAPER = "arXiv 2405.14734, tables 4 and 5: scores from 1 to 10"
 _SOURCES = {"mt_bench": _PAPER, "alpaca_eval": f"{_README}; ablations: arXiv 2405.14734, table 5"}
 _SOURCES["arena_hard"] = _SOURCES["alpaca_eval"]
 _SOURCES["rewardbench"] = "model cards of the allenai/*-RM-RB2 models, revision main"
-# The methods that are shown; published.csv has all of them.
-_SHOWN = ("SFT", "DPO", "SimPO", "reward model")
+_SHOWN = ("SFT", "DPO", "SimPO", "reward model")  # methods to print; published.csv has more
 _REWARDBENCH = ("score", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
-# The columns of published.csv by benchmark, and their headings.
+# Benchmark -> columns of published.csv and their headings.
 _COLUMNS = {
     "alpaca_eval": {"alpaca_eval_lc": "LC win rate", "alpaca_eval_wr": "win rate", "alpaca_eval_length": "length"},
     "arena_hard": {"arena_hard": "Arena-Hard v0.1"},
@@ -304,7 +301,7 @@ _COLUMNS = {
 
 
 def published_rows(benchmark: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the published results of a benchmark; no rows where nothing is published."""
+    """Return headings and rows of a benchmark's published results; no rows if nothing is published."""
     columns = _COLUMNS.get(benchmark, {})
     text = (resources.files("simpo.evaluation") / "published.csv").read_text(encoding="utf-8")
     rows = [
@@ -316,7 +313,7 @@ def published_rows(benchmark: str) -> tuple[list[str], list[list[str]]]:
 
 
 def published_table(benchmark: str) -> Table | None:
-    """The published results of the main methods for a terminal; None where there are none."""
+    """Format the published results of the main methods as a table; None if there are none."""
     headings, rows = published_rows(benchmark)
     if not rows:
         return None

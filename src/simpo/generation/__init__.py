@@ -1,1 +1,1 @@
-"""Sampling engines, reproducible chunks of responses, and the workflow of simpo sample."""
+"""Sampling engines, reproducible chunks of responses, and the ``simpo sample`` workflow."""

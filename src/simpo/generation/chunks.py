@@ -1,6 +1,6 @@
-"""Responses in chunks, each with its own seed, so that a run may be interrupted and shared by several processes.
+"""Splits sampling into chunks with seeds of their own, so that runs can be resumed and spread over processes.
 
-A chunk does not depend on the chunks before it, on when the run was killed, or on which process generates it.
+A chunk's responses do not depend on earlier chunks, on when the run was killed, or on which process generates them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Record = dict[str, Any]
 
 
 def plan_chunks(lengths: Sequence[int], n: int, chunk_size: int) -> list[Chunk]:
-    """The prompts of every chunk, as indices; each prompt occurs ``n`` times in all.
+    """Split prompts into chunks of prompt indices; each index occurs ``n`` times in total.
 
-    Prompts of similar length share a chunk, the longest first, so that there is little padding and a chunk that does
-    not fit into memory fails at once. All answers to a prompt are in one chunk if ``chunk_size`` is at least ``n``.
+    Chunks hold prompts of similar length, the longest first: this keeps padding low, and a chunk that does not fit into
+    memory fails right away. If ``chunk_size`` is at least ``n``, all answers to a prompt are in the same chunk.
 
-    ``lengths`` are the tokens of every prompt.
+    ``lengths`` are the prompts' lengths in tokens.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if n > chunk_size:
@@ -38,10 +38,7 @@ def plan_chunks(lengths: Sequence[int], n: int, chunk_size: int) -> list[Chunk]:
 def missing_chunks(
     prompts: Sequence[list[int]], settings: SamplingSettings, done: Collection[int] = ()
 ) -> list[tuple[int, Chunk]]:
-    """Number and prompts of every chunk that is not ``done``.
-
-    ``settings`` are resolved; ``done`` are the numbers of the chunks that exist.
-    """
+    """Return the number and the prompts of every chunk whose number is not in ``done``; ``settings`` are resolved."""
     assert settings.chunk_size is not None
     plan = plan_chunks([len(ids) for ids in prompts], settings.n, settings.chunk_size)
     return [(number, chunk) for number, chunk in enumerate(plan) if number not in done]
@@ -54,14 +51,14 @@ def sample_chunks(
     chunks: Iterable[tuple[int, Chunk]],
     images: Callable[[int], Images] | None = None,
 ) -> Iterator[Record]:
-    """Generate some of the :func:`missing_chunks`; yields the record of each, as it is stored.
+    """Generate the given :func:`missing_chunks`, yielding one storable record per chunk.
 
-    ``images`` returns the images of the prompt with an index; None if no prompt has any.
+    ``images`` maps a prompt's index to its images; None if no prompt has images.
     """
     for number, chunk in chunks:
         ids, seed = [prompts[index] for index in chunk], derived_seed(settings.seed, number)
-        shown = {} if images is None else {"images": [images(index) for index in chunk]}
-        samples = engine.generate(ids, settings, seed, **shown)
+        with_images = {} if images is None else {"images": [images(index) for index in chunk]}
+        samples = engine.generate(ids, settings, seed, **with_images)
         yield {
             "chunk": number,
             "samples": [{"prompt": index, **sampled._asdict()} for index, sampled in zip(chunk, samples, strict=True)],
@@ -69,35 +66,35 @@ def sample_chunks(
 
 
 def gather(records: Iterable[Mapping[str, Any]], prompts: int) -> list[list[Sampled]]:
-    """The responses to every prompt, in the order of the prompts, whatever the order of the chunks."""
-    found: list[list[tuple[int, Sampled]]] = [[] for _ in range(prompts)]
+    """Collect the responses to each of the ``prompts``, in prompt order, from chunks in any order."""
+    responses: list[list[tuple[int, Sampled]]] = [[] for _ in range(prompts)]
     for record in records:
         for sample in record["samples"]:
-            ids: Any = array("I", sample["ids"])  # four bytes per token; a list of integers takes ten times as many
-            found[sample["prompt"]].append((record["chunk"], Sampled(ids, sample["finished"], sample["logp"])))
-    return [[sampled for _, sampled in sorted(answers, key=lambda answer: answer[0])] for answers in found]
+            ids: Any = array("I", sample["ids"])  # four bytes per token, a tenth of what a list would take
+            responses[sample["prompt"]].append((record["chunk"], Sampled(ids, sample["finished"], sample["logp"])))
+    return [[sampled for _, sampled in sorted(answers, key=lambda answer: answer[0])] for answers in responses]
 
 
 class ChunkFiles:
-    """The chunks in a run folder that all processes share, one file per process; removed when the run is finished."""
+    """Chunks stored in a shared run folder, one file per process, until the run is finished."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def open(self, rank: int) -> JsonLines:
-        """The file that the process ``rank`` writes."""
-        # The manifest of a finished run does not list names that start with a dot.
+        """Open the file for process ``rank``."""
+        # The leading dot keeps it out of the manifest of a finished run.
         return JsonLines(self._folder / f".chunks-{rank}.jsonl", checked=True)
 
     def records(self) -> Iterator[Record]:
-        """Every chunk that any process has stored, in any order.
+        """Yield every stored chunk once, in any order.
 
-        No process may be writing, because opening a file drops an incomplete last line.
+        No process may be writing: opening a file drops an incomplete last line.
         """
         seen: set[int] = set()
         for path in sorted(self._folder.glob(".chunks-*.jsonl")):
             for record in JsonLines(path, checked=True):
-                if record["chunk"] not in seen:  # a process that outlived a killed run may have repeated a chunk
+                if record["chunk"] not in seen:  # a process that outlived a killed run may store a chunk again
                     seen.add(record["chunk"])
                     yield record
 

@@ -1,4 +1,4 @@
-"""A conversation with a model whose answers are shown while they are generated."""
+"""Multi-turn chat with a model, streaming its answers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reply:
-    """The outcome of a message."""
+    """The model's reply to one message."""
 
-    text: str | None  # the answer, which is now part of the conversation; None if the message could not be answered
-    note: str | None = None  # why the answer is incomplete; None if the model ended it
+    text: str | None  # the answer, now part of the conversation; None if there was no room for one
+    note: str | None = None  # why the answer is incomplete or missing; None if the model finished it
 
 
 def load_conversation(
@@ -43,11 +43,11 @@ def load_conversation(
     system: str | None = None,
     rendering: RenderSettings | None = None,
 ) -> Conversation:
-    """Start a conversation with a model on disk or on the hub."""
+    """Load a model from disk or the hub and start a conversation with it."""
     name = model.model_name_or_path
     tokenizer = load_tokenizer(model, chat_template=chat_template)
     if not tokenizer.chat_template:
-        raise SimpoError(f"{name}: the tokenizer has no chat template; give one with chat_template (a text or a file)")
+        raise SimpoError(f"{name}: the tokenizer has no chat template; set chat_template to a template or a file")
     checkpoint = Checkpoint.read(model)
     settings = settings.resolved(context=checkpoint.context, chunk_size=1)
     engine = TransformersEngine(checkpoint.load(), tokenizer)
@@ -55,10 +55,10 @@ def load_conversation(
 
 
 class Conversation:
-    """Turns of a user and a model.
+    """A conversation between a user and a model.
 
-    ``settings`` are resolved, ``context`` is the number of the model's positions, if limited, and every conversation
-    starts with the ``system`` message.
+    ``settings`` are resolved, ``context`` is the model's maximum number of positions (None if unlimited), and
+    ``system`` is the system message, if any.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Clear all turns, keeping the system message."""
         self.messages = list(self._opening)
 
     def answer(self, text: str, seed: int, write: Write, stopped: Callable[[], bool]) -> Reply:
-        """Answer a message.
+        """Answer a message, given as ``text``.
 
-        ``write`` receives the answer piece by piece; ``stopped`` is called after every token, and the answer ends where
-        it returns True.
+        ``write`` receives the answer in pieces as it is generated. ``stopped`` is polled after every token and ends the
+        answer when it returns True.
 
         Raises:
             BadRow: the chat template refuses the conversation.
@@ -119,10 +119,10 @@ class Conversation:
 
 
 class _Streamer(BaseStreamer):
-    """Writes the text of an answer as far as no later token can change it.
+    """Writes text as soon as no later token can change it.
 
-    transformers' own TextStreamer decodes every line by itself, without the prompt and with all special tokens or none:
-    it would lose spaces at the start of a line, or marks of thinking.
+    transformers' TextStreamer decodes each line on its own, without the prompt, and keeps either all special tokens or
+    none, which would lose leading spaces or thinking tags.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], write: Write) -> None:
@@ -137,7 +137,7 @@ class _Streamer(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
-        if not text.endswith("\ufffd"):  # the decoder's sign for bytes that are not yet a character
+        if not text.endswith("\ufffd"):  # the decoder's placeholder for an incomplete character
             self._show(text)
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Sampled responses as texts, as rows of ``responses.jsonl``, and their metrics."""
+"""Decodes sampled responses, writes them to ``responses.jsonl``, and computes their metrics."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from simpo.runs.files import staged_files
 from simpo.runs.results import Metric
 from simpo.statistics import mean_interval, proportion_interval, share_interval
 
-_CONTEXT = 8  # tokens of the prompt that make the decoder treat the response as a continuation
+_CONTEXT = 8  # prompt tokens decoded along with a response, so that it is decoded as a continuation
 _SENTINEL = "\ue000response\ue000"
 
 
 class ResponseText:
-    """Decodes the responses of one tokenizer.
+    """Decodes responses with one tokenizer.
 
-    Special tokens are left out, except those that mark thinking, which could not be told from the answer without them.
-    White space that the chat template itself writes before and after a message is left out too: rendered with the
-    template, the text gives the sampled tokens again.
+    Special tokens are removed, except those that delimit thinking, without which it could not be told from the answer.
+    White space that the chat template adds around a message is removed too, so that rendering the text with the
+    template gives the sampled tokens again.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         end = end_of_turn(tokenizer)
-        special = {one for one in tokenizer.all_special_ids if not marks_thinking(tokenizer.convert_ids_to_tokens(one))}
+        special = {i for i in tokenizer.all_special_ids if not is_thinking_tag(tokenizer.convert_ids_to_tokens(i))}
         self._special = special | {end.token_id}
-        self._before, self._after = _written_before(tokenizer), end.response_suffix
+        self._before, self._after = _template_prefix(tokenizer), end.response_suffix
 
     def decode(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of the response ``ids`` to ``prompt``."""
-        # Decoded after a part of the prompt, because some decoders strip a space at the start of a text.
+        """Decode the response ``ids`` to ``prompt``."""
+        # Some decoders strip a leading space, so decode after the end of the prompt.
         context = list(prompt[-_CONTEXT:])
-        kept = [token_id for token_id in ids if token_id not in self._special]
-        text = self._text(context + kept)[len(self._text(context)) :]
+        visible = [token_id for token_id in ids if token_id not in self._special]
+        text = self._text(context + visible)[len(self._text(context)) :]
         return text.removeprefix(self._before).removesuffix(self._after)
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _written_before(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the chat template writes between the generation prompt and the assistant's message."""
+def _template_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text that the chat template inserts between the generation prompt and the assistant's message."""
     if not tokenizer.chat_template:
         return ""
     user = {"role": "user", "content": "user"}
@@ -61,14 +61,14 @@ def _written_before(tokenizer: PreTrainedTokenizerBase) -> str:
         prompt = render_messages(tokenizer, [user], add_generation_prompt=True)
         whole = render_messages(tokenizer, [user, {"role": "assistant", "content": _SENTINEL}])
     except BadRow as refused:
-        raise SimpoError(f"a user and an assistant message: {refused.reason}") from refused
+        raise SimpoError(f"cannot render a user and an assistant message: {refused.reason}") from refused
     return whole.removeprefix(prompt).partition(_SENTINEL)[0] if whole.startswith(prompt) else ""
 
 
 def response_texts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sampled]]
 ) -> list[list[str]]:
-    """The texts of the responses to every prompt."""
+    """Decode the responses to every prompt."""
     decoder = ResponseText(tokenizer)
     return [
         [decoder.decode(prompt.ids, sampled.ids) for sampled in answers]
@@ -79,7 +79,7 @@ def response_texts(
 def write_responses(
     path: Path, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], samples: Sequence[Sequence[Sampled]]
 ) -> None:
-    """Write one JSON line per prompt with all its responses; the file is complete or absent."""
+    """Write one JSON line per prompt with all its responses; the file is written completely or not at all."""
     with (
         staged_files(path.parent) as staged,
         (staged / path.name).open("w", encoding="utf-8", errors="backslashreplace") as file,
@@ -101,7 +101,7 @@ def write_responses(
 
 
 def read_samples(rows: Sequence[Mapping[str, Any]]) -> list[list[Sampled]]:
-    """The sampled responses to every prompt, from the rows of such a file."""
+    """Return the sampled responses to every prompt, from the rows of a ``responses.jsonl``."""
     return [
         [Sampled(*parts) for parts in zip(row["response_ids"], row["finished"], row["logps"], strict=True)]
         for row in rows
@@ -109,9 +109,9 @@ def read_samples(rows: Sequence[Mapping[str, Any]]) -> list[list[Sampled]]:
 
 
 def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[Sampled]]) -> list[Metric]:
-    """Number, lengths and endings of the responses; every prompt has equally many.
+    """Compute counts, lengths and end-of-turn rates; every prompt has the same number of responses.
 
-    Answers to the same prompt are similar, so the intervals of lengths are those of the means per prompt.
+    Answers to the same prompt are similar, so intervals for lengths treat each prompt's mean as one observation.
     """
     ended = [sampled.finished for answers in samples for sampled in answers]
     tokens = [float(np.mean([len(sampled.ids) for sampled in answers])) for answers in samples]
@@ -130,11 +130,11 @@ def response_metrics(texts: Sequence[Sequence[str]], samples: Sequence[Sequence[
     return metrics
 
 
-# ---- Reasoning that a model writes before its answer: `<think>` blocks, and their equivalents in other families.
+# ---- Thinking before an answer: `<think>` blocks and their equivalents in other model families.
 
 
 _NAMES = ("think", "thinking", "thought", "reasoning", "seed:think")
-# Patterns for the beginning and the end of thinking; they contain no groups, because they are combined below.
+# Patterns for the start and end of thinking. They contain no groups because they are combined below.
 _PAIRS = (
     *((rf"(?i:<{name}\s*>)", rf"(?i:</{name}\s*>)") for name in _NAMES),
     (r"\[THINK\]", r"\[/THINK\]"),
@@ -142,53 +142,53 @@ _PAIRS = (
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
     (r"<\|channel>thought", r"<channel\|>"),
-    # The channels of gpt-oss, and what remains of them after a decoder has dropped the special tokens.
+    # gpt-oss channels, and what is left of them once the special tokens have been stripped.
     (
         r"(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)(?:(?!<\|message\|>).)*<\|message\|>",
         r"(?:<\|start\|>assistant)?<\|channel\|>final(?:(?!<\|message\|>).)*<\|message\|>",
     ),
     (r"\A\s*analysis(?=[A-Z])", r"assistantfinal(?=\S)"),
 )
-_MARKS = re.compile(
+_TAGS = re.compile(
     "|".join(f"(?P<open{i}>{begin})|(?P<close{i}>{end})" for i, (begin, end) in enumerate(_PAIRS)), re.DOTALL
 )
 _TURN_END = re.compile(r"<\|(?:end|return)\|>\s*\Z")
-# Special tokens that are only a part of a mark.
-_PARTS = ("<|channel|>", "<|message|>", "<|channel>")
+# Special tokens that form only part of a tag.
+_PARTIAL_TAGS = ("<|channel|>", "<|message|>", "<|channel>")
 
 
 def after_thinking(text: str) -> str | None:
-    """The part of a reply after its last end of thinking; None if the reply ends before its thinking does.
+    """Return the part of a reply after its last closing tag, or None if the reply ends while still thinking.
 
-    An end counts without a beginning, because a chat template may have written that. A beginning counts anywhere in the
-    text, so that nothing that may be thinking, or was written before it, is read as a verdict.
+    A closing tag counts without an opening one, which the chat template may have written. An opening tag counts
+    anywhere in the text, so that nothing that may be thinking, or precedes it, is read as a verdict.
     """
     start, inside = 0, None
-    for mark in _MARKS.finditer(text):
-        kind = str(mark.lastgroup)
+    for tag in _TAGS.finditer(text):
+        kind = str(tag.lastgroup)
         if inside is None and kind.startswith("open"):
             inside = kind
         elif inside is None or kind == inside.replace("open", "close"):
-            start, inside = mark.end(), None
+            start, inside = tag.end(), None
     return None if inside is not None else _TURN_END.sub("", text[start:])
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """The thinking at the beginning of an answer, which may be empty, and the rest.
+    """Split an answer into its leading thinking, which may be empty, and the rest.
 
-    An answer that ends before its thinking does is all thinking. Marks further on belong to the answer, which may be
-    about such marks.
+    An answer that ends while still thinking is all thinking. Later tags are part of the answer, which may be about
+    such tags.
     """
-    mark = _MARKS.search(text)
-    opening = mark is not None and str(mark.lastgroup).startswith("open")
-    if mark is None or (opening and text[: mark.start()].strip()):
+    tag = _TAGS.search(text)
+    opening = tag is not None and str(tag.lastgroup).startswith("open")
+    if tag is None or (opening and text[: tag.start()].strip()):
         return "", text
     if opening:
-        wanted = str(mark.lastgroup).replace("open", "close")
-        mark = next((other for other in _MARKS.finditer(text, mark.end()) if other.lastgroup == wanted), None)
-    return (text, "") if mark is None else (text[: mark.end()], _TURN_END.sub("", text[mark.end() :]).lstrip())
+        wanted = str(tag.lastgroup).replace("open", "close")
+        tag = next((other for other in _TAGS.finditer(text, tag.end()) if other.lastgroup == wanted), None)
+    return (text, "") if tag is None else (text[: tag.end()], _TURN_END.sub("", text[tag.end() :]).lstrip())
 
 
-def marks_thinking(token: str) -> bool:
-    """Whether a special token is a mark of thinking or part of one."""
-    return token in _PARTS or _MARKS.fullmatch(token) is not None
+def is_thinking_tag(token: str) -> bool:
+    """Whether a special token is a thinking tag or part of one."""
+    return token in _PARTIAL_TAGS or _TAGS.fullmatch(token) is not None

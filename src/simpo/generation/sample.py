@@ -1,4 +1,4 @@
-"""``simpo sample``: responses of a model to prompts, resumable after any kill."""
+"""``simpo sample``: samples a model's responses to prompts; can be killed and resumed at any time."""
 
 from __future__ import annotations
 
@@ -51,33 +51,33 @@ FILE_NAME = "responses.jsonl"
 
 EngineName = Literal["transformers", "vllm"]
 
-# A process that has done its share waits for the slowest one; processes that end are noticed at once.
-_PATIENCE = timedelta(days=7)
+# How long a finished process waits for the slowest one. A process that dies is noticed at once.
+_BARRIER_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class PromptArguments:
-    """The source of the prompts, and how they are rendered."""
+    """Where the prompts come from and how they are rendered."""
 
-    prompts: str = field(metadata={"help": "File, folder or hub id of rows with prompts.", "positional": "PROMPTS"})
-    split: str = setting("train", "Split of the prompts.")
+    prompts: str = field(metadata={"help": "Prompts: a file, folder or hub dataset id.", "positional": "PROMPTS"})
+    split: str = setting("train", "Dataset split to read prompts from.")
     chat_template: str | None = setting(
-        None, "A chat template, a file with one, or none for raw text (default: the tokenizer's own)."
+        None, "Chat template, a file with one, or none for raw text (default: the tokenizer's own)."
     )
     column_mapping: Mapping[str, str] | None = setting(None, 'Columns to rename, e.g. {"instruction": "prompt"}.')
     image_folder: str | None = setting(
-        None, "Folder that relative paths of images start from (default: the working directory)."
+        None, "Folder that relative image paths start from (default: the working directory)."
     )
     rendering: RenderSettings = field(default_factory=RenderSettings)
 
     def rows(self) -> Dataset:
-        """The rows that contain the prompts."""
+        """Load the rows that contain the prompts."""
         return load_rows(self.prompts, split=self.split, column_mapping=self.column_mapping)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines the responses, read and checked before the weights are loaded."""
+    """Everything that determines the responses, read and validated before the weights are loaded."""
 
     checkpoint: Checkpoint
     engine: EngineName
@@ -101,10 +101,10 @@ class Job:
         *,
         images: bool = False,
     ) -> Job:
-        """Read everything but the weights, and log what was found.
+        """Read and validate everything but the weights, and log a summary.
 
-        A ``max_model_len`` among vLLM's ``engine_args`` limits the model's context. With ``images``, prompts may have
-        some if the engine is transformers; otherwise such prompts are bad rows.
+        ``max_model_len`` in vLLM's ``engine_args`` limits the context. Prompts with images are bad rows unless
+        ``images`` is true and the engine is transformers.
         """
         tokenizer = load_tokenizer(model, chat_template=source.chat_template)
         checkpoint = Checkpoint.read(model)
@@ -113,19 +113,19 @@ class Job:
         log(f"model: {model.model_name_or_path} ({checkpoint.arguments.dtype} on {device()}, {engine})")
         limits = (checkpoint.context, engine_args.get("max_model_len"))
         context = min((limit for limit in limits if isinstance(limit, int)), default=None)
-        on_device = 32 if device().type == "cpu" else 64
-        settings = settings.resolved(context=context, chunk_size=1024 if engine == "vllm" else on_device)
+        in_memory = 32 if device().type == "cpu" else 64
+        settings = settings.resolved(context=context, chunk_size=1024 if engine == "vllm" else in_memory)
         log("sampling: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(settings).items()))
-        room = None
+        longest = None
         if context is not None:
             assert settings.max_new_tokens is not None
-            room = context - settings.max_new_tokens
-            log(f"the model's context of {context:,} tokens leaves {room:,} to a prompt (max_prompt_length)")
+            longest = context - settings.max_new_tokens
+            log(f"the model's context of {context:,} tokens leaves {longest:,} for the prompt (max_prompt_length)")
         rows, processing = source.rows(), tokenizer
         if images and engine == "transformers" and has_images(rows):
             processing = load_processor(model, chat_template=source.chat_template)
         prompts = prepare_prompts(
-            rows, processing, max_prompt_length=room, rendering=source.rendering, image_folder=source.image_folder
+            rows, processing, max_prompt_length=longest, rendering=source.rendering, image_folder=source.image_folder
         )
         for line in prompts.report.lines():
             log(line)
@@ -138,16 +138,16 @@ class Job:
 
     @property
     def ids(self) -> list[list[int]]:
-        """Token ids of every prompt."""
+        """Token ids of the prompts."""
         return [prompt.ids for prompt in self.prompts]
 
     @property
     def total(self) -> int:
-        """The number of responses."""
+        """Total number of responses."""
         return len(self.prompts) * self.settings.n
 
     def identity(self) -> dict[str, Any]:
-        """Everything that the responses depend on; see :meth:`simpo.runs.folder.RunFolder.begin`."""
+        """Return everything the responses depend on; see :meth:`simpo.runs.folder.RunFolder.begin`."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(prompt.id.encode() + array("q", [*prompt.ids, -1]).tobytes())
@@ -163,25 +163,25 @@ class Job:
         }
 
     def resolved(self) -> dict[str, Any]:
-        """All settings, with defaults filled in."""
-        found: dict[str, Any] = {"engine": self.engine, "engine_args": self.engine_args}
+        """Return all settings with defaults filled in."""
+        resolved: dict[str, Any] = {"engine": self.engine, "engine_args": self.engine_args}
         for part in (self.checkpoint.arguments, self.source, self.settings):
-            found |= dataclasses.asdict(part)
-        return found
+            resolved |= dataclasses.asdict(part)
+        return resolved
 
     def load(self) -> Engine:
-        """Load the model into its engine."""
+        """Load the model and return its engine."""
         if self.engine == "vllm":
             return VllmEngine(self.checkpoint.arguments, self.stop_ids, self.engine_args)
         model = self.checkpoint.load()
-        shown = next((number for number, prompt in enumerate(self.prompts) if prompt.images), None)
-        if self.reader is not None and shown is not None:
-            first = self.reader.example(self.prompts.prompts[shown].images[0])
-            check_image_inputs(causal_lm(model), self.images_of(shown)[0], first)
+        first = next((index for index, prompt in enumerate(self.prompts) if prompt.images), None)
+        if self.reader is not None and first is not None:
+            example = self.reader.example(self.prompts.prompts[first].images[0])
+            check_image_inputs(causal_lm(model), self.images_of(first)[0], example)
         return TransformersEngine(model, self.tokenizer)
 
     def images_of(self, index: int) -> Images:
-        """The images of a prompt."""
+        """Return the images of the prompt at ``index``."""
         assert self.reader is not None
         prompt = self.prompts.prompts[index]
         return self.reader.tensors(prompt.images, prompt.digests)
@@ -198,20 +198,20 @@ def sample_responses(
     images: bool = False,
     argv: Sequence[str] = (),
 ) -> Path | None:
-    """Sample answers to prompts and write ``responses.jsonl`` and ``results.json``.
+    """Sample responses to prompts and write ``responses.jsonl`` and ``results.json``.
 
-    The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished run
-    as it is. Under ``torchrun`` the processes share the chunks, and the bytes are the same again. ``images`` is as in
-    :meth:`Job.prepare`. Returns the path of ``results.json``; None in all processes but the main one.
+    Repeating the call resumes an interrupted or killed run and produces the same bytes; a finished run is left alone.
+    Under ``torchrun`` the processes split the chunks between them, again with the same bytes. For ``images``, see
+    :meth:`Job.prepare`. Returns the path of ``results.json``, or None in processes other than the main one.
 
     Raises:
-        SimpoError: an argument cannot be used, or the disk or the memory is full.
+        SimpoError: an argument is invalid, or the disk or memory is full.
         InterruptedRun: the user stopped the run; complete chunks are kept.
     """
     with interruptible():
         processes = Processes.join()
         if not processes.main:
-            logging.getLogger("simpo").setLevel(logging.ERROR)  # the main process logs what all of them notice
+            logging.getLogger("simpo").setLevel(logging.ERROR)  # the main process logs on behalf of all
             job = processes.from_main()
             if job is not None:
                 loaded = job.load()
@@ -219,7 +219,7 @@ def sample_responses(
                 processes.wait()
             return None
         if processes.size > 1 and engine == "vllm":
-            raise SimpoError("engine: vllm takes all GPUs from one process; start it without torchrun")
+            raise SimpoError("engine: vllm uses all GPUs from one process; start it without torchrun")
         with RunFolder(folder, command="sample") as run:
             job = Job.prepare(model, prompts, settings, engine, run.log, engine_args, images=images)
             processes.from_main(None if run.finished else job)
@@ -231,24 +231,24 @@ def sample_responses(
 
 
 def _run_main(processes: Processes, engine: Engine | None, job: Job, run: RunFolder) -> list[Metric]:
-    """Generate with all processes, and write the responses in the order of the prompts."""
+    """Generate on all processes, and write the responses in prompt order."""
     assert engine is not None
     chunks = ChunkFiles(run.path)
     done = {record["chunk"]: len(record["samples"]) for record in chunks.records()}
     if done:
-        run.log(f"continuing: {sum(done.values()):,} of {job.total:,} responses exist")
+        run.log(f"continuing: {sum(done.values()):,} of {job.total:,} responses are done")
     missing = processes.from_main(missing_chunks(job.ids, job.settings, done))
     _generate(engine, job, processes, run.path, missing, run.log)
     processes.wait()
     samples = gather(chunks.records(), len(job.prompts))
     if sum(map(len, samples)) < job.total:
-        raise SimpoError(f"output_dir: {run.path} lacks what other processes wrote; name a folder that all share")
+        raise SimpoError(f"output_dir: {run.path} is missing other processes' chunks; use a shared folder")
     texts = response_texts(job.tokenizer, job.prompts.prompts, samples)
     write_responses(run.path / FILE_NAME, job.prompts.prompts, texts, samples)
     if unfinished := sum(not sampled.finished for answers in samples for sampled in answers):
         limit = job.settings.max_new_tokens
-        run.log(f"note: {unfinished:,} responses hit max_new_tokens {limit:,} before they ended (finished: false)")
-    return [Metric(*one) for one in job.prompts.report.metrics()] + response_metrics(texts, samples)
+        run.log(f"note: {unfinished:,} responses reached max_new_tokens {limit:,} before they ended (finished: false)")
+    return [Metric(*metric) for metric in job.prompts.report.metrics()] + response_metrics(texts, samples)
 
 
 def _generate(
@@ -259,7 +259,7 @@ def _generate(
     missing: Sequence[tuple[int, Chunk]],
     log: Log | None = None,
 ) -> None:
-    """Generate and store this process's share of the ``missing`` chunks; only the main process has a ``log``."""
+    """Generate and store this process's share of the ``missing`` chunks; only the main process passes a ``log``."""
     share = missing[processes.rank :: processes.size]
     file = ChunkFiles(folder).open(processes.rank)
     count = sum(len(chunk) for _, chunk in share)
@@ -277,37 +277,36 @@ def _generate(
     except torch.OutOfMemoryError as error:
         size = job.settings.chunk_size
         raise SimpoError(
-            f"chunk_size: {size} answers at once do not fit into memory; set a smaller chunk_size and a new output_dir"
+            f"chunk_size: {size} answers at a time do not fit into memory; set a lower chunk_size and a new output_dir"
         ) from error
 
 
-# ---- The processes that ``torchrun`` starts for one sampling run.
+# ---- Processes started by ``torchrun`` for one sampling run.
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share a run without training together."""
+    """The processes that share a sampling run, as seen from this one."""
 
-    # Its number; process 0 is the main one, which alone reads, logs and writes what concerns the whole run.
-    rank: int = 0
-    size: int = 1  # the number of processes
-    group: dist.ProcessGroup | None = None  # the group in which they exchange objects, if there are several
+    rank: int = 0  # process 0 is the main one; only it reads, logs and writes for the run as a whole
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # for exchanging objects; None if there is only one process
 
     @classmethod
     def join(cls) -> Processes:
-        """Join the processes that were started together; each takes an accelerator of its own if there are any."""
+        """Join the processes of a ``torchrun`` launch; each takes its own accelerator if there are any."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        number = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if torch.accelerator.is_available():
-            if number >= (count := torch.accelerator.device_count()):
+            if local_rank >= (count := torch.accelerator.device_count()):
                 raise SimpoError(
-                    f"nproc_per_node: process {number} has no accelerator, there are {count}; start {count}"
+                    f"nproc_per_node: no accelerator for process {local_rank}; this machine has {count}, so use {count}"
                 )
-            torch.accelerator.set_device_index(number)
+            torch.accelerator.set_device_index(local_rank)
         if not dist.is_initialized():
             dist.init_process_group()
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # only small objects are exchanged
+        group = dist.new_group(backend="gloo", timeout=_BARRIER_TIMEOUT)  # for small objects only
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     @property
@@ -316,12 +315,12 @@ class Processes:
         return self.rank == 0
 
     def from_main(self, value: Any = None) -> Any:
-        """The main process's ``value`` in every process; all have to call it."""
+        """Return the main process's ``value`` on every process. Every process must call this."""
         with _peer_errors():
             return from_main(value, self.group)
 
     def wait(self) -> None:
-        """Return when every process has called it."""
+        """Wait until every process has called this."""
         if self.size > 1:
             with _peer_errors():
                 dist.barrier(group=self.group)
@@ -329,14 +328,14 @@ class Processes:
 
 @contextmanager
 def _peer_errors() -> Iterator[None]:
-    """Turn the error of a group whose other process has ended into one line."""
+    """Turn the communication error caused by another process's exit into one clear line."""
     try:
         yield
     except RuntimeError as error:
-        raise SimpoError("another process has ended and reported the reason; the same command continues") from error
+        raise SimpoError("another process failed and reported the reason; run the same command to continue") from error
 
 
-# ---- Responses of a model behind an OpenAI-compatible server: texts only, each requested once.
+# ---- Sampling from an OpenAI-compatible server: texts only, with one request per response.
 
 _SEEDS = 1 << 31  # all servers accept seeds below this
 
@@ -350,15 +349,15 @@ def sample_from_server(
     yes: bool = False,
     argv: Sequence[str] = (),
 ) -> Path:
-    """Request answers to prompts and write ``responses.jsonl`` and ``results.json``.
+    """Request responses to prompts and write ``responses.jsonl`` and ``results.json``.
 
-    Every reply is stored when it is received, so the same call, after a failure or a kill, requests only what is
-    missing. Rows have neither token ids nor log-probabilities; the server applies its own chat template. The seed of
-    each answer is derived from ``settings``, the prompt and its number. With ``yes`` the user has agreed to the cost in
-    advance. Returns the path of ``results.json``.
+    Every reply is stored as soon as it arrives, so after a failure or a kill the same call requests only what is
+    missing. Rows have neither token ids nor log-probabilities, and the server applies its own chat template. Each
+    response's seed is derived from the seed in ``settings``, the prompt and the response's number. ``yes`` skips the
+    question about the cost. Returns the path of ``results.json``.
 
     Raises:
-        SimpoError: an argument cannot be used, the user does not agree, or the server refuses.
+        SimpoError: an argument is invalid, the user declines the cost, or the server refuses.
         InterruptedRun: the user stopped the run; replies so far are kept.
     """
     settings = settings.resolved(context=None, chunk_size=1)
@@ -376,35 +375,36 @@ def sample_from_server(
         }
         requests = [_request(prompt, number, settings) for prompt in prompts for number in range(settings.n)]
         cache = folder / ".replies"
-        if not run.finished:  # nothing is written before the user has agreed, not even an empty cache
-            known = ChatClient(endpoint, cache if cache.exists() else None)
-            confirm_cost(known.estimate(requests), yes=yes, log=run.log)
+        if not run.finished:  # write nothing before the user has agreed, not even an empty cache
+            estimating = ChatClient(endpoint, cache if cache.exists() else None)
+            confirm_cost(estimating.estimate(requests), yes=yes, log=run.log)
         run.begin(identity, argv=argv)
 
-        def ask() -> list[Metric]:
+        def request_all() -> list[Metric]:
             client = ChatClient(endpoint, cache, exact_temperature=True)
             replies = client.complete(requests, log=run.log)
             run.log(client.usage.line())
-            return [Metric(*one) for one in report.metrics()] + _write(folder / FILE_NAME, prompts, replies, run.log)
+            metrics = _write_replies(folder / FILE_NAME, prompts, replies, run.log)
+            return [Metric(*metric) for metric in report.metrics()] + metrics
 
-        results = run.complete(ask)
+        results = run.complete(request_all)
         if cache.exists():
             remove_folder(cache)
     return results
 
 
 def _read_sendable(source: PromptArguments, settings: SamplingSettings) -> tuple[list[PlainPrompt], DataReport]:
-    """The prompts and their report; raises :class:`SimpoError` for anything that a server does not take."""
+    """Read the prompts and their report; raises :class:`SimpoError` for anything a server cannot handle."""
     if source.chat_template is not None:
-        raise SimpoError("chat_template: a server applies its own; leave it out")
+        raise SimpoError("chat_template: the server applies its own; remove it")
     if source.rendering != RenderSettings():
-        raise SimpoError("chat_template_kwargs, system_message: a server renders prompts itself; leave them out")
+        raise SimpoError("chat_template_kwargs, system_message: the server renders prompts itself; remove them")
     if settings.top_k:
-        raise SimpoError("top_k: OpenAI-compatible servers have none; leave it out or use another engine")
+        raise SimpoError("top_k: is not supported by OpenAI-compatible servers; remove it or use another engine")
     prompts, report = read_prompts(source.rows())
     if unsent := next((prompt for prompt in prompts if prompt.context.columns), None):
         name = next(iter(unsent.context.columns))
-        raise SimpoError(f"{unsent.where}: engine server does not send {name}; use another engine, or leave it out")
+        raise SimpoError(f"{unsent.where}: {name}: is not supported by engine server; remove it or use another engine")
     return prompts, report
 
 
@@ -420,10 +420,10 @@ def _request(prompt: PlainPrompt, number: int, settings: SamplingSettings) -> Ch
     )
 
 
-def _write(path: Path, prompts: Sequence[PlainPrompt], replies: Sequence[ChatReply], log: Log) -> list[Metric]:
-    """Write one row per prompt, which all have equally many replies, and return the metrics of the replies."""
+def _write_replies(path: Path, prompts: Sequence[PlainPrompt], replies: Sequence[ChatReply], log: Log) -> list[Metric]:
+    """Write one row per prompt, each with the same number of replies, and return the metrics."""
     if empty := sum(not reply.text.strip() for reply in replies):
-        log(f"note: {empty:,} answers are empty: the server refused or filtered them, or gave only reasoning")
+        log(f"note: {empty:,} answers are empty: the server refused or filtered them, or returned only reasoning")
     n = len(replies) // len(prompts)
     groups = [replies[start : start + n] for start in range(0, len(replies), n)]
     rows: list[dict[str, Any]] = [

@@ -1,1 +1,1 @@
-"""Scorers of single answers and judges of pairs: how good an answer is."""
+"""Scorers of single answers and judges of pairs."""

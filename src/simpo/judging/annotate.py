@@ -1,4 +1,4 @@
-"""The workflow of ``simpo annotate``: adds scores to responses; continues after a kill."""
+"""``simpo annotate``: scores sampled responses; can be killed and resumed at any time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simpo.runs.results import Metric, fingerprint
 from simpo.runs.terminal import interruptible
 
 RESPONSES, FILE_NAME, BEST = "responses.jsonl", "annotated.jsonl", "best.jsonl"
-_PROMPTS_PER_PART = 256  # scored, and stored, together
+_PROMPTS_PER_PART = 256  # prompts scored and stored at a time
 
 Record = dict[str, Any]
 
@@ -42,18 +42,18 @@ def annotate(
 ) -> Path:
     """Score every response and write ``annotated.jsonl``, ``best.jsonl`` and ``results.json``.
 
-    The same call continues a run that was interrupted or killed, and ends with the same bytes; it leaves a finished
-    run as it is.
+    Repeating the call resumes an interrupted or killed run and produces the same bytes; a finished run is left alone.
 
     Args:
-        responses: ``responses.jsonl`` of ``simpo sample``, or its folder.
-        annotator: a name that :func:`~simpo.judging.registry.make_annotator` knows, or several with weights.
-        options: what the annotator may need.
-        folder: of the run.
-        normalization: of the scores of several annotators.
-        prices: of an API judge's tokens, if known.
-        yes: whether the user has agreed to the cost in advance.
-        argv: the command line after the command's name, for the record.
+        responses: the ``responses.jsonl`` written by ``simpo sample``, or its folder.
+        annotator: the name of an annotator, or several names with weights; see
+            :func:`~simpo.judging.registry.make_annotator`.
+        options: options for the annotators.
+        folder: the run folder.
+        normalization: how scores are normalized if there are several annotators.
+        prices: token prices of an API judge, if known.
+        yes: skip the question about the cost.
+        argv: the command-line arguments, for the run's record.
 
     Returns:
         The path of ``results.json``.
@@ -63,7 +63,7 @@ def annotate(
     """
     with interruptible(), RunFolder(folder, command="annotate") as run:
         records = read_responses(responses)
-        # The annotator's own progress would start again with every part; the lines below count all prompts.
+        # The annotator's own progress would restart with every part; _score logs progress over all prompts.
         scorer = make_annotator(annotator, replace(options, log=lambda line: None), normalization)
         run.log(f"annotator: {', '.join(annotator_names(annotator, normalization))}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **scorer.identity}
@@ -76,7 +76,7 @@ def annotate(
             if scorer.usage is not None:
                 confirm_cost(scorer.estimate(rows), yes=yes, log=run.log, prices=prices)
         run.begin(identity, argv=argv)
-        # The manifest does not list names that start with a dot.
+        # The leading dot keeps the file out of the manifest.
         parts = JsonLines(folder / ".scores.jsonl", checked=True)
 
         def score() -> list[Metric]:
@@ -92,11 +92,7 @@ def annotate(
 
 
 def read_responses(path: Path) -> list[Record]:
-    """The rows ``{id, prompt, responses}`` of ``simpo sample``, with all their other columns.
-
-    Args:
-        path: the file, or the run's folder.
-    """
+    """Read the rows ``{id, prompt, responses, ...}`` that ``simpo sample`` wrote to a file or run folder."""
     path = path / RESPONSES if path.is_dir() else path
     records = read_lines(path)
     if not records:
@@ -111,13 +107,13 @@ def read_responses(path: Path) -> list[Record]:
 
 
 def checked_prompt(record: Record, where: str) -> Prompt:
-    """The prompt of a row ``{id, prompt, responses}``; raises :class:`SimpoError` unless all of the row can be used."""
+    """Validate a row ``{id, prompt, responses, ...}`` and return its prompt; raises :class:`SimpoError` if invalid."""
     prompt, responses = record.get("prompt"), record.get("responses")
     for key, kind, expected in (("id", str, "text"), ("prompt", str | list, "text or messages")):
         if not isinstance(record.get(key), kind):
             got = reprlib.repr(record.get(key))
             raise SimpoError(
-                f"{where}: {key}: expected {expected}, got {got}; give what simpo sample writes ({RESPONSES})"
+                f"{where}: {key}: expected {expected}, got {got}; use a file written by simpo sample ({RESPONSES})"
             )
     if not isinstance(responses, list) or not responses or not all(isinstance(text, str) for text in responses):
         raise SimpoError(f"{where}: responses: expected one or more texts")
@@ -136,11 +132,11 @@ def _answers(row: Record, shown: ShownAnswers) -> Answers:
 
 
 def _score(scorer: Scorer, rows: Sequence[Answers], parts: JsonLines, run: RunFolder) -> None:
-    """Score the rows that are not in ``parts``; the parts do not depend on where an earlier run stopped."""
+    """Score the rows that are not in ``parts`` yet; part boundaries do not depend on where an earlier run stopped."""
     done = {part["start"]: len(part["scores"]) for part in parts}
     scored = sum(done.values())
     if scored:
-        run.log(f"continuing: {scored:,} of {len(rows):,} prompts are scored")
+        run.log(f"continuing: {scored:,} of {len(rows):,} prompts are done")
     usage, judge = scorer.usage, str(scorer.identity["judge"])
     for start in range(0, len(rows), _PROMPTS_PER_PART):
         if start in done:
@@ -148,11 +144,11 @@ def _score(scorer: Scorer, rows: Sequence[Answers], parts: JsonLines, run: RunFo
         part = rows[start : start + _PROMPTS_PER_PART]
         before = usage.default_temperature if usage else 0
         scores = scorer.score(part)
-        for name, own in {judge: scores, **scorer.parts}.items():
-            check_scores(own, part, name)
-        each = {"annotator_scores": scorer.parts} if scorer.parts else {}
+        for name, given in {judge: scores, **scorer.parts}.items():
+            check_scores(given, part, name)
+        by_annotator = {"annotator_scores": scorer.parts} if scorer.parts else {}
         changed = usage.default_temperature - before if usage else 0
-        parts.append([{"start": start, "scores": scores, **each, "default_temperature": changed}])
+        parts.append([{"start": start, "scores": scores, **by_annotator, "default_temperature": changed}])
         scored += len(part)
         run.log(f"{scored:,} of {len(rows):,} prompts scored")
     if missing := sum(score is None for part in parts for given in part["scores"] for score in given):
@@ -161,30 +157,29 @@ def _score(scorer: Scorer, rows: Sequence[Answers], parts: JsonLines, run: RunFo
 
 
 def _write(records: Sequence[Record], parts: Iterable[Record], folder: Path) -> list[Metric]:
-    """Write all responses with their scores, and the best response to every prompt that has a score."""
-    parts = sorted(parts, key=lambda part: part["start"])  # a damaged part was computed again, after others
+    """Write all responses with their scores and, separately, the best-scored response to every prompt."""
+    parts = sorted(parts, key=lambda part: part["start"])  # recomputed parts are stored out of order
     scores = [given for part in parts for given in part["scores"]]
     annotated = [{**record, "scores": given} for record, given in zip(records, scores, strict=True)]
     missing: Counter[str] = Counter()
     for part in parts:
-        each = part.get("annotator_scores", {})
-        missing.update(count_missing(each))
-        for offset, own in enumerate(zip(*each.values(), strict=True), start=part["start"]):
-            annotated[offset]["annotator_scores"] = dict(zip(each, own, strict=True))
+        by_annotator = part.get("annotator_scores", {})
+        missing.update(count_missing(by_annotator))
+        for row, given in enumerate(zip(*by_annotator.values(), strict=True), start=part["start"]):
+            annotated[row]["annotator_scores"] = dict(zip(by_annotator, given, strict=True))
     best = []
     for record in annotated:
         known = [score for score in record["scores"] if score is not None]
         if known:
-            row = {
-                key: record[key] for key in ("id", "prompt", "tools", "chat_template_kwargs", "extra") if key in record
-            }
-            index = record["scores"].index(max(known))  # the first of equally good ones
-            best.append(row | {"responses": [record["responses"][index]], "scores": [max(known)]})
+            copied = ("id", "prompt", "tools", "chat_template_kwargs", "extra")
+            index = record["scores"].index(max(known))  # the first one in case of ties
+            chosen = {"responses": [record["responses"][index]], "scores": [max(known)]}
+            best.append({key: record[key] for key in copied if key in record} | chosen)
     write_lines(folder / FILE_NAME, annotated)
     write_lines(folder / BEST, best)
     sets = [AnswerSet(record["responses"], record["scores"]) for record in annotated]
-    by_annotator = [Metric(f"annotate/unscored/{name}", count) for name, count in missing.items()]
-    metrics = diversity_metrics("annotate", sets) + score_metrics("annotate", sets) + by_annotator
+    unscored = [Metric(f"annotate/unscored/{name}", count) for name, count in missing.items()]
+    metrics = diversity_metrics("annotate", sets) + score_metrics("annotate", sets) + unscored
     if count := sum(part.get("default_temperature", 0) for part in parts):
         metrics.append(Metric("annotate/judged_at_default_temperature", count))
     return metrics

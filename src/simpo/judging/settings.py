@@ -1,4 +1,4 @@
-"""Settings of judges: the server of an API judge, what it may cost, and how judging models are loaded."""
+"""Settings for judges and annotators: names, servers, prices, and how models are loaded."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Normalization = Literal["none", "zscore", "rank"]
 
 
 def annotator_names(annotator: Annotator, normalization: Normalization | None) -> list[str]:
-    """The name of the annotator, or of each one that is combined."""
+    """Return the annotators' names, checking the weights; raises :class:`SimpoError` for invalid values."""
     if isinstance(annotator, str):
         if normalization is not None:
-            raise SimpoError("annotator_normalization: only for several annotators, {NAME: WEIGHT, ...}; leave it out")
+            raise SimpoError("annotator_normalization: needs several annotators, {NAME: WEIGHT, ...}; remove it")
         return [annotator]
     if not annotator:
-        raise SimpoError("annotator: there is none; write a name, or {NAME: WEIGHT, ...}")
+        raise SimpoError("annotator: is empty; give a name, or {NAME: WEIGHT, ...}")
     for name, weight in annotator.items():
         if not 0 < weight < math.inf:
             raise SimpoError(f"annotator: the weight of {name} must be above 0 and finite, not {weight:g}")
@@ -38,22 +38,22 @@ def annotator_names(annotator: Annotator, normalization: Normalization | None) -
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """The settings of judges other than their names."""
+    """Options for creating judges."""
 
-    client: ChatClient | None = None  # sends the requests of the judge `api`; None if no server was named
-    prompt: Path | None = None  # file with its judge prompt; None for the one in the package
-    max_tokens: int = 1024  # longest reply of `api`
-    dtype: str | None = None  # type of a judging model's weights; None chooses by the device
-    trust_remote_code: bool = False  # run code: a function, or code that comes with a model
-    allow_pickle: bool = False  # read a judging model's weights from pickles where it has no safetensors
-    strip_thinking: bool = False  # show judges the answers without the thinking that they begin with
-    log: Callable[[str], None] = print  # receives lines of progress
+    client: ChatClient | None = None  # client for the judge `api`; None if no server is configured
+    prompt: Path | None = None  # judge prompt file for `api`; None uses the built-in prompt
+    max_tokens: int = 1024  # maximum reply length for `api`
+    dtype: str | None = None  # dtype of a judge model's weights; None chooses by device
+    trust_remote_code: bool = False  # allow running code: a function, or code that comes with a model
+    allow_pickle: bool = False  # allow loading pickled weights if a judge model has no safetensors
+    strip_thinking: bool = False  # hide the thinking at the start of answers from judges
+    log: Callable[[str], None] = print  # receives progress lines
 
     @classmethod
     def during_training(
         cls, model: ModelArguments, client: ChatClient | None, log: Callable[[str], None] = print
     ) -> JudgeOptions:
-        """Options for judges used in training ``model``: what its recipe allows applies to their models, too."""
+        """Return options for judges used while training ``model``; they inherit the model's loading permissions."""
         return cls(client, trust_remote_code=model.trust_remote_code, allow_pickle=model.allow_pickle, log=log)
 
 
@@ -66,7 +66,7 @@ def server_client(
     *,
     cache: Path | None = None,
 ) -> ChatClient | None:
-    """The client of a judge's server; None if no server is named, and an error if it cannot be used."""
+    """Create the client for a judge's server, or return None if none is configured."""
     if url is None or model is None:
         return None
     return ChatClient(Endpoint(url, model, key_env, concurrency, timeout), cache or default_cache())
@@ -74,54 +74,52 @@ def server_client(
 
 @dataclass(frozen=True, kw_only=True)
 class ApiSettings:
-    """The judge ``api``: a model behind an OpenAI-compatible server."""
+    """Settings for the judge ``api``, a model behind an OpenAI-compatible server."""
 
-    judge_url: str | None = setting(None, "Server of the judge, e.g. https://api.openai.com/v1.")
-    judge_model: str | None = setting(None, "The judge's name on that server.")
+    judge_url: str | None = setting(None, "URL of the judge's server, e.g. https://api.openai.com/v1.")
+    judge_model: str | None = setting(None, "Name of the judge model on that server.")
     judge_key_env: str = setting(
-        "OPENAI_API_KEY", "Environment variable that holds the key; a server on this machine needs none."
+        "OPENAI_API_KEY", "Environment variable that holds the API key (local servers do not need one)."
     )
-    judge_concurrency: int = setting(8, "Requests at a time.")
-    judge_timeout: float = setting(60.0, "Seconds that a reply may take.")
+    judge_concurrency: int = setting(8, "Maximum number of requests in flight.")
+    judge_timeout: float = setting(60.0, "Timeout for a reply, in seconds.")
     judge_max_tokens: int | None = setting(
-        None, "Longest reply in tokens (default: the benchmark's); a judge that thinks needs more.", least=1
+        None, "Maximum reply length in tokens (default: the benchmark's); raise it for reasoning models.", least=1
     )
-    judge_prompt: Path | None = setting(None, "File with a judge prompt (default: the one in this package).")
-    cache: Path | None = setting(
-        None, "Folder of replies, which are not requested again (default: ~/.cache/simpo/replies)."
-    )
+    judge_prompt: Path | None = setting(None, "File with a judge prompt (default: the built-in one).")
+    cache: Path | None = setting(None, "Folder for cached replies (default: ~/.cache/simpo/replies).")
     prices: tuple[float, float] | None = setting(
-        None, "Dollars per million tokens read and written, to estimate what the judge costs."
+        None, "Dollars per million prompt and completion tokens, to estimate the judge's cost."
     )
     yes: bool = setting(False, "Send the requests without asking.")
-    strip_thinking: bool = setting(False, "Show judges the answers without the thinking that they begin with.")
+    strip_thinking: bool = setting(False, "Hide the thinking at the start of answers from judges.")
 
     def __post_init__(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):
-            raise SimpoError("judge_url and judge_model: name both or none")
+            raise SimpoError("judge_url and judge_model: set both or neither")
         check_values(self)
 
     def client(self) -> ChatClient | None:
-        """The client of the server, None if no server is named; raises :class:`SimpoError` if it cannot be used."""
+        """Create the client, or return None if no server is configured; raises :class:`SimpoError` for bad values."""
         connection = (self.judge_key_env, self.judge_concurrency, self.judge_timeout)
         return server_client(self.judge_url, self.judge_model, *connection, cache=self.cache)
 
     def token_prices(self) -> Prices | None:
-        """The prices of the judge's tokens, if they are known; raises :class:`SimpoError` for a negative one."""
+        """Return the token prices, or None if not given; raises :class:`SimpoError` if one is invalid."""
         return None if self.prices is None else Prices(*self.prices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings(ApiSettings):
-    """Judges that are models on this machine, or functions."""
+    """Settings for judges, including local models and functions."""
 
-    judge_max_tokens: int = setting(1024, "Longest reply of the judge api, in tokens.", least=1)
-    dtype: str | None = setting(None, "Type of weights (default: bfloat16 on an accelerator, float32 on a CPU).")
-    trust_remote_code: bool = setting(False, "Run a judge's function, and code that comes with models.")
-    allow_pickle: bool = setting(False, "Read judging models' weights from pickles where they have no safetensors.")
+    judge_max_tokens: int = setting(1024, "Maximum reply length of the judge api, in tokens.", least=1)
+    dtype: str | None = setting(None, "Dtype of model weights (default: bfloat16 on an accelerator, float32 on a CPU).")
+    trust_remote_code: bool = setting(False, "Allow running a judge's function and code that comes with models.")
+    allow_pickle: bool = setting(False, "Allow loading pickled weights if a judge model has no safetensors.")
 
     def options(self) -> JudgeOptions:
-        """The judges' options; raises :class:`SimpoError` as :meth:`client`."""
+        """Return the options for creating judges; raises :class:`SimpoError` as :meth:`client` does."""
         return JudgeOptions(
             self.client(),
             self.judge_prompt,
@@ -135,40 +133,40 @@ class JudgeSettings(ApiSettings):
 
 @dataclass
 class GenerationArguments:
-    """Answers to held-out prompts at every evaluation, and the judge that compares them with the start model's."""
+    """Settings for answering held-out prompts at every evaluation and judging the answers."""
 
-    eval_generations: int = setting(0, "Held-out prompts that are answered at every evaluation; 0 is off.", least=0)
-    eval_judge: str | None = setting(None, f"Judge of those answers against the start model's: {ANNOTATORS}.")
-    eval_judge_url: str | None = setting(None, "Server of eval_judge api; its key is in OPENAI_API_KEY.")
-    eval_judge_model: str | None = setting(None, "That judge's name on the server.")
-    yes: bool = setting(False, "Send requests of eval_judge api without asking.")
+    eval_generations: int = setting(0, "Number of held-out prompts to answer at every evaluation; 0 is off.", least=0)
+    eval_judge: str | None = setting(None, f"Judge that compares these answers with the start model's: {ANNOTATORS}.")
+    eval_judge_url: str | None = setting(None, "URL of the server for eval_judge api; the key is in OPENAI_API_KEY.")
+    eval_judge_model: str | None = setting(None, "Name of that judge model on the server.")
+    yes: bool = setting(False, "Send the requests of eval_judge api without asking.")
 
     def __post_init__(self) -> None:
         server = (self.eval_judge_url, self.eval_judge_model)
         check_values(self)
         if self.eval_judge is not None and not self.eval_generations:
-            raise SimpoError("eval_judge: there is nothing to judge; set eval_generations")
+            raise SimpoError("eval_judge: has nothing to judge; set eval_generations")
         if self.eval_judge == "api" and None in server:
             raise SimpoError("eval_judge: api needs eval_judge_url and eval_judge_model")
         if self.eval_judge != "api" and server != (None, None):
-            raise SimpoError("eval_judge_url and eval_judge_model: only eval_judge api uses them")
+            raise SimpoError("eval_judge_url and eval_judge_model: are used by eval_judge api only; remove them")
         if self.yes and self.eval_judge != "api":
-            raise SimpoError("yes: only eval_judge api has a cost to confirm; leave it out")
+            raise SimpoError("yes: only eval_judge api has a cost to confirm; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatorSettings:
-    """The annotator of the answers that a model is trained on, and the server of an annotator or judge ``api``."""
+    """Settings for the annotator that scores a model's answers for training, and for the server behind ``api``."""
 
     annotator: Annotator = required(
-        f"What scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."
+        f"Annotator that scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."
     )
     annotator_normalization: Normalization | None = setting(
-        None, "How the scores of several annotators are normalized among a prompt's answers (default: zscore)."
+        None, "How each of several annotators' scores are normalized within a prompt (default: zscore)."
     )
-    judge_url: str | None = setting(None, "Server of the annotator or judge 'api'.")
-    judge_model: str | None = setting(None, "Its model's name on that server.")
-    judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable with its key.")
+    judge_url: str | None = setting(None, "URL of the server for the annotator or judge 'api'.")
+    judge_model: str | None = setting(None, "Name of its model on that server.")
+    judge_key_env: str = setting("OPENAI_API_KEY", "Environment variable that holds its API key.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -177,38 +175,38 @@ class AnnotatorSettings:
             if None in server:
                 raise SimpoError("judge_url and judge_model: the annotator or judge 'api' needs both")
         elif server != (None, None):
-            raise SimpoError("judge_url and judge_model: only the annotator or judge 'api' uses them; leave them out")
+            raise SimpoError("judge_url and judge_model: are used by the annotator or judge 'api' only; remove them")
 
     @property
     def annotators(self) -> list[str]:
-        """The name of the annotator, or of each one that is combined."""
+        """Names of the annotators."""
         return annotator_names(self.annotator, self.annotator_normalization)
 
     @property
     def annotators_and_judges(self) -> list[str]:
-        """The names of all that may use the server."""
+        """Names of everything that may use the server."""
         return self.annotators
 
     def client(self) -> ChatClient | None:
-        """The client of the server, None if no server is named."""
+        """Create the client, or return None if no server is configured."""
         return server_client(self.judge_url, self.judge_model, self.judge_key_env)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatorArguments(AnnotatorSettings):
-    """The annotators of ``simpo online``."""
+    """Settings for the annotators of ``simpo online``."""
 
     gold_annotator: str | None = setting(
-        None, f"What scores the same answers without being trained on, to show overoptimization: {SCORERS}."
+        None, f"Annotator that is only monitored, not trained on, to reveal overoptimization: {SCORERS}."
     )
     annotator_yes: bool = setting(False, "Send the annotator's requests without asking.")
 
     def __post_init__(self) -> None:
         if self.gold_annotator in self.annotators:
-            raise SimpoError(f"gold_annotator: {self.gold_annotator} is trained on; name another annotator")
+            raise SimpoError(f"gold_annotator: {self.gold_annotator} is already trained on; use another annotator")
         if self.gold_annotator == "api":
             raise SimpoError(
-                "gold_annotator: api compares a prompt's answers with one another, so that its mean score is one half "
-                "under every policy; name an annotator that scores single answers"
+                "gold_annotator: api compares a prompt's answers with one another, so its mean score is one half for "
+                "every policy; use an annotator that scores single answers"
             )
         super().__post_init__()
