@@ -44,7 +44,7 @@ def command_named(name: str) -> Callable[[list[str]], None]:
 def _overview() -> str:
     lines = ["usage: simpo COMMAND [ARGUMENT ...]   (run simpo COMMAND --help for details)", "", "commands:"]
     lines += [f"  {name:<10} {summary}" for name, summary in sorted(_summaries())]
-    lines += ["", "options for all commands:"]
+    lines += ["", "common options:"]
     lines += [f"  {_VERIFY:<10} Hash all files of a finished run before reporting it as finished."]
     lines += [f"  {_JSON:<10} Print the command's results to stdout as JSON, and everything else to stderr."]
     return "\n".join(lines)

@@ -471,9 +471,10 @@ def print_loop(folder: Path) -> None:
         number, slash, name = metric.name.partition("/")
         if slash and metric.stage != "before" and not name.startswith(_NOT_IN_TABLE):
             rows.setdefault(number.removeprefix("round-"), {})[name] = metric
-    columns = list(dict.fromkeys(name for found in rows.values() for name in found))
+    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     lines = [
-        [number, *(found[name].text if name in found else "" for name in columns)] for number, found in rows.items()
+        [number, *(metrics[name].text if name in metrics else "" for name in columns)]
+        for number, metrics in rows.items()
     ]
     title = "simpo loop: each round compared with the start model"
     print_full_width(Console(), table_of(["round", *columns], lines, names=0, title=title))

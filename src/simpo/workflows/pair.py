@@ -95,8 +95,8 @@ def make_pairs(records: Iterable[Mapping[str, Any]], settings: PairSettings) -> 
     """Build preference rows from scored responses.
 
     Rows are ``{prompt, chosen, rejected, chosen_score, rejected_score, id}``, or for rankings ``{prompt, responses,
-    scores, id}``. ``best_worst`` is how the paper pairs its own samples (section 4). Among answers that
-    are identical or have equal scores, the first one is used.
+    scores, id}``. ``best_worst`` is how the paper pairs its own samples (section 4). Among answers that are
+    identical or have equal scores, the first one is used.
 
     Records are ``{id, prompt, responses, scores}``; answers with score None are dropped. An optional ``finished`` says
     for each response whether it ended on its own.

@@ -150,7 +150,7 @@ def _open_folder(sweep: Sweep, identity: Mapping[str, Any], stack: ExitStack) ->
 
 
 def _check(sweep: Sweep) -> list[TrainingJob]:
-    """Parse the settings of every grid trial (for TPE, the ends of each axis) before anything is written."""
+    """Parse and return the job of every grid trial (for TPE, of the axes' ends) before anything is written."""
     jobs = []
     for values in combinations(sweep.axes) if sweep.sampler == "grid" else one_at_a_time(sweep.axes):
         job = sweep.read(sweep.arguments(values, sweep.folder))
