@@ -22,6 +22,7 @@ from simpo.runs.terminal import output_is_closed, printable
 _MAX_ERROR_LENGTH = 4000  # characters
 _VERIFY = "--verify"  # any command: hash all files of a finished run, not just the modified ones
 _JSON = "--json"  # any command that writes results.json: print it to stdout, and everything else to stderr
+PLAN_FIRST = "--plan"  # training commands: check that the run fits this machine before training
 _WITHOUT_RESULTS = ("chat", "inspect", "merge", "push", "recipe", "report")
 _PRINTS_JSON = "plan"  # writes no results.json, but has a --json setting of its own
 
@@ -47,6 +48,9 @@ def _overview() -> str:
     lines += ["", "common options:"]
     lines += [f"  {_VERIFY:<10} Hash all files of a finished run before reporting it as finished."]
     lines += [f"  {_JSON:<10} Print the command's results to stdout as JSON, and everything else to stderr."]
+    lines += [
+        f"  {PLAN_FIRST:<10} With train, sft, reward or online: check that the run fits this machine before training."
+    ]
     return "\n".join(lines)
 
 

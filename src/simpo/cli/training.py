@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpo.cli import PLAN_FIRST
 from simpo.cli._shared import print_report, recipe_of
 from simpo.config import parse_settings
 from simpo.errors import SimpoError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from simpo.training.packed import PackedTrainer
     from simpo.training.run import TrainingJob
 
-PLAN_FIRST = "--plan"  # check that the run fits this machine before training
 _DEFAULT_OUTPUT_DIR = "trainer_output"  # transformers' default
 
 
