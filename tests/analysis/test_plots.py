@@ -28,7 +28,7 @@ def test_training_curves_are_drawn(tmp_path):
 @pytest.mark.parametrize("bounds", [(0.4, 0.6), (None, None)])
 def test_rates_are_drawn(bounds, tmp_path):
     share = Interval(0.5, *bounds, 10, "Student t 95%")
-    plot_rates(tmp_path / "rates.png", {"win rate": {"SFT": share, "SimPO": share}}, "Models", even="win rate")
+    plot_rates(tmp_path / "rates.png", {"win rate": {"SFT": share, "SimPO": share}}, "Models", tie_line="win rate")
     pixels = (matplotlib.image.imread(tmp_path / "rates.png")[..., :3] * 255).round().astype(int)
     colors = {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)}
     assert {(230, 159, 0), (0, 114, 178)} <= colors  # the bars of both models

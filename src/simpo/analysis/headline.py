@@ -27,10 +27,10 @@ class Kind:
 
     label: str
     sentence: str
-    alone: str = ""
+    without_before: str = ""
     metric: str = ""
     commands: tuple[str, ...] = ()
-    even: float | None = None
+    no_difference: float | None = None
     verdicts: tuple[str, str, str] = ("It got better", "It got worse", "No clear change")
     share: bool = True  # whether it is a share, shown in percent
     smaller_is_better: bool = False  # as for a loss
@@ -58,14 +58,14 @@ class Measure:
     names: Mapping[str, str]  # values for the placeholders in its texts, apart from numbers
 
     @property
-    def even(self) -> float | None:
+    def no_difference(self) -> float | None:
         """The value that means no difference, if there is no ``before`` to compare with."""
-        return self.kind.even if self.before is None else None
+        return self.kind.no_difference if self.before is None else None
 
     @property
     def direction(self) -> Direction:
         """Whether the 95% interval excludes "no difference", and on which side; unknown without a comparison."""
-        interval, low, high = self.after, self.even, self.even
+        interval, low, high = self.after, self.no_difference, self.no_difference
         if self.change is not None:
             interval, low, high = self.change, 0.0, 0.0
         elif self.before is not None:  # unpaired: the difference is clear if the intervals do not overlap
@@ -90,7 +90,7 @@ class Measure:
     @property
     def statement(self) -> str:
         """The headline's sentence about this measurement."""
-        sentence = self.kind.sentence if self.before else self.kind.alone or self.kind.sentence
+        sentence = self.kind.sentence if self.before else self.kind.without_before or self.kind.sentence
         values = {"before": self.text(self.before), "after": self.text(self.after), "n": f"{self.after.n:,}"}
         return sentence.format(**values, **self.names) + (f" ({self.change_text})" if self.change else "")
 
@@ -110,7 +110,7 @@ class Measure:
     def axis(self) -> tuple[float, float]:
         """The range of an axis that holds all values and bounds; 0 to 1 for shares."""
         intervals = [one for one in (self.before, self.after) if one]
-        ends = [end for one in intervals for end in (one.value, one.low, one.high, self.even) if end is not None]
+        ends = [end for one in intervals for end in (one.value, one.low, one.high, self.no_difference) if end is not None]
         space = 0.15 * (max(ends) - min(ends)) or 1.0
         return (0.0, 1.0) if self.kind.share else (min(ends) - space, max(ends) + space)
 

@@ -58,10 +58,10 @@ def plot_training(path: Path, logs: Sequence[Mapping[str, Any]], names: Mapping[
         save(figure, path)
 
 
-def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str, *, even: str) -> None:
+def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: str, *, tie_line: str) -> None:
     """Plot shares ``{label: {model: interval}}`` as bars, in percent.
 
-    A line marks 50% at the label ``even``, where it means that the models are equally good.
+    A line marks 50% at the label ``tie_line``, where it means that the models are equally good.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 1.9 * len(rates), 3.6), layout="constrained")
@@ -80,7 +80,7 @@ def plot_rates(path: Path, rates: Mapping[str, Mapping[str, Interval]], title: s
                 axes.errorbar(x, value, [[value - low], [high - value]], color="0.15", capsize=3, linewidth=1)
                 axes.annotate(f"{value:.0f}", (x, high), (0, 2), textcoords="offset points", ha="center")
         axes.grid(visible=False, axis="x")
-        x = list(rates).index(even)
+        x = list(rates).index(tie_line)
         axes.hlines(50, x - 0.5, x + 0.5, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(ylabel="%", ylim=(0, 108), xticks=range(len(rates)), xticklabels=list(rates))
         axes.legend(frameon=False, ncols=2, loc="upper left")

@@ -180,7 +180,7 @@ def _plot(folder: Path, comparisons: Sequence[PromptAnswers], metrics: Sequence[
         "win rate": {"SFT": Interval(1 - wins.value, low, high, wins.n, wins.method), "SimPO": wins},
         "correct answers": {heading: intervals["correct", stage] for stage, heading in _HEADINGS.items()},
     }
-    plot_rates(folder / "rates.png", rates, "Answers to held-out prompts", even="win rate")
+    plot_rates(folder / "rates.png", rates, "Answers to held-out prompts", tie_line="win rate")
     sides = {"SFT": [one.b for one in comparisons], "SimPO": [one.a for one in comparisons]}
     lengths = {
         model: [len(ids) for record in records for ids in record["response_ids"]] for model, records in sides.items()
