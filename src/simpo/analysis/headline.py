@@ -109,8 +109,8 @@ class Measure:
     @property
     def axis(self) -> tuple[float, float]:
         """The range of an axis that holds all values and bounds; 0 to 1 for shares."""
-        intervals = [one for one in (self.before, self.after) if one]
-        ends = [end for one in intervals for end in (one.value, one.low, one.high, self.no_difference) if end is not None]
+        shown = [end for one in (self.before, self.after) if one for end in (one.value, one.low, one.high)]
+        ends = [end for end in (*shown, self.no_difference) if end is not None]
         space = 0.15 * (max(ends) - min(ends)) or 1.0
         return (0.0, 1.0) if self.kind.share else (min(ends) - space, max(ends) + space)
 
