@@ -13,7 +13,7 @@ from simpo.data.formats import read_comparison
 from simpo.errors import SimpoError
 from simpo.judging.protocol import Pair
 from simpo.judging.scorers import HumanJudge
-from simpo.labeling.run import export, scores_of
+from simpo.labeling.run import export, mean_scores
 from simpo.labeling.session import Item, Judgment, Store
 from simpo.runs.files import read_lines, write_lines
 from simpo.runs.folder import RunRecord
@@ -90,7 +90,7 @@ def test_rankings_are_exported(tmp_path: Path):
         Judgment("ann", "p1", "both_bad", (1, 1, 1), (0, 1, 2), "", 5.0),
         _judged("ann", "p2", "b"),
     ]
-    assert scores_of(judgments[:2]) == [2.0, 0.25, 0.75]
+    assert mean_scores(judgments[:2]) == [2.0, 0.25, 0.75]
     metrics = {metric.name: metric.value for metric in export(items, judgments, tmp_path, seed=0)}
     rows = read_lines(tmp_path / "preferences.jsonl")
     assert [(row["id"], row["scores"]) for row in rows] == [("p0", [2.0, 0.25, 0.75]), ("p2", [0.0, 1.0])]

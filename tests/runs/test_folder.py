@@ -533,7 +533,7 @@ def test_all_contents_of_a_finished_run_are_hashed_on_request(tmp_path, monkeypa
             (inner / "weights").write_bytes(b"0123")
             folder.finish()
         outer.finish()
-    monkeypatch.setattr(RunFolder, "hashes_all", True)
+    monkeypatch.setattr(RunFolder, "verify_hashes", True)
     begin(tmp_path).close()
     for path in (inner / "weights", tmp_path / "weights"):
         times = path.stat()
@@ -541,9 +541,9 @@ def test_all_contents_of_a_finished_run_are_hashed_on_request(tmp_path, monkeypa
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         with pytest.raises(SimpoError, match=r"weights: contents changed"):
             begin(tmp_path)
-        monkeypatch.setattr(RunFolder, "hashes_all", False)
+        monkeypatch.setattr(RunFolder, "verify_hashes", False)
         begin(tmp_path).close()  # the quick check compares sizes and times
-        monkeypatch.setattr(RunFolder, "hashes_all", True)
+        monkeypatch.setattr(RunFolder, "verify_hashes", True)
         path.write_bytes(b"0123")
     begin(tmp_path).close()
 

@@ -187,7 +187,7 @@ def _run_command(name: str, rest: list[str]) -> None:
     _keep_stderr_for_errors()
     from simpo.runs.folder import RunFolder  # noqa: PLC0415 - the overview does not need it
 
-    RunFolder.hashes_all, RunFolder.latest = _VERIFY in rest, None
+    RunFolder.verify_hashes, RunFolder.latest = _VERIFY in rest, None
     command = command_named(name)
     _quiet_libraries()
     command([argument for argument in rest if argument != _VERIFY])

@@ -29,7 +29,7 @@ from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
-from simpo.runs.results import Metric, print_full_width, print_results, table_of
+from simpo.runs.results import Metric, make_table, print_full_width, print_results
 from simpo.runs.terminal import interruptible
 
 
@@ -319,4 +319,4 @@ def published_table(benchmark: str) -> Table | None:
         return None
     shown = [row[:2] + row[3:] for row in rows if row[1] in _SHOWN]  # without the models' names
     caption = _SOURCES.get(benchmark, _README)
-    return table_of(headings[:2] + headings[3:], shown, names=2, title="published", caption=caption)
+    return make_table(headings[:2] + headings[3:], shown, names=2, title="published", caption=caption)

@@ -66,7 +66,7 @@ def export(items: Sequence[Item], judgments: Sequence[Judgment], folder: Path, *
     return metrics + reliability_metrics(not_skipped, seed) if not_skipped else metrics
 
 
-def scores_of(judgments: Sequence[Judgment]) -> list[float]:
+def mean_scores(judgments: Sequence[Judgment]) -> list[float]:
     """Return each answer's score ``[K]``: how many answers it beats (a tie counts half), averaged over labelers."""
     ranks = np.array([vote.ranks for vote in judgments], dtype=np.float64)  # [labelers, K]
     better = np.sign(ranks[:, None, :] - ranks[:, :, None])  # [labelers, K, K], 1 if answer i beats answer j
@@ -76,7 +76,7 @@ def scores_of(judgments: Sequence[Judgment]) -> list[float]:
 
 def _preference_row(item: Item, judgments: Sequence[Judgment], pairs_only: bool) -> dict[str, Any] | None:
     """Build the training row for an item; return None if all answers have the same score."""
-    scores = scores_of(judgments)
+    scores = mean_scores(judgments)
     if len(set(scores)) == 1:
         return None
     answers: dict[str, Any] = {"responses": list(item.responses), "scores": scores}
@@ -98,7 +98,7 @@ def _verdicts(items: Sequence[Item], judged: Mapping[str, Sequence[Judgment]]) -
     for item in items:
         votes = judged[item.id]
         if len(item.responses) == 2 and (votes or item.is_tie):
-            a, b = scores_of(votes) if votes else (0.0, 0.0)
+            a, b = mean_scores(votes) if votes else (0.0, 0.0)
             answers = dict(zip("ab", item.responses, strict=True))
             winner = "tie" if a == b else "a" if a > b else "b"
             yield {"id": item.id, "winner": winner, **answers, "judgments": len(votes)}

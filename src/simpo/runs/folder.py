@@ -140,13 +140,13 @@ class RunFolder:
         changed: whether the run continues with another identity; set by :meth:`begin`.
         fingerprint: SHA-256 of the identity; set by :meth:`begin`.
         metrics: ``metrics.jsonl``; set by :meth:`begin`.
-        hashes_all: whether to hash every file of a finished run before reporting it as finished, instead of only the
+        verify_hashes: whether to hash every file of a finished run before reporting it as finished, instead of only the
             files modified since then; set by the option ``--verify``.
         latest: the finished run that this process closed last; nested runs close before the run that contains them.
     """
 
     metrics: JsonLines
-    hashes_all: ClassVar[bool] = False
+    verify_hashes: ClassVar[bool] = False
     latest: ClassVar[Path | None] = None
 
     def __init__(self, path: Path | str, *, command: str, writes: bool = True) -> None:
@@ -269,11 +269,11 @@ class RunFolder:
         nested = [path.parent for path in self.path.glob("*/**/" + FILE_NAME)]
         finished = [self.path] if self.finished else [run for run in nested if RunRecord.read(run).status == "finished"]
         for run in finished:
-            if damage := _find_damage(run, hashes_all=self.hashes_all):
+            if damage := _find_damage(run, verify_hashes=self.verify_hashes):
                 raise SimpoError(
                     f"output_dir: the run in {run} is finished, but {damage}; restore the file or use a new folder"
                 )
-        if self.hashes_all and self.finished:
+        if self.verify_hashes and self.finished:
             self.log(f"{self.path}: all files match their sha256")
 
     def log(self, line: str) -> None:
@@ -405,13 +405,13 @@ class RunFolder:
         write_text(self.path / _ENVIRONMENT, environment + "\n")
 
 
-def _find_damage(run: Path, *, hashes_all: bool) -> str | None:
+def _find_damage(run: Path, *, verify_hashes: bool) -> str | None:
     """Describe the first damaged file of a finished run; return None if all files are intact.
 
-    Without ``hashes_all``, only files newer than ``run.json``, which is written last, are hashed. Nested runs and
+    Without ``verify_hashes``, only files newer than ``run.json``, which is written last, are hashed. Nested runs and
     checkpoints have their own manifests, which are checked as well.
     """
-    since = None if hashes_all else (run / FILE_NAME).stat().st_mtime_ns
+    since = None if verify_hashes else (run / FILE_NAME).stat().st_mtime_ns
     for folder in [run, *(path.parent for path in run.glob("*/**/" + manifest.FILE_NAME))]:
         if fault := manifest.find_damage(folder, since=since):
             return f"{folder} is damaged ({fault})"

@@ -141,7 +141,7 @@ def print_results(
             title = None
 
 
-def table_of(
+def make_table(
     headings: Iterable[str], rows: Iterable[Iterable[str]], *, names: int, title: str | None, caption: str = ""
 ) -> Table:
     """Build a table with ``names`` left-aligned columns of names, followed by right-aligned columns of numbers."""
@@ -183,4 +183,4 @@ def _table(
         [name, *(cells[stage].text if stage in cells else "" for stage in stages), *([] if shared else [counts[name]])]
         for name, cells in rows.items()
     ]
-    return table_of(columns, lines, names=1, title=title, caption="; ".join(notes))
+    return make_table(columns, lines, names=1, title=title, caption="; ".join(notes))

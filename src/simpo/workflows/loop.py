@@ -40,7 +40,7 @@ from simpo.packing.scoring import score_responses
 from simpo.runs.files import read_lines
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
-from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of, write_results
+from simpo.runs.results import FILE_NAME, Metric, make_table, print_full_width, read_results, write_results
 from simpo.runs.terminal import interruptible
 from simpo.statistics import Interval, mean_interval
 from simpo.training.callbacks import track_part
@@ -477,4 +477,4 @@ def print_loop(folder: Path) -> None:
         for number, metrics in rows.items()
     ]
     title = "simpo loop: each round compared with the start model"
-    print_full_width(Console(), table_of(["round", *columns], lines, names=0, title=title))
+    print_full_width(Console(), make_table(["round", *columns], lines, names=0, title=title))

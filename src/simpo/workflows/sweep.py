@@ -25,7 +25,7 @@ from simpo.runs.files import read_lines, write_text
 from simpo.runs.folder import FILE_NAME as RECORD
 from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
 from simpo.runs.log import Log, redact
-from simpo.runs.results import FILE_NAME, Metric, print_full_width, read_results, table_of
+from simpo.runs.results import FILE_NAME, Metric, make_table, print_full_width, read_results
 from simpo.training.batches import rows_digest
 from simpo.training.callbacks import RunCallback, track_part
 from simpo.training.preference import PreferenceTrainer
@@ -332,7 +332,7 @@ def print_table(
         (str(trial.number), *(values_of(trial).get(axis.key, "") for axis in axes), outcome) for trial, outcome in rows
     ]
     console = console or Console()
-    print_full_width(console, table_of(headings, lines, names=0, title="simpo sweep"))
+    print_full_width(console, make_table(headings, lines, names=0, title="simpo sweep"))
     notes = [*_remarks(ranked, axes)]
     notes += [f"trial {one.number} failed: {one.user_attrs['reason']}" for one in trials if "reason" in one.user_attrs]
     if repeated := ", ".join(str(trial.number) for trial in trials if "same_as" in trial.user_attrs):
