@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from simpo import cli
-from simpo.evaluation.during_training import evaluations
+from simpo.evaluation.during_training import max_evaluations
 from simpo.generation.engine import TransformersEngine
 from simpo.training import run as workflow
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
@@ -283,7 +283,7 @@ def test_a_judges_cost_is_confirmed_before_any_answers_are_generated(world, tmp_
 def test_number_of_evaluations_in_a_run(changes, expected, tmp_path):
     given = {"eval_strategy": "steps", "per_device_train_batch_size": 4} | changes
     config = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **given)
-    assert evaluations(config, 101) == expected
+    assert max_evaluations(config, 101) == expected
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from simpo.evaluation.arena_hard import read_verdict as arena_verdict
 from simpo.evaluation.mt_bench import read_rating
 from simpo.generation.responses import ResponseText, after_thinking, split_thinking
 from simpo.judging.pairwise import read_verdict
-from simpo.judging.protocol import ShownAnswers
+from simpo.judging.protocol import ThinkingFilter
 from simpo.world.pairs import make_tokenizer
 
 # Replies with reasoning @ and conclusion $, in the formats of many models.
@@ -114,14 +114,14 @@ def test_reasoning_at_the_start_of_an_answer_is_removed(form):
 )
 def test_answers_that_mention_reasoning_tags_are_left_alone(text):
     assert split_thinking(text) == ("", text)
-    assert ShownAnswers(True)(text) == text
+    assert ThinkingFilter(True)(text) == text
 
 
 def test_reasoning_in_answers_is_counted_and_reported():
     texts = ["<think>a</think> one", "two", "<think>never", "x</think>three"]
     said = []
     for strip, expected in ((True, ["one", "two", "", "three"]), (False, texts)):
-        show = ShownAnswers(strip)
+        show = ThinkingFilter(strip)
         assert [show(text) for text in texts] == expected
         found = {metric.name: (metric.value, metric.n) for metric in show.metrics("x/", said.append)}
         assert found == {
@@ -130,7 +130,7 @@ def test_reasoning_in_answers_is_counted_and_reported():
             "x/answers_stripped_of_thinking": (3 * strip, 4),
         }
     assert len(said) == 2 and all("3 of 4 answers" in line for line in said) and "--strip_thinking" in said[1]
-    show = ShownAnswers(False)
+    show = ThinkingFilter(False)
     show("plain")
     assert show.metrics("x/", said.append) == [] and len(said) == 2
 

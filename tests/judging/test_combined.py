@@ -11,7 +11,7 @@ from scipy.stats import rankdata, zscore
 
 from simpo import SimpoError
 from simpo.judging.protocol import Answers, Scorer
-from simpo.judging.registry import CombinedScorer, count_missing, make_annotator, normalize
+from simpo.judging.registry import CombinedScorer, count_unscored, make_annotator, normalize
 from simpo.judging.settings import JudgeOptions
 
 GENERATOR = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def test_an_answer_unscored_by_one_annotator_has_no_score():
         scorer.score([Answers("p", "?", ["x", "u"])]),
     )
     assert found == [without[0], None, None, without[1]] and None not in without and lost == [None, None]
-    assert count_missing(
+    assert count_unscored(
         {name: table.score([Answers("p", "?", ["x", "y", "z"])]) for name, table in tables.items()}
     ) == {"a": 1, "b": 1}
 

@@ -47,7 +47,7 @@ def test_every_pair_is_sent_in_both_orders():
     orders = [["good", "bad"], ["bad", "good"]] * 2 + [["even", "also even"], ["also even", "even"]]
     assert sorted(map(shown, server.bodies)) == sorted(orders)
     assert judge.conflicting == 0
-    assert judge.first_shown == [0.5 if pair.a != pair.b else None for pair in PAIRS]
+    assert judge.first_shown_wins == [0.5 if pair.a != pair.b else None for pair in PAIRS]
 
 
 @pytest.mark.parametrize("favorite", ["A", "B"])
@@ -56,7 +56,7 @@ def test_a_judge_that_prefers_a_position_produces_ties(favorite):
         judge = judge_at(server)
         assert judge.compare(PAIRS) == [0.5] * 4
     assert judge.conflicting == 3
-    assert judge.first_shown == [float(favorite == "A") if pair.a != pair.b else None for pair in PAIRS]
+    assert judge.first_shown_wins == [float(favorite == "A") if pair.a != pair.b else None for pair in PAIRS]
 
 
 @pytest.mark.parametrize(

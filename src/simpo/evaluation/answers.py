@@ -18,7 +18,7 @@ from simpo.errors import SimpoError
 from simpo.generation.sample import FILE_NAME, EngineName, Job, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.annotate import checked_prompt
-from simpo.judging.protocol import ShownAnswers
+from simpo.judging.protocol import ThinkingFilter
 from simpo.models.checkpoint import Checkpoint, model_digest, with_dtype
 from simpo.models.devices import free_memory
 from simpo.models.loading import load_tokenizer
@@ -144,9 +144,9 @@ class Answer:
         """The first turn, for single-turn benchmarks."""
         return self.turns[0]
 
-    def shown(self, show: ShownAnswers) -> Answer:
+    def for_judge(self, thinking_filter: ThinkingFilter) -> Answer:
         """Return the answer as the judge sees it; if this changes the text, ``tokens`` becomes None."""
-        turns = tuple(show(text) for text in self.turns)
+        turns = tuple(thinking_filter(text) for text in self.turns)
         return self if turns == self.turns else replace(self, turns=turns, tokens=None)
 
 
@@ -209,7 +209,7 @@ class Answerer:
         """Return a dummy answer of maximum length, to estimate the cost of judging; texts differ by ``name``."""
         return placeholder_answer(self.max_new_tokens, name)
 
-    def fitting(self, source: PromptArguments) -> Prompts:
+    def prompts_that_fit(self, source: PromptArguments) -> Prompts:
         """Return the prompts that leave room for an answer in the model's context."""
         return Job.prepare(self.model, source, self.settings, self.engine, lambda line: None).prompts
 
@@ -225,7 +225,7 @@ class Answerer:
         prompts.parent.mkdir(parents=True, exist_ok=True)
         write_text(prompts, "".join(json.dumps({"prompt": question}) + "\n" for question in questions))
         source = PromptArguments(str(prompts), chat_template=self.chat_template, rendering=self.rendering)
-        fitting = {_key(prompt.content) for prompt in self.fitting(source)}
+        fitting = {_key(prompt.content) for prompt in self.prompts_that_fit(source)}
         too_long = [question for question in questions if _key(question) not in fitting]
         if too_long:
             raise SimpoError(

@@ -20,7 +20,7 @@ from simpo.evaluation.answers import Answerer, Record, answers_path, is_answer_f
 from simpo.evaluation.preferences import Judged, preference_metrics, win_rate_over_prompts
 from simpo.generation.sample import FILE_NAME, EngineName, PromptArguments, sample_responses
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.protocol import Judge, Pair, ShownAnswers, verdict_of
+from simpo.judging.protocol import Judge, Pair, ThinkingFilter, verdict_of
 from simpo.judging.registry import make_judge
 from simpo.judging.settings import JUDGES, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint
@@ -99,21 +99,17 @@ def compare(settings: CompareSettings, *, options: JudgeOptions | None = None, a
 
         def measure() -> list[Metric]:
             answers = read_matched(*(side.answers(run.log) for side in sides))
-            show = ShownAnswers(options.strip_thinking)
-            answers = [replace(each, a=_shown(each.a, show), b=_shown(each.b, show)) for each in answers]
+            thinking_filter = ThinkingFilter(options.strip_thinking)
+            answers = [each.for_judge(thinking_filter) for each in answers]
             pairs, prompts = all_pairs(answers)
             run.log(f"{len(pairs):,} pairs of answers to {len(answers):,} prompts")
             judged = judge_pairs(judges, pairs, prompts, prices=prices, log=run.log)
             write_verdicts(folder / VERDICTS, judged)
             seed = settings.sampling.seed
             metrics = preference_metrics(judged, seed) + judge_metrics(judges, prompts, seed)
-            return metrics + text_metrics(answers) + show.metrics("", run.log)
+            return metrics + text_metrics(answers) + thinking_filter.metrics("", run.log)
 
         return run.complete(measure)
-
-
-def _shown(record: Mapping[str, Any], show: ShownAnswers) -> dict[str, Any]:
-    return {**record, "responses": [show(text) for text in record["responses"]]}
 
 
 # ---- The two sides: a model to sample from, or a file of answers.
@@ -158,7 +154,7 @@ class Side:
                 "responses": responses,
                 "extra": prompt.extra,
             }
-            for prompt in self.model.fitting(self.prompts)
+            for prompt in self.model.prompts_that_fit(self.prompts)
         }
 
 
@@ -203,6 +199,11 @@ class PromptAnswers:
     prompt: Any  # text or messages
     a: Mapping[str, Any]  # one or more answers, in the format of ``simpo sample``
     b: Mapping[str, Any]
+
+    def for_judge(self, thinking_filter: ThinkingFilter) -> PromptAnswers:
+        """Return the answers as judges see them."""
+        a, b = ({**side, "responses": list(map(thinking_filter, side["responses"]))} for side in (self.a, self.b))
+        return replace(self, a=a, b=b)
 
 
 def read_matched(a: Path, b: Path) -> list[PromptAnswers]:
@@ -282,7 +283,7 @@ def judge_metrics(judges: Mapping[str, Judge], prompts: np.ndarray, seed: int) -
     for name, judge in judges.items():
         if judge.usage is None:
             continue
-        shares = np.array(judge.first_shown, dtype=np.float64)  # None becomes NaN
+        shares = np.array(judge.first_shown_wins, dtype=np.float64)  # None becomes NaN
         metrics += [
             Metric(f"conflicting_orders/{name}", judge.conflicting, n=len(prompts)),
             Metric.of(f"first_shown_win_rate/{name}", win_rate_over_prompts(shares, prompts, seed)),

@@ -24,7 +24,7 @@ from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.generation.responses import read_samples, response_texts, write_responses
 from simpo.generation.settings import SamplingSettings
 from simpo.judging.protocol import Answers, Judge, Pair, Scorer, Scores
-from simpo.judging.registry import check_judges_anew, count_missing, make_annotator, make_judge
+from simpo.judging.registry import check_judges_new_answers, count_unscored, make_annotator, make_judge
 from simpo.judging.settings import AnnotatorArguments, GenerationArguments, JudgeOptions, server_client
 from simpo.models.checkpoint import Checkpoint
 from simpo.models.devices import from_main
@@ -53,7 +53,7 @@ def make_eval_judge(arguments: GenerationArguments, model: ModelArguments, log: 
     if arguments.eval_judge is None:
         return None
     try:
-        check_judges_anew(arguments.eval_judge)
+        check_judges_new_answers(arguments.eval_judge)
         client = server_client(arguments.eval_judge_url, arguments.eval_judge_model)
         return make_judge(arguments.eval_judge, JudgeOptions.during_training(model, client, log))
     except SimpoError as error:
@@ -173,7 +173,7 @@ class Generations(RunCallback):
                 "held-out rows without images"
             )
         if self._judge is not None:
-            self._judge.check([Pair.to(prompt, ("a", "b")) for prompt in self._prompts])
+            self._judge.check([Pair.for_prompt(prompt, ("a", "b")) for prompt in self._prompts])
 
     def _choose_prompts(self, held_out: Dataset, processing: Any, longest: int) -> list[Prompt]:
         """Draw prompts of at most ``longest`` tokens with the run's seed, and return them in row order."""
@@ -204,7 +204,7 @@ class Generations(RunCallback):
     def before_training(self, trainer: PackedTrainer, *, resumed: bool) -> None:
         """Sample or read back the start model's answers, and make sure that the judge works."""
         if self._is_main and self._judge is not None:
-            self._confirm_cost(self._judge, evaluations(self._config, len(trainer.train_dataset)))
+            self._confirm_cost(self._judge, max_evaluations(self._config, len(trainer.train_dataset)))
         self._engine = TransformersEngine(trainer.model, self._tokenizer)
         responses = trainer.eval_dataset["response_ids"]
         self._expected_length = sum(len(response_ids[0]) for response_ids in responses) / len(responses)
@@ -275,9 +275,7 @@ class Generations(RunCallback):
 
     def _pairs(self, a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> list[Pair]:
         """Pair up answers to the prompts, or to the first few."""
-        return [
-            Pair.to(prompt, (ours[0], theirs[0])) for prompt, ours, theirs in zip(self._prompts, a, b, strict=False)
-        ]
+        return [Pair.for_prompt(prompt, (x[0], y[0])) for prompt, x, y in zip(self._prompts, a, b, strict=False)]
 
     def _sample(self, trainer: PackedTrainer) -> _Answers:
         """Sample one answer per prompt and return all of them on every rank. Every rank must call this."""
@@ -298,7 +296,7 @@ class Generations(RunCallback):
         return self._config.process_index == 0
 
 
-def evaluations(config: TrainingSettings, rows: int) -> int:
+def max_evaluations(config: TrainingSettings, rows: int) -> int:
     """Return the maximum number of evaluations when training on that many rows."""
     steps_per_epoch = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
@@ -363,7 +361,7 @@ class Annotation(RunCallback):
             return
         count = self._config.num_generations
         prompts = prompts_from_rows(trainer.train_dataset)
-        dummies = [Answers.to(prompt, ["Answer."] * count) for prompt in prompts]
+        dummies = [Answers.for_prompt(prompt, ["Answer."] * count) for prompt in prompts]
         for scorer in self._scorers:
             scorer.check(dummies)
             if scorer.usage is None:
@@ -372,7 +370,7 @@ class Annotation(RunCallback):
             return
         assert self._config.max_new_tokens is not None
         longest = [placeholder_answer(self._config.max_new_tokens, f"a{k}") for k in range(count)]
-        estimate = self._scorer.estimate([Answers.to(prompt, longest) for prompt in prompts])
+        estimate = self._scorer.estimate([Answers.for_prompt(prompt, longest) for prompt in prompts])
         passes = math.ceil(self._config.num_train_epochs)
         if self._config.max_steps > 0:
             per_step = self._config.train_batch_size * self._config.world_size / self._config.rollout_epochs
@@ -383,7 +381,7 @@ class Annotation(RunCallback):
         """Score a rollout's answers, logging how many each of several annotators left without a score."""
         rows = _rows(answered)
         scores = self._scorer.score(rows)
-        for name, count in count_missing(self._scorer.parts).items():
+        for name, count in count_unscored(self._scorer.parts).items():
             if count:
                 self._log(f"{name}: no score for {count:,} of {sum(len(row.responses) for row in rows):,} answers")
         return scores
@@ -395,4 +393,4 @@ class Annotation(RunCallback):
 
 
 def _rows(answered: Sequence[AnsweredPrompt]) -> list[Answers]:
-    return [Answers.to(each.prompt, each.texts) for each in answered]
+    return [Answers.for_prompt(each.prompt, each.texts) for each in answered]

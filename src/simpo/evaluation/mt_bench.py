@@ -18,7 +18,7 @@ from simpo.evaluation.answers import Answer, Answerer, Question, cell, read_by_k
 from simpo.evaluation.runner import JudgedBenchmark, JudgedSettings
 from simpo.generation.responses import after_thinking
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.protocol import ShownAnswers, fill, read_prompt_file
+from simpo.judging.protocol import ThinkingFilter, fill, read_prompt_file
 from simpo.runs.folder import RunFolder
 from simpo.runs.log import Log
 from simpo.runs.manifest import file_digest
@@ -105,11 +105,11 @@ class MTBench(JudgedBenchmark):
 
     def sample(self, answerer: Answerer, folder: Path) -> list[tuple[str, ...]]:
         """Sample both turns; the second is sampled with the first and its answer as context."""
-        show = ShownAnswers(self.settings.api.strip_thinking)
+        thinking_filter = ThinkingFilter(self.settings.api.strip_thinking)
         conversations = [[{"role": "user", "content": question.turns[0]}] for question in self.questions]
         first = self._sample_turn(answerer, conversations, folder / "turn-1")
         for conversation, question, answer in zip(conversations, self.questions, first, strict=True):
-            conversation.append({"role": "assistant", "content": show(answer)})
+            conversation.append({"role": "assistant", "content": thinking_filter(answer)})
             conversation.append({"role": "user", "content": question.turns[1]})
         second = self._sample_turn(answerer, conversations, folder / "turn-2")
         return list(zip(first, second, strict=True))

