@@ -49,17 +49,10 @@ class AttentionStyle:
 
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, style: AttentionStyle) -> Tensor:
-    """Compute attention over a packed batch with one call per segment.
+    """Compute attention over a packed batch, ``[1, T, heads, D_v]``, with one call per segment.
 
-    Args:
-        query: ``[1, heads, T, D]``.
-        key: ``[1, key-value heads, T, D]``.
-        value: ``[1, key-value heads, T, D_v]``.
-        layout: which keys each query attends to.
-        style: the features of the model's attention.
-
-    Returns:
-        ``[1, T, heads, D_v]``.
+    Shapes: ``query`` is ``[1, heads, T, D]``, ``key`` is ``[1, key-value heads, T, D]``, and ``value`` is ``[1,
+    key-value heads, T, D_v]``.
     """
     groups = query.shape[1] // key.shape[1]
     attend = _sdpa if style.plain else _eager
@@ -264,9 +257,9 @@ def _is_correct(
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             expected = _with_gradients(by_segment, exact, layout, style, weight)
-            given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+            inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
             rounded = replace(style, sinks=None if style.sinks is None else style.sinks.to(dtype))
-            found = _with_gradients(kernel, given, layout, rounded, weight)
+            actual = _with_gradients(kernel, inputs, layout, rounded, weight)
     except Exception as error:  # whatever a kernel raises, it must not be used
         logger.warning("attention kernel %s failed its check (%s); it will not be used", kernel.__name__, error)
         _rejected.add(kernel)
@@ -274,7 +267,7 @@ def _is_correct(
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # relative to the largest entry
     wrong = [
         name
-        for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, found, strict=True)
+        for name, a, b in zip(("output", "d_query", "d_key", "d_value"), expected, actual, strict=True)
         if not (a - b.float()).abs().max() <= tolerance * a.abs().max()
     ]
     if wrong:
@@ -382,8 +375,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def install(model: nn.Module) -> None:
     """Route ``model``'s attention through :func:`shared_prefix_attention`; calls without a layout keep its own.
 
-    Raises:
-        UnsupportedAttentionError: the model does not use transformers' attention interface.
+    Raises :class:`UnsupportedAttentionError` if the model does not use transformers' attention interface.
     """
     model = causal_lm(model)
     original = model.config._attn_implementation
@@ -457,7 +449,7 @@ def shared_prefix_attention(
     Raises:
         UnsupportedAttentionError: an argument is not supported, or the shapes do not match the layout.
     """
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED]
     if unknown or is_causal is False:
         raise UnsupportedAttentionError(f"attention arguments {unknown or ['is_causal=False']} are not supported")
     total = layout.index.positions.shape[0]

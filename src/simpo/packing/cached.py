@@ -65,8 +65,8 @@ class TwoPasses:
                 prompts.append(prompt)
                 responses += answers
         if only is not None:
-            mine = comparison_of[response_of] == only
-            place, response_of = place[mine], response_of[mine] - counts[:only].sum()
+            selected = comparison_of[response_of] == only
+            place, response_of = place[selected], response_of[selected] - counts[:only].sum()
             comparison_of = comparison_of.new_zeros(len(responses))
         # At least two tokens: for a single one, models take a shortcut that overwrites the state.
         depth, width = max(map(len, prompts)), max(2, *map(len, responses))
@@ -99,7 +99,7 @@ def outputs_at_scored(model: PreTrainedModel, batch: PackedBatch, forward: Calla
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
-    """Whether FSDP or DeepSpeed gathers weights around each layer."""
+    """Whether FSDP or DeepSpeed gathers weights layer by layer."""
     return hasattr(next(model.parameters()), "ds_id") or any(isinstance(m, FSDPModule) for m in model.modules())
 
 
@@ -200,8 +200,8 @@ def install_scans(model: nn.Module) -> None:
 def _forward_from_state(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the layer's own forward, but with a scan that starts from the cached state, if there is one."""
     forward = inspect.unwrap(type(self).forward)
-    given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
-    cache = next((given[name] for name in _CACHE_ARGUMENTS if given.get(name) is not None), None)
+    arguments = inspect.signature(forward).bind(self, *args, **kwargs).arguments
+    cache = next((arguments[name] for name in _CACHE_ARGUMENTS if arguments.get(name) is not None), None)
     if cache is None or not cache.has_previous_state(self.layer_idx):
         return type(self).forward(self, *args, **kwargs)
     state = cache.layers[self.layer_idx].recurrent_states[0]

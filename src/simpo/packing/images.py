@@ -18,26 +18,23 @@ from simpo.packing.attention import LAYOUT_ARGUMENT
 from simpo.packing.layout import ImageTensors, PackedBatch, PaddedRows
 
 # Arguments that mark image tokens with 1. In Gemma 3, tokens marked by the first attend to each other both ways.
-_BOTH_DIRECTIONS = "token_type_ids"
-_MARKS = (_BOTH_DIRECTIONS, "mm_token_type_ids")
+_BIDIRECTIONAL = "token_type_ids"
+_MASKS = (_BIDIRECTIONAL, "mm_token_type_ids")
 
 
 def check_image_inputs(model: PreTrainedModel, image: ImageTensors, expected: Mapping[str, Tensor]) -> None:
     """Raise :class:`SimpoError` unless :func:`forward_inputs` builds the same inputs as the model's own processor.
 
-    Args:
-        model: the model, unwrapped.
-        image: the tensors of one image.
-        expected: everything the processor returns for a text that consists of this image twice; ``input_ids`` are
-            ``[1, L]``.
+    ``image`` holds the tensors of one image, and ``expected`` everything that the processor returns for a text that
+    consists of this image twice; ``input_ids`` are ``[1, L]``.
     """
     name, accepted = type(model).__name__, _arguments(model)
     if "pixel_values" not in accepted or getattr(model.config, "image_token_id", None) is None:
         raise SimpoError(f"images: {name} takes no images; leave the column out, or choose a vision-language model")
-    given = forward_inputs(model, expected["input_ids"], [image, image])
-    for key in (set(expected) | set(given)) - {"input_ids", "attention_mask"}:
-        one, other = given.get(key), expected.get(key)
-        if key not in accepted or one is None or other is None or not torch.equal(one, other.to(one)):
+    built = forward_inputs(model, expected["input_ids"], [image, image])
+    for key in (set(expected) | set(built)) - {"input_ids", "attention_mask"}:
+        ours, theirs = built.get(key), expected.get(key)
+        if key not in accepted or ours is None or theirs is None or not torch.equal(ours, theirs.to(ours)):
             raise SimpoError(f"images: {name} is not supported: {key} would differ from what its processor returns")
 
 
@@ -56,8 +53,8 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, images: Sequence[ImageTe
     if not images:
         return {}
     is_image = (ids == model.config.image_token_id).long()
-    marks = {name: is_image for name in _MARKS if name in _arguments(model)}
-    return marks | {name: _concatenated([image[name] for image in images]) for name in images[0]}
+    masks = {name: is_image for name in _MASKS if name in _arguments(model)}
+    return masks | {name: _concatenated([image[name] for image in images]) for name in images[0]}
 
 
 def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
@@ -67,14 +64,14 @@ def packed_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     """
     ids, layout = batch.input_ids[None], batch.layout
     images = list(chain.from_iterable(batch.images))
-    given: dict[str, Any] = forward_inputs(model, ids, images)
+    inputs: dict[str, Any] = forward_inputs(model, ids, images)
     # goes into the layout instead, because a mask built by the model would ignore the segments
-    both = given.pop(_BOTH_DIRECTIONS, None)
-    if both is not None:
-        starts = (both == 1) & (F.pad(both, (1, 0))[:, :-1] == 0)
-        blocks = torch.where(both == 1, starts.cumsum(dim=1), -1)[0]
+    bidirectional = inputs.pop(_BIDIRECTIONAL, None)
+    if bidirectional is not None:
+        starts = (bidirectional == 1) & (F.pad(bidirectional, (1, 0))[:, :-1] == 0)
+        blocks = torch.where(bidirectional == 1, starts.cumsum(dim=1), -1)[0]
         layout = replace(layout, blocks=blocks, block_masks={})
-    return given | {"position_ids": _positions(model, batch, images), LAYOUT_ARGUMENT: layout}
+    return inputs | {"position_ids": _positions(model, batch, images), LAYOUT_ARGUMENT: layout}
 
 
 def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -> Tensor:
@@ -84,11 +81,12 @@ def _positions(model: Any, batch: PackedBatch, images: Sequence[ImageTensors]) -
     if rule is None or not images:
         return index.positions[None]
     rows, names = PaddedRows.unpack(batch), inspect.signature(rule).parameters
-    several = [
+    row_images = [
         {name: tensor for name, tensor in image.items() if name in names} for image in chain.from_iterable(rows.images)
     ]
-    given = {name: tensor for name, tensor in forward_inputs(model, rows.input_ids, several).items() if name in names}
-    by_row, _ = rule(rows.input_ids, attention_mask=rows.attention_mask, **given)  # [3, R, L]
+    inputs = forward_inputs(model, rows.input_ids, row_images)
+    accepted = {name: tensor for name, tensor in inputs.items() if name in names}
+    by_row, _ = rule(rows.input_ids, attention_mask=rows.attention_mask, **accepted)  # [3, R, L]
     flat = by_row.new_empty(len(by_row), batch.tokens)
     flat[:, index.key_index] = by_row[:, rows.attention_mask.bool()]  # writes shared prompts repeatedly, same values
     return flat[:, None]

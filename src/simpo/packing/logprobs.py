@@ -205,8 +205,8 @@ class _FusedKL(torch.autograd.Function):
         ctx.dtype, ctx.ref_dtype = product_dtype(hidden), product_dtype(ref_hidden)
         head, divergences = Head(weight.to(ctx.dtype), bias, scale, softcap), []
         ref_head = replace(ref_head, weight=ref_head.weight.to(ctx.ref_dtype))
-        for mine, theirs in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
-            p, log_ratio = _compare_(head.logits(mine, ctx.dtype), ref_head.logits(theirs, ctx.ref_dtype))
+        for states, ref_states in zip(hidden.split(rows), ref_hidden.split(rows), strict=True):
+            p, log_ratio = _compare_(head.logits(states, ctx.dtype), ref_head.logits(ref_states, ctx.ref_dtype))
             divergences.append(p.mul_(log_ratio).sum(dim=-1))
         kl = torch.cat(divergences)
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, kl)
@@ -224,17 +224,17 @@ class _FusedKL(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=exact) if wants_bias else None
         parts = (tensor.split(ctx.rows) for tensor in (hidden, ref_hidden, kl, grad * ctx.scale))
-        for mine, theirs, divergence, factor in zip(*parts, strict=True):
-            logits = head.logits(mine, ctx.dtype)  # [c, V]
+        for states, ref_states, divergence, factor in zip(*parts, strict=True):
+            logits = head.logits(states, ctx.dtype)  # [c, V]
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-            p, log_ratio = _compare_(logits, ref_head.logits(theirs, ctx.ref_dtype))
+            p, log_ratio = _compare_(logits, ref_head.logits(ref_states, ctx.ref_dtype))
             matrix = log_ratio.sub_(divergence[:, None]).mul_(p)
             matrix = (matrix if slope is None else matrix.mul_(slope)).to(ctx.dtype)
             # scale rows of the narrow operand of each product, not of the [c, V] matrix
             if wants_hidden:
                 d_hidden.append(((matrix @ head.weight) * factor[:, None]).to(hidden.dtype))
             if d_weight is not None:
-                d_weight += matrix.T @ (mine * factor[:, None]).to(ctx.dtype)
+                d_weight += matrix.T @ (states * factor[:, None]).to(ctx.dtype)
             if d_bias is not None:
                 d_bias += factor.to(ctx.dtype) @ matrix
         return (

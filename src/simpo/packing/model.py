@@ -62,9 +62,9 @@ def reward_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = 
 
 
 def value_forward(model: nn.Module, batch: PackedBatch, *, path: ForwardPath = "auto") -> Tensor:
-    """Apply a reward model's score head to the states that predict the scored tokens.
+    """Compute values ``[S]``: the score head applied to the states that predict the scored tokens.
 
-    Returns ``[S]`` values; fp32 (fp64 for fp64), differentiable.
+    The result is fp32 (fp64 for fp64) and differentiable.
     """
 
     def compute(inner: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor:
@@ -111,7 +111,7 @@ def responses_of(batch: PackedBatch, token_logps: Tensor) -> Responses:
 
 
 def prepare_policy(model: nn.Module) -> PreTrainedModel:
-    """Make the unwrapped model's forward accept a packed batch, and return that model. Idempotent."""
+    """Unwrap ``model``, make its forward accept a packed batch, and return the unwrapped model. Idempotent."""
     inner: Any = _unwrapped(model)
     if _STATE not in inner.__dict__:
         if "forward" in inner.__dict__:  # a hook, such as accelerate's, already wraps the model's own forward
@@ -158,7 +158,7 @@ def original_forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def _logits_or_computation(
     self: nn.Linear, hidden: Tensor, *, head: Head | None = None, compute: Callable[[Tensor, Head], Any] | None = None
 ) -> Any:
-    """Forward of a plain output layer that can compute something other than logits from its weights."""
+    """Compute logits, or ``compute(hidden, head)`` if given; replaces the forward of a plain output layer."""
     if head is None or compute is None:
         return nn.Linear.forward(self, hidden)
     return compute(hidden, replace(head, weight=self.weight, bias=self.bias))
@@ -268,7 +268,7 @@ def _outputs_at_scored(
 
 
 def _single_row_inputs(model: PreTrainedModel, batch: PackedBatch) -> Iterator[dict[str, Any]]:
-    """Yield, for each response, the inputs of a forward on its prompt, the response, and its images only."""
+    """Yield the inputs of a separate forward for each response, with its prompt and images."""
     rows = PaddedRows.unpack(batch)
     for padded, size, row_images in zip(rows.input_ids, batch.layout.key_sizes, rows.images, strict=True):
         ids = padded[None, :size]
@@ -301,7 +301,7 @@ def end_states(model: PreTrainedModel, batch: PackedBatch, path: Path) -> Tensor
 
 
 def transformers_rewards(model: PreTrainedModel, batch: PackedBatch, path: Path = "padded") -> Tensor:
-    """Compute rewards ``[R]`` with the model's own forward, one sequence at a time, whatever the ``path``."""
+    """Compute rewards ``[R]`` with the model's own forward, one sequence at a time; ``path`` is ignored."""
     scores = []
     with reading_last_tokens(model):
         for inputs in _single_row_inputs(model, batch):

@@ -48,10 +48,8 @@ class LengthRule(NamedTuple):
     def repeated_prompts(self, prompts: np.ndarray, sizes: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Return how many tokens :meth:`split` adds to each comparison by repeating its prompt, ``[C]``.
 
-        Args:
-            prompts: ``[C]`` prompt lengths.
-            sizes: ``[R]`` response lengths.
-            starts: ``[C]`` index of each comparison's first response.
+        ``prompts`` ``[C]`` and ``sizes`` ``[R]`` are the lengths of prompts and responses, and ``starts`` ``[C]`` the
+        indices of each comparison's first response.
         """
         counts = np.diff(starts, append=len(sizes))
         kinds = self.kinds(sizes + np.repeat(prompts, counts))
@@ -66,12 +64,12 @@ def install(model: nn.Module) -> LengthRule | None:
     for module in model.modules():
         types = getattr(module, "rope_type", None)
         layer_types = list(types) if isinstance(types, dict) else [None]
-        found = [rule for layer_type in layer_types if (rule := _rule(module, layer_type)) is not None]
-        if found and getattr(module.forward, "__func__", None) is not _row_by_row:
+        module_rules = [rule for layer_type in layer_types if (rule := _rule(module, layer_type)) is not None]
+        if module_rules and getattr(module.forward, "__func__", None) is not _row_by_row:
             if "forward" in module.__dict__:  # a hook already wraps the module's own forward
                 module.__dict__[_INSTANCE_FORWARD] = module.forward
             module.forward = MethodType(_row_by_row, module)
-        rules += found
+        rules += module_rules
     if not rules:
         return None
     growths = [rule.growth for rule in rules if rule.growth is not None]
@@ -123,7 +121,7 @@ def _row_by_row(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs
 
 
 def _sequence_lengths(position_ids: Tensor) -> Tensor:
-    """Return the length of each token's sequence, ``[B, L]``; one starts with every row and at every position 0."""
+    """Return the length of each token's sequence, ``[B, L]``; sequences start at each row and at each position 0."""
     starts = position_ids == 0
     starts[:, 0] = True
     sequence = starts.flatten().cumsum(0) - 1

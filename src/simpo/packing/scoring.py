@@ -105,7 +105,7 @@ def bounded_batches(
 
 
 class ReferenceStates(NamedTuple):
-    """What a reference predicts ``S`` scored tokens from: its hidden states ``[S, H]`` and its output layer."""
+    """A reference's hidden states ``[S, H]`` at the scored tokens, and its output layer."""
 
     hidden: Tensor
     head: Head
@@ -152,8 +152,8 @@ def token_outputs(
 ) -> TokenOutputs:
     """Compute the scored tokens' log-probabilities, and whatever else is requested, in one forward.
 
-    ``chunk_bytes`` bounds the logits held at a time for the log-probabilities; the other quantities get half of it. By
-    default each function chooses its own bound.
+    ``chunk_bytes`` bounds the logits held at a time for the log-probabilities, and half of it those for each other
+    quantity. By default, each function chooses its own bound.
     """
     if reference is None and not entropy and not log_collision and value_head is None:
         logps = partial(token_logprobs, chunk_bytes=chunk_bytes)

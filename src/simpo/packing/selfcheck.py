@@ -38,7 +38,7 @@ _MAX_RELAXATION = 4
 # Largest accepted difference between gradients with respect to the embeddings, relative to their norm.
 _GRADIENT_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 _FIRST_ROWS = 16  # the sample is chosen from this many rows and the longest of all
-_MAX_LOGITS_BYTES = 2**31  # of one row; the check materializes them
+_MAX_LOGITS_BYTES = 2**31  # largest size of one row's logits, which the check materializes
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 Path = Literal["packed", "cached", "padded"]
@@ -94,7 +94,7 @@ def rows_to_check(model: nn.Module, lengths: Sequence[int]) -> list[int]:
 
 
 def check_model(model: PreTrainedModel, state: PolicyState, kind: ModelKind, batch: PackedBatch) -> Path:
-    """Decide how ``model`` computes packed batches, record it in ``state``, and log which fast paths are ruled out.
+    """Decide how ``model`` computes batches, record it in ``state``, and log which fast paths are ruled out and why.
 
     The packed path requires that the layout reaches exactly one attention call per layer, each with the sliding window
     from the configuration, and that log-probabilities for two comparisons of ``batch`` and a short one agree with the
@@ -183,17 +183,17 @@ def naive_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     Returns ``[S]``, in the order of a batch that scores every response token, as the self-check's sample does.
     """
     _check_causal(model, batch)
-    found = []
+    logprobs = []
     for comparison in batch.comparisons:
         for response in comparison.response_ids:
             ids = torch.tensor([comparison.prompt_ids + response], device=batch.input_ids.device)
-            given = forward_inputs(causal_lm(model), ids, comparison.images)
-            logits = model(input_ids=ids, use_cache=False, **given).logits[0]  # [L, V]
+            images = forward_inputs(causal_lm(model), ids, comparison.images)
+            logits = model(input_ids=ids, use_cache=False, **images).logits[0]  # [L, V]
             logits = logits[len(comparison.prompt_ids) - 1 : -1]
             exact = torch.promote_types(logits.dtype, torch.float32)
             targets = ids[0, -len(logits) :, None]
-            found.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
-    return torch.cat(found)
+            logprobs.append(torch.log_softmax(logits, dim=-1, dtype=exact).gather(-1, targets).squeeze(-1))
+    return torch.cat(logprobs)
 
 
 def _check_causal(model: PreTrainedModel, batch: PackedBatch) -> None:
@@ -235,12 +235,12 @@ def unpacked_outputs(model: PreTrainedModel, sample: PackedBatch, compute: Compu
     return torch.cat([model(packed_batch=batch.to(device), path="padded", compute=compute) for batch in alone])
 
 
-def _differences(found: Tensor, expected: Tensor, kind: ModelKind) -> Tensor:
+def _differences(actual: Tensor, expected: Tensor, kind: ModelKind) -> Tensor:
     """Return ``[n]`` differences; relative to the norm for hidden states, and to max(largest, 1) for rewards."""
     if expected.dim() == 2:
-        return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+        return (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     scale = expected.abs().max().clamp(min=1) if kind.relative else 1
-    return (found - expected).abs() / scale
+    return (actual - expected).abs() / scale
 
 
 def _agree(differences: Tensor, model: nn.Module, rounding: Callable[[], Tensor] | None = None) -> bool:
@@ -252,8 +252,8 @@ def _agree(differences: Tensor, model: nn.Module, rounding: Callable[[], Tensor]
 
     if within(tolerances) or rounding is None or computes_in(model).itemsize >= 4:
         return within(tolerances)
-    found = rounding()
-    return within([_relaxed(limit, float(size(found))) for size, limit in zip(sizes, tolerances, strict=True)])
+    errors = rounding()
+    return within([_relaxed(limit, float(size(errors))) for size, limit in zip(sizes, tolerances, strict=True)])
 
 
 def _relaxed(tolerance: float, rounding: float) -> float:
@@ -280,10 +280,10 @@ def _check_paths(
     for autocast, outputs in expected.items():
         if state.fused_head:
             with precision(device, autocast=autocast):
-                found = _fused_outputs(model, sample, kind, outputs)
-            state.fused_head = found is not None
-            if found is not None and kind.compared is kind.fused_outputs:
-                separate[autocast] = found
+                fused = _fused_outputs(model, sample, kind, outputs)
+            state.fused_head = fused is not None
+            if fused is not None and kind.compared is kind.fused_outputs:
+                separate[autocast] = fused
     if not state.fused_head:
         state.reasons.append(f"its output layer is not a plain matrix product: {kind.without_head}")
         if kind.compared is not kind.fused_outputs:  # hidden states do not determine the outputs of an unknown layer
@@ -324,12 +324,12 @@ def _check_paths(
 def _fused_outputs(model: PreTrainedModel, sample: PackedBatch, kind: ModelKind, expected: Tensor) -> Tensor | None:
     """Compute the outputs with the fused output layer in separate forwards; None if they disagree with ``expected``."""
     try:
-        found = unpacked_outputs(model, sample, kind.fused_outputs)
+        outputs = unpacked_outputs(model, sample, kind.fused_outputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # there is more than a matrix product between the hidden states and the outputs
         return None
-    return found if _agree(_differences(found, expected, kind), model) else None
+    return outputs if _agree(_differences(outputs, expected, kind), model) else None
 
 
 def _check_padded(
@@ -338,8 +338,8 @@ def _check_padded(
     """Set ``separate_rows`` if padded rows differ from the same rows on their own by more than rounding explains."""
 
     def worst(batch: PackedBatch, alone: Tensor) -> float:
-        found = model(packed_batch=batch, path="padded", compute=kind.compared)
-        return _differences(found, alone, kind).max().item()
+        padded = model(packed_batch=batch, path="padded", compute=kind.compared)
+        return _differences(padded, alone, kind).max().item()
 
     # the same response twice needs no padding, so any difference is rounding
     first, device = sample.comparisons[0], sample.input_ids.device
@@ -409,13 +409,13 @@ def _check_cached(
     if isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id"):
         return
     short = PackedBatch.build([_shortened(one, 8) for one in sample.comparisons]).to(sample.input_ids.device)
-    found = _input_gradients(model, short, lambda: model(packed_batch=short, path="cached", compute=kind.compared))
-    wanted = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
-    relative, allowed = float((found - wanted).norm() / wanted.norm()), _GRADIENT_TOLERANCE[computes_in(model)]
+    actual = _input_gradients(model, short, lambda: model(packed_batch=short, path="cached", compute=kind.compared))
+    exact = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
+    relative, allowed = float((actual - exact).norm() / exact.norm()), _GRADIENT_TOLERANCE[computes_in(model)]
     if not relative <= allowed and computes_in(model).itemsize < 4:
         with rounded_differently(model):
             rounded = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
-        allowed = _relaxed(allowed, float((rounded - wanted).norm() / wanted.norm()))
+        allowed = _relaxed(allowed, float((rounded - exact).norm() / exact.norm()))
     if not relative <= allowed:  # NaN counts as different
         raise NotShareableError(f"gradients through its cache differ by {relative:.2g} of their norm")
 
@@ -425,13 +425,13 @@ def _shared_difference(
 ) -> str | None:
     """Describe the difference between a path's outputs and the model's own; None if they agree."""
     try:
-        found = model(packed_batch=sample, path=path, compute=kind.compared)
+        outputs = model(packed_batch=sample, path=path, compute=kind.compared)
     except NotShareableError:
         raise
     except Exception as error:  # an unknown model's forward can raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotShareableError(f"its forward fails on such a batch ({first_line})") from error
-    differences = _differences(found, expected, kind)
+    differences = _differences(outputs, expected, kind)
     if _agree(differences, model, rounding=lambda: _rounding(model, sample, kind)):
         return None
     return f"shared and separate {kind.difference.format(differences.max().item())}"
