@@ -132,7 +132,7 @@ def predicted(run: Run, folder: Path, rows: Dataset) -> Estimate:
     parts = (ModelArguments(str(folder), **run.model), None, config_of(run, folder))
     sharding = None if run.processes == 1 else "ddp"
     planner = Planner(parts, PlanSettings(run.command, gpus=run.processes, sharding=sharding), rows)  # type: ignore[arg-type]
-    return planner.estimate(planner.own)
+    return planner.estimate(planner.recipe_choice)
 
 
 def clock() -> float:

@@ -32,7 +32,7 @@ class Interval:
 def proportion_interval(successes: int, n: int) -> Interval:
     """Compute the Wilson score interval of a proportion.
 
-    It keeps its coverage for small ``n`` and near 0 and 1, where the textbook (Wald) interval collapses. Sources:
+    It keeps its coverage for small ``n`` and near 0 and 1, where the textbook interval (Wald) collapses. Source:
     Wilson, Journal of the American Statistical Association 22 (1927); Brown, Cai and DasGupta, Statistical Science 16
     (2001).
 

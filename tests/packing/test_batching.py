@@ -180,9 +180,8 @@ def test_plans_of_padded_batches(seed, world_size, path):
     for ranks in shares(plan):
         assert len({len(rank.micro_batches) for rank in ranks}) == 1
         for micro in itertools.chain.from_iterable(rank.micro_batches for rank in ranks):
-            assert (
-                tokens(path, [rows[row] for row in micro.rows]) == sizes.together(micro.rows) <= plan.max_batch_tokens
-            )
+            batch = [rows[row] for row in micro.rows]
+            assert tokens(path, batch) == sizes.batch_tokens(micro.rows) <= plan.max_batch_tokens
             trained += [row for row, weight in zip(micro.rows, micro.weights, strict=True) if weight]
     assert sorted(trained) == list(range(50))
 

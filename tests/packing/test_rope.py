@@ -111,13 +111,13 @@ def test_gradients_do_not_depend_on_the_batch(model, rows, path, checkpointing, 
 
 
 def test_a_prompt_is_repeated_only_if_frequencies_differ():
-    rule = LengthRule(borders=(BORDER,))
+    rule = LengthRule(thresholds=(BORDER,))
     assert rule.split(Span(15, (9, 4, 10, 11, 2))) == [Span(15, (9, 4)), Span(15, (10, 11)), Span(15, (2,))]
-    rule = LengthRule(growth=BORDER)
+    rule = LengthRule(dynamic_above=BORDER)
     assert rule.split(Span(15, (9, 4, 10, 10, 11))) == [Span(15, (9, 4)), Span(15, (10, 10)), Span(15, (11,))]
 
 
-@pytest.mark.parametrize("rule", [LengthRule((BORDER,)), LengthRule(growth=BORDER), LengthRule((9, 30), 20)])
+@pytest.mark.parametrize("rule", [LengthRule((BORDER,)), LengthRule(dynamic_above=BORDER), LengthRule((9, 30), 20)])
 def test_repeated_prompts_are_counted(rule, rows):
     data = Dataset.from_list([{"prompt_ids": row.prompt_ids, "response_ids": row.response_ids} for row in rows])
     expected = [sum(s.total for s in rule.split(Span(p, tuple(r)))) for p, r in SHAPES]

@@ -39,7 +39,7 @@ def planned(argv: list[str], settings: PlanSettings, config: type = PreferenceCo
     """Return the plan for a recipe, or for keys of one."""
     types = (ModelArguments, DataArguments, config, GenerationArguments)
     planner = Planner(parse_settings(argv, types)[:3], settings)
-    return planner, planner.estimate(planner.own)
+    return planner, planner.estimate(planner.recipe_choice)
 
 
 @pytest.mark.parametrize(

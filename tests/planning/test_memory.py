@@ -95,9 +95,9 @@ def test_flops_match_pytorchs_counter(folder, rows) -> None:
 def test_a_deep_model_is_extrapolated_from_a_few_layers(folder, rows, monkeypatch) -> None:
     batch = PackedBatch.build(comparisons_of(rows, [0, 1]))
     blueprint = Blueprint.read(ModelArguments(str(folder)), checkpointed_share=0.5)
-    assert max(map(len, blueprint.kinds())) > 2
+    assert max(map(len, blueprint.layer_groups())) > 2
     found = measure_step(blueprint, batch)
-    monkeypatch.setattr(Blueprint, "kinds", lambda self: [[number] for number in range(5)])  # measure all of them
+    monkeypatch.setattr(Blueprint, "layer_groups", lambda self: [[number] for number in range(5)])  # measure all of them
     whole = measure_step(blueprint, batch)
     assert found.cost == whole.cost
     assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)

@@ -37,7 +37,7 @@ def estimated(recipe: Path, model: Path, options: list[str]) -> dict[str, Any]:
     planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})  # its package may be missing
     *parts, settings = parse_settings(argv, (ModelArguments, DataArguments, planned, PlanSettings))
     planner = Planner(parts, settings)
-    return planner.describe(planner.estimate(planner.own))
+    return planner.describe(planner.estimate(planner.recipe_choice))
 
 
 def test_every_card_size_has_a_recipe() -> None:

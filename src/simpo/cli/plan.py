@@ -53,7 +53,7 @@ def plan(argv: list[str]) -> None:
     from simpo.planning.search import Planner  # noqa: PLC0415 - slow, and --help does not need it
 
     planner = Planner(parts, settings)
-    as_written = planner.estimate(planner.own)
+    as_written = planner.estimate(planner.recipe_choice)
     shardings = () if settings.sharding is None else (settings.sharding,)
     best = planner.fastest(shardings)
     if best is None:
@@ -69,7 +69,7 @@ def check_fit(command: Any, parts: Sequence[Any]) -> None:
     config = parts[2]
     sharding = sharding_of(config) if config.world_size > 1 else None
     planner = Planner(parts[:3], PlanSettings(command, gpus=config.world_size, sharding=sharding))
-    estimate = planner.estimate(planner.own)
+    estimate = planner.estimate(planner.recipe_choice)
     needs = f"{estimate.total / _GIB:.1f} of {planner.capacity / _GIB:.1f} GiB, peak in {estimate.peak_phase}"
     if planner.fits(estimate):
         print(f"plan: needs {needs}")

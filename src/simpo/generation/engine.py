@@ -24,7 +24,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
 from simpo.packing.images import forward_inputs
 from simpo.packing.layout import ImageTensors
 from simpo.packing.model import causal_lm, prepare_policy, state_of
-from simpo.packing.rounding import computes_in, precision, rounding_tolerance
+from simpo.packing.rounding import compute_dtype, precision, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class TransformersEngine:
             settings = SamplingSettings(temperature=0.0, max_new_tokens=count)
             return self._new_tokens_and_logps(prompts, settings, 0, _ForcedTokens(answer))[1]
 
-        dtype, device = computes_in(self.model), self.model.device
+        dtype, device = compute_dtype(self.model), self.model.device
         with precision(device, autocast=torch.is_autocast_enabled(device.type)):
             alone = torch.cat([logps([prompt]) for prompt in prompts])
             # Two prompts of equal length need no padding, so any difference is rounding unless neighbors matter.

@@ -43,8 +43,8 @@ CANNOT_MERGE = (
 def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
     """Read the adapter configuration in a folder or hub repository; None if there is no adapter."""
     with third_party(f"model_name_or_path: {name!r} cannot be loaded"):
-        found = find_adapter_config_file(name, revision=revision)
-        config = None if found is None else PeftConfig.from_pretrained(name, revision=revision)
+        file = find_adapter_config_file(name, revision=revision)
+        config = None if file is None else PeftConfig.from_pretrained(name, revision=revision)
     if config is None:
         # peft saves a named adapter in a subfolder of that name
         if not (Path(name) / "config.json").exists() and (inside := sorted(Path(name).glob(f"*/{CONFIG_NAME}"))):
@@ -64,10 +64,7 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
 def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str = "main") -> PeftModel:
     """Freeze ``model`` and add a new LoRA adapter, which changes nothing yet; its weights are at least fp32.
 
-    Args:
-        model: the base model.
-        given: adapter settings by recipe key.
-        revision: the base model's revision, which is saved with the adapter.
+    ``given`` holds adapter settings by recipe key; ``revision``, the base model's, is saved with the adapter.
     """
     settings = {peft_name: given.get(key, default) for key, (peft_name, default) in LORA.items()}
     excluded = list(parts_unused_by_text(model))
@@ -84,8 +81,8 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
         advice = "; set lora_dropout: 0" if "lora_dropout" in str(error) else ""  # for mixtures of experts
         raise SimpoError(f"use_peft: cannot add an adapter to this model ({one_line(error)}){advice}") from error
     whole = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    _check_found("lora_target_modules", given, adapted.base_model.targeted_module_names)
-    _check_found("lora_modules_to_save", given, whole)
+    _check_names("lora_target_modules", given, adapted.base_model.targeted_module_names)
+    _check_names("lora_modules_to_save", given, whole)
     if changes_tied_weights(adapted):
         logger.warning(CANNOT_MERGE)
     _normalize(adapted, base)
@@ -111,11 +108,11 @@ def _custom_linear_layers(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _check_found(key: str, given: Mapping[str, Any], found: list[str]) -> None:
+def _check_names(key: str, given: Mapping[str, Any], matched: list[str]) -> None:
     """Raise :class:`SimpoError` for names that match no layer; peft ignores them if any other name matches."""
     requested = given.get(key) or ()
     for end in () if isinstance(requested, str) else sorted(requested):
-        if not any(f".{name}".endswith(f".{end}") for name in found):
+        if not any(f".{name}".endswith(f".{end}") for name in matched):
             raise SimpoError(f"{key}: no suitable layer has a name ending in {end!r}; leave it out")
 
 
@@ -190,7 +187,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def check_adapter(model: PeftModel) -> None:
-    """Raise :class:`SimpoError` for an adapter that adds input tokens, which packing rules out, or for several."""
+    """Raise :class:`SimpoError` for several adapters, or one that adds input tokens, which packing does not support."""
     kinds = {config.peft_type.value for config in model.peft_config.values() if config.is_prompt_learning}
     if kinds:
         raise SimpoError(f"model: {', '.join(sorted(kinds))} is not supported; use LoRA")
@@ -346,7 +343,7 @@ def freeze_parts_unused_by_text(model: nn.Module) -> None:
         logger.warning("not trained, because text does not use it: %s (%s parameters)", ", ".join(names), f"{count:,}")
 
 
-def keep_gradients(model: nn.Module) -> None:
+def prevent_repacking(model: nn.Module) -> None:
     """Prevent 4-bit layers on a CPU from repacking their weights for inference.
 
     On CPUs with AVX512-BF16, bitsandbytes does so, permanently, in a layer's first forward pass in evaluation mode.

@@ -105,10 +105,7 @@ def compile_layers(model: nn.Module, args: TrainingArguments, accelerator: Accel
     """Compile the layers of ``model`` in place, and keep ``accelerator`` from compiling the whole model.
 
     Layers of the same kind share compiled code for any number of tokens. The rest of the forward reads a batch's
-    lengths in Python and would be recompiled for every batch.
-
-    Raises:
-        SimpoError: the model has none of transformers' own layers.
+    lengths in Python and would be recompiled for every batch. A model without transformers' own layers is an error.
     """
     accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

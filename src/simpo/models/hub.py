@@ -33,14 +33,14 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
         raise SimpoError(f"{folder}: contains no model; name the folder of a finished run")
     if (folder / manifest.FILE_NAME).is_file() and (fault := manifest.find_damage(folder)):
         raise SimpoError(f"{folder}: damaged ({fault}); rerun the command that made it, or restore the files")
-    found = {path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, name) for name in _FILES)}
+    files = {path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, name) for name in _FILES)}
     for pattern in include:
         if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise SimpoError(f"include: {pattern!r} does not name files inside {folder}")
         matching = {path for path in folder.glob(pattern) if path.is_file()}
         if not matching:
             raise SimpoError(f"include: {pattern!r} matches no file in {folder}")
-        found |= matching
+        files |= matching
     adapter = folder / "adapter_config.json"
     base = _base_of(adapter) if adapter.is_file() else None
     if base and (Path(base).is_absolute() or Path(base).exists()):
@@ -48,7 +48,7 @@ def files_to_push(folder: Path, include: Sequence[str] = ()) -> list[Path]:
             f"{adapter}: its base model is a local folder ({base}), which others cannot load; merge the adapter with "
             "simpo merge and push the result"
         )
-    return sorted(found)
+    return sorted(files)
 
 
 def _base_of(adapter: Path) -> str | None:
@@ -82,10 +82,7 @@ def push(
     """Upload ``files`` from ``folder`` in one commit, so that the repository gets all of them or none.
 
     Large files are uploaded before the commit, one by one, and the hub keeps them: after an interruption, the same call
-    uploads only what is missing. Without changes there is no commit.
-
-    Returns:
-        The URL of the repository.
+    uploads only what is missing. Without changes there is no commit. Returns the URL of the repository.
     """
     api = HfApi(token=check_target(repo))
     with _hub_errors(repo):
@@ -114,12 +111,10 @@ def _hub_errors(repo: str) -> Iterator[None]:
                 f"{repo}: the token has no write access ({status}); nothing was committed. Use a token with write "
                 "access, or choose another repository"
             ) from error
-        raise SimpoError(
-            f"{repo}: {one_line(error)}; nothing was committed, rerun the same command to continue"
-        ) from error
+        raise SimpoError(f"{repo}: {one_line(error)}; nothing was committed, rerun the command to continue") from error
     except (OSError, RuntimeError, httpx.HTTPError, OfflineModeIsEnabled) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         raise SimpoError(
-            f"{repo}: the upload was interrupted ({one_line(cause)}); nothing was committed, rerun the same command to "
+            f"{repo}: the upload was interrupted ({one_line(cause)}); nothing was committed, rerun the command to "
             "continue"
         ) from error

@@ -36,7 +36,7 @@ from transformers.models.llama import modeling_llama
 
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
-from simpo.models.adapters import add_adapter, continue_adapter, find_adapter, keep_gradients
+from simpo.models.adapters import add_adapter, continue_adapter, find_adapter, prevent_repacking
 from simpo.models.settings import ModelArguments
 from simpo.runs.files import write_text
 
@@ -101,7 +101,7 @@ def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     check_weights(arguments.model_name_or_path, model, loading)
     if not arguments.quantization:
         return model
-    keep_gradients(model)
+    prevent_repacking(model)
     # Converts everything that is not quantized (norms, embeddings, output layer) to fp32.
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

@@ -36,10 +36,8 @@ def load_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """Load a reward model, with an adapter if ``model`` names one or ``use_peft`` asks for a new one.
 
-    Args:
-        model: name, folder or arguments.
-        new_head: give language models a random score head, which is logged, instead of rejecting them.
-        gated: accept custom models with several labels, which may combine them into one score (:func:`gated_scores`).
+    ``new_head`` gives a language model a random score head, which is logged, instead of rejecting it. ``gated`` accepts
+    custom models with several labels, which may combine them into one score; see :func:`gated_scores`.
     """
     arguments = ModelArguments.of(model)
     name, revision = arguments.model_name_or_path, arguments.model_revision

@@ -33,9 +33,7 @@ def read_config(given: str | dict[str, Any] | None, rows: int, accumulation: int
     """Read the configuration in a recipe's ``deepspeed`` (a file name, JSON text or a dict), without batch sizes."""
     config = _parse(given) if given else None
     if importlib.util.find_spec("deepspeed") is None:
-        raise SimpoError(
-            "deepspeed: not installed; run DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'"
-        )
+        raise SimpoError("deepspeed: not installed; DS_BUILD_OPS=0 pip install --no-build-isolation 'simpo[deepspeed]'")
     # DeepSpeed calls torch's collectives by deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if config is not None:
@@ -67,9 +65,7 @@ def unset_batch_sizes(config: dict[str, Any], rows: int, accumulation: int) -> N
     }
     for key, value in ours.items():
         if config.get(key, "auto") not in ("auto", value):
-            raise SimpoError(
-                f"deepspeed: {key} is {config[key]} in its configuration but {value} in the recipe; set it to auto"
-            )
+            raise SimpoError(f"deepspeed: {key} is {config[key]}, but {value} in the recipe; set it to auto")
         config[key] = "auto"
     # DeepSpeed computes this product itself, and on a CPU checks it before it knows the number of processes
     del config["train_batch_size"]

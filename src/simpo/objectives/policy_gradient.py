@@ -82,7 +82,7 @@ def whiten(values: Tensor, *, keep_mean: bool = False) -> Tensor:
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator) -> Tensor:
-    """Estimate ``KL(policy || reference)`` from sampled tokens, ``[S]``; not for ``exact``, which is not an estimate.
+    """Estimate ``KL(policy || reference)`` from sampled tokens, ``[S]``; ``exact`` is not such an estimator.
 
     With ``d = logp - ref_logp``: ``k1 = d`` is unbiased and can be negative; ``k2 = d**2 / 2`` is biased, but its
     gradient is that of the divergence; ``k3 = exp(-d) - 1 + d`` is unbiased and never negative, but its gradient is

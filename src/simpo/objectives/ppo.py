@@ -5,8 +5,8 @@ function ``V`` predicts the future rewards. A *rollout* is a set of answers samp
 annotator. From there:
 
 1. :class:`ScoreScale` shifts, scales and clips the scores.
-2. :func:`token_rewards` assigns the score to an answer's last token, and to every token a penalty for moving away from
-   the start model.
+2. :func:`token_rewards` gives an answer's last token its score, and every token a penalty for drifting from the start
+   model.
 3. :func:`gae` computes from rewards and values how much better each token was than ``V`` expected, its *advantage*.
    :meth:`PPO.estimate` does 2 and 3. The advantages of a rollout are then scaled to mean 0 and variance 1.
 4. For several epochs and minibatches, optimizer steps minimize
@@ -45,7 +45,7 @@ class ScoreScale(NamedTuple):
     def of(cls, scores: Tensor) -> ScoreScale:
         """Fit to the ``scores`` ``[R]`` of the start model's answers; raises ValueError if they are all equal."""
         if scores.min() == scores.max():  # the standard deviation may be a rounding error instead of 0
-            raise ValueError(f"all scores are {scores[0].item():g}, so there is no scale to normalize them to")
+            raise ValueError(f"all scores are {scores[0].item():g}, so they cannot be normalized")
         return cls(scores.mean().item(), scores.std(unbiased=False).item())
 
     def apply(self, score: float, clip: float | None = None) -> float:
@@ -91,12 +91,12 @@ def gae(rewards: Tensor, values: Tensor, segment: Tensor, *, discount: float, la
     # rewards and values of 0, so it contributes nothing to the tokens before it.
     grid_rewards, grid_values = rewards.new_zeros(2, count, int(lengths.max()) + 1)
     grid_rewards[segment, place], grid_values[segment, place] = rewards, values
-    found, following = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
-    for t in range(found.shape[1] - 2, -1, -1):
+    grid, following = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
+    for t in range(grid.shape[1] - 2, -1, -1):
         delta = grid_rewards[:, t] + discount * grid_values[:, t + 1] - grid_values[:, t]
         following = delta + discount * lam * following
-        found[:, t] = following
-    advantage = found[segment, place]
+        grid[:, t] = following
+    advantage = grid[segment, place]
     return advantage, advantage + values
 
 

@@ -83,7 +83,7 @@ class RowSizes:
         """Whether rows of different widths waste tokens."""
         return bool((self.widths > 1).any())
 
-    def together(self, rows: Sequence[int]) -> int:
+    def batch_tokens(self, rows: Sequence[int]) -> int:
         """Return the number of tokens in a forward of these rows."""
         index = np.array(rows, dtype=int)
         return int((self.lines[index].sum(axis=0) * self.widths[index].max(axis=0, initial=0)).sum())
@@ -128,9 +128,9 @@ class StepPlan:
 
     def step(self, order: np.ndarray, number: int, rank: int = 0) -> Step:
         """Return a rank's share of step ``number`` in the epoch with row order ``order``."""
-        return self.step_of_ranks(order, number)[rank]
+        return self.steps_of_all_ranks(order, number)[rank]
 
-    def step_of_ranks(self, order: np.ndarray, number: int) -> list[Step]:
+    def steps_of_all_ranks(self, order: np.ndarray, number: int) -> list[Step]:
         """Return the shares of all ranks in a step; see :meth:`step`."""
         rows = order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
         shares = [np.array(share, dtype=int) for share in _balance(rows, self.lengths, self.world_size)]
@@ -157,7 +157,7 @@ class StepPlan:
         count = max(1, -(-max(int(self.lengths[share].sum()) for share in shares) // self.max_batch_tokens))
         while True:
             groups = [_balance(share, self.lengths, count) for share in shares]
-            if max(self.sizes.together(rows) for group in groups for rows in group) <= self.max_batch_tokens:
+            if max(self.sizes.batch_tokens(rows) for group in groups for rows in group) <= self.max_batch_tokens:
                 return groups
             count += 1
 
@@ -177,7 +177,7 @@ def fill(sizes: RowSizes, rows: Iterable[int], max_batch_tokens: int) -> list[li
     check_budget(sizes.lengths, max_batch_tokens)
     groups: list[list[int]] = []
     for row in rows:
-        if groups and sizes.together([*groups[-1], row]) <= max_batch_tokens:
+        if groups and sizes.batch_tokens([*groups[-1], row]) <= max_batch_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

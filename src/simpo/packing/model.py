@@ -247,7 +247,7 @@ def _outputs_at_scored(
     if path == "cached":
         return cached.outputs_at_scored(causal_lm(model), batch, forward)
     if path == "packed":
-        batch = batch if state.lengths is None else rope.separated(batch, state.lengths)
+        batch = batch if state.lengths is None else rope.repeat_prompts(batch, state.lengths)
         outputs = forward(
             input_ids=batch.input_ids[None],
             # models pass a four-dimensional mask through unchanged; visibility comes from the layout

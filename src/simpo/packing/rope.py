@@ -25,18 +25,18 @@ _INSTANCE_FORWARD = "_simpo_instance_forward"
 class LengthRule(NamedTuple):
     """Which sequence lengths, in tokens, share their frequencies."""
 
-    borders: tuple[int, ...] = ()  # frequencies change above each of these lengths (`longrope`)
+    thresholds: tuple[int, ...] = ()  # frequencies change above each of these lengths (`longrope`)
     # Above this length, every length has its own frequencies (`dynamic`); None if that never happens.
-    growth: int | None = None
+    dynamic_above: int | None = None
 
     def kinds(self, lengths: Any) -> Any:
         """Map integer ``lengths`` (array or tensor) to numbers that are equal where the frequencies are equal."""
         kind = lengths * 0
-        for border in self.borders:
-            kind = kind - (lengths > border) * 1
-        if self.growth is not None:  # lengths are at least 1, and the numbers so far are at most 0
-            grown = lengths > self.growth
-            kind = kind * ~grown + lengths * grown
+        for threshold in self.thresholds:
+            kind = kind - (lengths > threshold) * 1
+        if self.dynamic_above is not None:  # lengths are at least 1, and the numbers so far are at most 0
+            dynamic = lengths > self.dynamic_above
+            kind = kind * ~dynamic + lengths * dynamic
         return kind
 
     def split(self, span: Span) -> list[Span]:
@@ -72,8 +72,9 @@ def install(model: nn.Module) -> LengthRule | None:
         rules += module_rules
     if not rules:
         return None
-    growths = [rule.growth for rule in rules if rule.growth is not None]
-    return LengthRule(tuple(sorted({border for rule in rules for border in rule.borders})), min(growths, default=None))
+    thresholds = sorted({threshold for rule in rules for threshold in rule.thresholds})
+    dynamic = [rule.dynamic_above for rule in rules if rule.dynamic_above is not None]
+    return LengthRule(tuple(thresholds), min(dynamic, default=None))
 
 
 def _rule(module: Any, layer_type: str | None) -> LengthRule | None:
@@ -83,12 +84,12 @@ def _rule(module: Any, layer_type: str | None) -> LengthRule | None:
     if not isinstance(kind, str):
         return None
     if "dynamic" in kind and hasattr(module, "original_max_seq_len"):
-        return LengthRule(growth=int(module.original_max_seq_len))
+        return LengthRule(dynamic_above=int(module.original_max_seq_len))
     if kind != "longrope":
         return None
     parameters = getattr(module.config, "rope_parameters", None) or {}
-    border = (parameters if layer_type is None else parameters[layer_type]).get("original_max_position_embeddings")
-    return None if border is None else LengthRule(borders=(int(border),))  # custom code may have no border
+    threshold = (parameters if layer_type is None else parameters[layer_type]).get("original_max_position_embeddings")
+    return None if threshold is None else LengthRule(thresholds=(int(threshold),))  # custom code may have no threshold
 
 
 def _row_by_row(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +99,7 @@ def _row_by_row(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs
     original = self.__dict__.get(_INSTANCE_FORWARD) or MethodType(type(self).forward, self)
 
     def compute(positions: Tensor) -> Any:
-        if rule is not None and rule.growth is not None:
+        if rule is not None and rule.dynamic_above is not None:
             _reset_dynamic(self, layer_type)
         return original(x, positions, *args, **kwargs)
 
@@ -137,7 +138,7 @@ def _reset_dynamic(module: Any, layer_type: str | None) -> None:
     setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
-def separated(batch: PackedBatch, rule: LengthRule) -> PackedBatch:
+def repeat_prompts(batch: PackedBatch, rule: LengthRule) -> PackedBatch:
     """Repeat prompts in ``batch`` wherever neighboring responses have different frequencies; the order stays."""
     spans = tuple(part for span in batch.layout.spans for part in rule.split(span))
     if len(spans) == len(batch.layout.spans):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simpo.packing.attention import causal_lm
 
 
-def computes_in(model: nn.Module) -> torch.dtype:
+def compute_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype of matrix products: autocast's, the weights', or the one that 4-bit weights are expanded to."""
     weight = next(model.parameters())
     if weight.dtype != torch.float32:
@@ -61,7 +61,7 @@ def rounded_differently(model: nn.Module) -> Iterator[None]:
 
     Doing the same computations in a different order may change the model's outputs by as much.
     """
-    unit = torch.finfo(computes_in(model)).eps / 2
+    unit = torch.finfo(compute_dtype(model)).eps / 2
     generators: dict[torch.device, torch.Generator] = {}
 
     def perturb(module: nn.Module, arguments: Any, output: Any) -> Any:

@@ -20,7 +20,7 @@ from simpo.packing.cached import NotShareableError, install_scans
 from simpo.packing.images import forward_inputs
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
-from simpo.packing.rounding import computes_in, precision, rounded_differently, rounding_tolerance
+from simpo.packing.rounding import compute_dtype, precision, rounded_differently, rounding_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -245,12 +245,12 @@ def _differences(actual: Tensor, expected: Tensor, kind: ModelKind) -> Tensor:
 
 def _agree(differences: Tensor, model: nn.Module, rounding: Callable[[], Tensor] | None = None) -> bool:
     """Whether differences ``[n]`` are within tolerance, which in half precision ``rounding()`` can relax."""
-    sizes, tolerances = (Tensor.mean, Tensor.max), _TOLERANCE[computes_in(model)]
+    sizes, tolerances = (Tensor.mean, Tensor.max), _TOLERANCE[compute_dtype(model)]
 
     def within(allowed: Sequence[float]) -> bool:  # False for NaN
         return all(bool(size(differences) <= limit) for size, limit in zip(sizes, allowed, strict=True))
 
-    if within(tolerances) or rounding is None or computes_in(model).itemsize >= 4:
+    if within(tolerances) or rounding is None or compute_dtype(model).itemsize >= 4:
         return within(tolerances)
     errors = rounding()
     return within([_relaxed(limit, float(size(errors))) for size, limit in zip(sizes, tolerances, strict=True)])
@@ -351,7 +351,7 @@ def _check_padded(
     )
     rounding = worst(twice, torch.cat([unpacked_outputs(model, once, kind.compared)] * 2))
     difference = worst(sample, separate)
-    dtype = computes_in(model)
+    dtype = compute_dtype(model)
     maximum = _TOLERANCE[dtype][1]
     allowed = min(maximum, rounding_tolerance(rounding, dtype))
     if not difference <= allowed and dtype.itemsize < 4:
@@ -411,8 +411,8 @@ def _check_cached(
     short = PackedBatch.build([_shortened(one, 8) for one in sample.comparisons]).to(sample.input_ids.device)
     actual = _input_gradients(model, short, lambda: model(packed_batch=short, path="cached", compute=kind.compared))
     exact = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
-    relative, allowed = float((actual - exact).norm() / exact.norm()), _GRADIENT_TOLERANCE[computes_in(model)]
-    if not relative <= allowed and computes_in(model).itemsize < 4:
+    relative, allowed = float((actual - exact).norm() / exact.norm()), _GRADIENT_TOLERANCE[compute_dtype(model)]
+    if not relative <= allowed and compute_dtype(model).itemsize < 4:
         with rounded_differently(model):
             rounded = _input_gradients(model, short, lambda: unpacked_outputs(model, short, kind.compared))
         allowed = _relaxed(allowed, float((rounded - exact).norm() / exact.norm()))

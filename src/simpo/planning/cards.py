@@ -88,14 +88,10 @@ CARDS = {name: Card(name, *values) for name, values in _SHEETS.items()}
 def find_card(
     name: str | None, memory_gb: float | None = None, tflops: float | None = None, terabytes: float | None = None
 ) -> Card:
-    """Find a card by name, and override its data sheet with any values that are given.
+    """Find a card by name, and override its data sheet with any values that are given, which mean the same as there.
 
-    Args:
-        name: a name in :data:`CARDS`, in any case and with any separators; without its memory size, the first card of
-            that model. Unknown cards need ``memory_gb`` and ``tflops``.
-        memory_gb: see :class:`Card`.
-        tflops: see :class:`Card`.
-        terabytes: see :class:`Card`; for unknown cards 1 TB/s per 300 TFLOP/s by default.
+    ``name`` is a key of :data:`CARDS`, in any case and with any separators; without a memory size, the first card of
+    that model is used. A new name needs ``memory_gb`` and ``tflops``; its ``terabytes`` default to 1 per 300 TFLOP/s.
     """
     normalized = _normalize(name or "")
     card = next((c for c in CARDS.values() if normalized in (_normalize(c.name), _normalize(c.model))), None)

@@ -152,7 +152,7 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
     Only a few layers run. Between the first and the last layer of a kind, each additional layer adds the same memory:
     its activations are kept until the last layer has run, and its gradients exist when backward reaches the first.
     """
-    kinds = blueprint.kinds()
+    kinds = blueprint.layer_groups()
     first = [numbers[0] for numbers in kinds]
     last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
     few = _trace(blueprint, batch, [*first, *last])

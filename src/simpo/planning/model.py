@@ -59,7 +59,7 @@ class Blueprint:
             **others,
         )
 
-    def kinds(self) -> list[list[int]]:
+    def layer_groups(self) -> list[list[int]]:
         """Group the layers by kind: the indices of each kind's layers, in order of first appearance."""
         groups: dict[Any, list[int]] = {}
         layers = _layers(self._untrained())

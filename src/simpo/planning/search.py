@@ -58,7 +58,7 @@ _BUCKETS = 2 * 2 * 5e8  # bytes of DeepSpeed's buckets: two of 500 million half-
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that affect speed and memory but not the result of training."""
+    """Settings that affect speed and memory, but not the result of training."""
 
     max_batch_tokens: int  # largest number of tokens in one forward
     checkpointed_share: float  # fraction of the layers that recompute their activations; 0 without checkpointing
@@ -113,7 +113,7 @@ class Planner:
     Attributes:
         card: the card that each process runs on; None for a CPU.
         rates: how fast it computes; None if unknown.
-        own: the choice made by the recipe.
+        recipe_choice: the choice made by the recipe.
     """
 
     def __init__(self, parts: Sequence[Any], settings: PlanSettings, rows: Dataset | None = None) -> None:
@@ -150,7 +150,7 @@ class Planner:
             pair_weights=getattr(config, "wpo_weights", False),
         )
         checkpointing = getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing
-        self.own = Choice(
+        self.recipe_choice = Choice(
             config.max_batch_tokens or default_batch_tokens(self.longest, cpu=self.card is None),
             config.checkpointed_share if checkpointing else 0.0,
             "none" if self.gpus == 1 else settings.sharding or "fsdp",
@@ -187,9 +187,9 @@ class Planner:
     def _batches(self, max_batch_tokens: int) -> Batches:
         plan = StepPlan(self._sizes, self._rows_per_step, max_batch_tokens, self.gpus, self._seed)
         order, steps = plan.order(0), min(plan.steps, _STEPS)
-        shares = [share for number in range(steps) for share in plan.step_of_ranks(order, number)]
+        shares = [share for number in range(steps) for share in plan.steps_of_all_ranks(order, number)]
         batches = [micro.rows for share in shares for micro in share.micro_batches]
-        tokens = [self._sizes.together(rows) for rows in batches]
+        tokens = [self._sizes.batch_tokens(rows) for rows in batches]
         return Batches(
             batches[int(np.argmax(tokens))],
             tokens=max(tokens),
@@ -262,8 +262,7 @@ class Planner:
         compute = batches.per_step * launches
         compute += (self.rates.seconds(step.cost) - launches) * batches.tokens_per_step / tokens
         update = self._shares(sharding)[1] * (3 * resident.gradients + 2 * resident.states) / self.rates.moved
-        # weights are gathered twice, and gradients reduced
-        sent = (2 * resident.weights + resident.gradients) * batches.per_step
+        sent = (2 * resident.weights + resident.gradients) * batches.per_step  # two gathers and a reduction
         sent = {"none": 0.0, "ddp": 2 * resident.gradients}.get(sharding, sent)
         return max(compute, 0.0 if self.card is None else sent / (1e9 * self.card.link)) + update
 
@@ -289,13 +288,13 @@ class Planner:
         measurements, with and without checkpointing, and the best are then measured individually. If the machine's
         rates are unknown, ddp is preferred over fsdp, less checkpointing over more, and more tokens over fewer.
         """
-        middle = max(self.own.max_batch_tokens, self.longest)
+        middle = max(self.recipe_choice.max_batch_tokens, self.longest)
         budgets = sorted({self.longest, middle, *(budget for budget in _BUDGETS if budget > self.longest)})
         ranked: list[tuple[tuple[float, ...], Choice]] = []
         for place, sharding in enumerate(shardings or self._shardings):
             if sum(self._states(sharding).values()) > self.capacity:
                 continue  # avoids measuring a step, which takes a second or two
-            for budget, share in product(budgets, sorted({*_SHARES, self.own.checkpointed_share})):
+            for budget, share in product(budgets, sorted({*_SHARES, self.recipe_choice.checkpointed_share})):
                 choice = Choice(budget, share, sharding)
                 none, full = (self.estimate(choice, Choice(middle, end, sharding)) for end in (0.0, 1.0))
                 if (1 - share) * none.total + share * full.total <= self.capacity:

@@ -25,7 +25,7 @@ from simpo.data.images import text_tokenizer
 from simpo.data.rows import as_dataset
 from simpo.data.tokenizing import Prepared
 from simpo.errors import SimpoError
-from simpo.models.adapters import check_adapter, disable_dropout, keep_gradients
+from simpo.models.adapters import check_adapter, disable_dropout, prevent_repacking
 from simpo.models.checkpoint import Limits
 from simpo.models.devices import check_liger, compile_layers, explain_oom
 from simpo.models.loading import load_model, stop_at_end_of_turn
@@ -115,7 +115,7 @@ class PackedTrainer(ResumableTrainer):
         model = self.load(model) if isinstance(model, str) else model
         if isinstance(model, PeftModel):
             check_adapter(model)
-        keep_gradients(model)
+        prevent_repacking(model)
         if args.disable_dropout:
             disable_dropout(model)
         if args.use_liger_kernel:

@@ -23,7 +23,7 @@ from simpo.generation.vllm import VllmEngine, import_vllm
 from simpo.models.devices import free_memory, from_main
 from simpo.models.merging import write_merged
 from simpo.models.settings import ModelArguments
-from simpo.packing.rounding import computes_in
+from simpo.packing.rounding import compute_dtype
 from simpo.runs.files import provisional, remove_folder, staged_folder
 from simpo.training.checkpoints import shared_staging
 from simpo.training.packed import PackedTrainer
@@ -154,7 +154,7 @@ class VllmSampler:
             self._engine = None
             model: Any = self._trainer.model
             with self._trainer.accelerator.autocast():
-                kind = str(computes_in(model)).removeprefix("torch.")
+                kind = str(compute_dtype(model)).removeprefix("torch.")
             stops = stop_ids(self._trainer.processing_class, model.generation_config)
             free_memory()  # ends the previous vLLM; a new one measures how much memory is free
             with _without_launcher_environment():
