@@ -97,7 +97,8 @@ def test_a_deep_model_is_extrapolated_from_a_few_layers(folder, rows, monkeypatc
     blueprint = Blueprint.read(ModelArguments(str(folder)), checkpointed_share=0.5)
     assert max(map(len, blueprint.layer_groups())) > 2
     found = measure_step(blueprint, batch)
-    monkeypatch.setattr(Blueprint, "layer_groups", lambda self: [[number] for number in range(5)])  # measure all of them
+    each_layer = [[number] for number in range(5)]
+    monkeypatch.setattr(Blueprint, "layer_groups", lambda self: each_layer)  # measure all of them
     whole = measure_step(blueprint, batch)
     assert found.cost == whole.cost
     assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)
