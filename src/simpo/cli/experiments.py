@@ -169,8 +169,8 @@ def loop(argv: list[str]) -> None:
     """Train on the model's own answers in rounds: sample, annotate, pair, train, and repeat.
 
     examples:
-      simpo loop recipes/llama-3-8b-loop.yaml --output_dir outputs/loop
-      simpo loop recipes/llama-3-8b-loop.yaml --rounds 5 --stop_win_rate 0.5
+      simpo loop recipes/loop/qwen3-0.6b.yaml --output_dir outputs/loop
+      simpo loop recipes/loop/qwen3-0.6b.yaml --rounds 5 --stop_win_rate 0.5
     """
     # Checked first, because creating the configuration would wait for the other processes.
     require_single_process(
