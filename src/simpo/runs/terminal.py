@@ -42,11 +42,11 @@ def output_is_closed() -> bool:
 
 
 @contextmanager
-def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> Iterator[Advance]:
+def progress(items: str, total: int, done: int, log: Callable[[str], None]) -> Iterator[Advance]:
     """Show the progress of the body: a bar if standard error is a terminal, otherwise ``log`` a line every 10%.
 
-    ``done`` items were finished earlier and do not count toward the speed. Yields a function that takes the number of
-    items finished since its last call.
+    ``items`` names what is counted. The first ``done`` of them were finished earlier and do not count toward the speed.
+    Yields a function that takes the number of items finished since its last call.
     """
     # Imported here, so that commands that only need printable() start quickly.
     from rich.console import Console  # noqa: PLC0415
@@ -56,7 +56,7 @@ def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> It
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total, completed=done)
+            task = bar.add_task(items, total=total, completed=done)
             yield lambda count: bar.advance(task, count)
         return
     start, current = time.monotonic(), done
@@ -67,7 +67,7 @@ def progress(what: str, total: int, done: int, log: Callable[[str], None]) -> It
         if current * _LINES // total > before * _LINES // total:
             seconds_each = (time.monotonic() - start) / (current - done)
             left = f", about {duration(seconds_each * (total - current))} left" if current < total else ""
-            log(f"{current:,} of {total:,} {what}{left}")
+            log(f"{current:,} of {total:,} {items}{left}")
 
     yield advance
 
