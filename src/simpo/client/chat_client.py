@@ -109,7 +109,7 @@ def _parse(content: bytes) -> ChatReply | None:
 
 # ---- The client.
 
-# If this many first requests are all refused, the content of a single request is not to blame.
+# If all of the first few requests are refused, the problem is not the content of any one of them.
 PROBE_REQUESTS = 8
 
 Replies = dict[str, ChatReply]

@@ -24,7 +24,7 @@ _MAX_REPLY_BYTES = 32 << 20  # bytes
 # Too long, filtered or malformed. Any other refusal would apply to every request.
 _REFUSAL_STATUSES = (400, 413, 422)
 
-# Errors that neither waiting nor another request would avoid, whatever their status.
+# Errors that neither waiting nor a different request can fix, whatever their status.
 _QUOTA_ERRORS = ("insufficient_quota", "billing_hard_limit_reached", "credit balance is too low")
 
 # How servers report that a model does not accept a parameter or its value.

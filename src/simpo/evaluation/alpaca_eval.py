@@ -246,7 +246,7 @@ class PairwisePrompt:
         self._messages = [{"role": role, "content": content} for role, content in sections]
 
     def request(self, instruction: str, baseline: str, answer: str, *, weighted: bool) -> ChatRequest:
-        """Build a request with the two answers in random order.
+        """Build a request with the two answers in the order given by :func:`switched`.
 
         The weighted judge is asked for the log-probabilities of one token; the plain one answers greedily.
         """
@@ -428,7 +428,7 @@ def read_baselines(gamed: Path | None, difficulty: Path | None) -> Baselines:
 
 
 def _number(row: Row, name: str, where: str) -> float:
-    """Return a cell as a finite number, which is text in CSV files; raises :class:`SimpoError` if it is not one."""
+    """Parse a cell, which is text in CSV files, as a finite number; raises :class:`SimpoError` if it is not one."""
     key = next((key for key in row if key == name or (name == "preference" and key.startswith(name))), None)
     try:
         value = float(row[key]) if key is not None and not isinstance(row[key], bool) else math.nan

@@ -39,7 +39,7 @@ def read_rows(path: str | Path) -> list[tuple[Row, str]]:
 
 
 def cell(row: Row, key: str, where: str, kind: type = str) -> Any:
-    """Return a cell of type ``kind``, a string or a list; raises :class:`SimpoError` if it is missing or not one."""
+    """Return a cell, which must exist and be of type ``kind`` (str or list); otherwise raises :class:`SimpoError`."""
     if key not in row:
         raise SimpoError(f"{where}: no {key!r}; the row has {', '.join(sorted(row)) or 'no columns'}")
     if not isinstance(row[key], kind):
@@ -53,8 +53,8 @@ def read_by_key(
 ) -> dict[Any, tuple[T, str]]:
     """Read a file into a mapping from each row's key to its value and location, in file order.
 
-    ``parse`` takes a row and its location and returns the key and the value. A duplicate key raises
-    :class:`SimpoError`, in which it is called ``key_name``.
+    ``parse`` takes a row and its location and returns the key and the value. Duplicate keys raise :class:`SimpoError`;
+    ``key_name`` is what the message calls the key.
     """
     values: dict[Any, tuple[T, str]] = {}
     for row, where in read_rows(path):

@@ -239,7 +239,7 @@ class Generations(RunCallback):
         return read_samples(rows) if same else None
 
     def evaluate(self, trainer: PackedTrainer) -> dict[str, float]:
-        """Sample answers, store them, compare them with the start model's, and raise an alarm if they collapsed."""
+        """Sample and store answers, compare them with the start model's, and warn or stop if they have collapsed."""
         with preserve_rng_state(self._config.device):
             answers, step = self._sample(trainer), trainer.state.global_step
             metrics, signs = from_main(self._compare_with_start(answers, step) if self._is_main else ({}, []))

@@ -1,4 +1,4 @@
-"""What all benchmarks share: settings, running, sampling answers, API judges, and published results."""
+"""The common framework of all benchmarks: settings, sampling, API judges, and published results."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Clear all turns, keeping the system message."""
+        """Start over, keeping only the system message."""
         self.messages = list(self._opening)
 
     def answer(self, text: str, seed: int, write: Write, stopped: Callable[[], bool]) -> Reply:
@@ -89,7 +89,7 @@ class Conversation:
         answer when it returns True.
 
         Raises:
-            BadRow: the chat template refuses the conversation.
+            BadRow: the chat template rejects the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self._renderer.render(Comparison(messages, (), "the conversation"))

@@ -1,4 +1,4 @@
-"""The interface of sampling engines, and the engine based on transformers' ``generate``."""
+"""The sampling engine interface, and its implementation with transformers' ``generate``."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _SENTINEL = "\ue000response\ue000"
 class ResponseText:
     """Decodes responses with one tokenizer.
 
-    Special tokens are removed, except those that delimit thinking, without which it could not be told from the answer.
+    Special tokens are removed, except those that delimit thinking, which would otherwise look like part of the answer.
     White space that the chat template adds around a message is removed too, so that rendering the text with the
     template gives the sampled tokens again.
     """

@@ -95,7 +95,7 @@ class Judge(ABC):
         """Load what the judge needs, so that errors surface before a run folder is created."""
 
     def check(self, rows: Sequence[Answers]) -> None:  # noqa: B027 - a default
-        """Raise :class:`SimpoError` if a row lacks a column that the judge needs; responses are not looked at."""
+        """Raise :class:`SimpoError` if a row lacks a column that the judge needs, regardless of its responses."""
 
     def estimate(self, rows: Sequence[Answers]) -> Estimate:
         """Estimate the requests to a server for judging the responses in ``rows``."""
@@ -200,15 +200,15 @@ class PromptFile(NamedTuple):
     digest: str
 
 
-def read_prompt_file(path: Path | None, shipped: Traversable, places: Iterable[str]) -> PromptFile:
-    """Read a judge prompt, which must contain a placeholder ``{name}`` for each name in ``places``.
+def read_prompt_file(path: Path | None, shipped: Traversable, placeholders: Iterable[str]) -> PromptFile:
+    """Read a judge prompt, which must contain a placeholder ``{name}`` for each name in ``placeholders``.
 
     ``path`` is the user's file; None uses ``shipped``, the one in the package.
     """
     with third_party(f"{path}: cannot read the judge prompt"):
         content = shipped.read_bytes() if path is None else path.read_bytes()
         text = content.decode("utf-8")
-    for name in places:
+    for name in placeholders:
         if f"{{{name}}}" not in text:
             raise SimpoError(f"{path}: the judge prompt lacks the placeholder {{{name}}}")
     return PromptFile(text, hashlib.sha256(content).hexdigest())

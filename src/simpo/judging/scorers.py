@@ -378,7 +378,7 @@ class AnswerTokens:
         self._end = self._renderer.end
 
     def encode(self, rows: Sequence[Answers], limits: Limits) -> list[TokenizedComparison]:
-        """Return one comparison per row; responses end with the end-of-turn token, and an empty one is only that."""
+        """Return one comparison per row; every response ends with the end-of-turn token, even an empty one."""
         rendered = [self._render(row) for row in rows]
         groups = self._encoder.encode_groups([(each.texts, each.marker) for each in rendered])
         comparisons = [self._comparison(*parts) for parts in zip(rows, rendered, groups, strict=True)]
