@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -144,6 +146,26 @@ def test_each_prompt_is_computed_once():
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     policy_logprobs(model, batch)
     assert seen == [3 * 37, 8 * 12]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "falcon_h1", "jamba", "mamba2", "bloom"])
+def test_a_step_leaves_no_tensors_to_the_garbage_collector(name, checkpointing):
+    """Reference cycles would keep states, and the graphs behind them, on the GPU until the collector runs."""
+    model, batch = build(name), PackedBatch.build(comparisons())
+    assert choose_path(model, batch) == "cached"
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    policy_logprobs(model, batch).sum().backward()
+    gc.collect()
+    before = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+    gc.disable()
+    try:
+        policy_logprobs(model, batch).sum().backward()
+        after = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def test_a_state_without_gradient_is_detected(monkeypatch):

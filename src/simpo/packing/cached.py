@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -122,19 +122,19 @@ def _two_passes(model: PreTrainedModel, rows: TwoPasses, forward: Callable[..., 
     name = next((name for name in _CACHE_ARGUMENTS if name in accepted), None)
     if name is None:
         raise NotShareableError("its forward takes no cache")
-    cache = _out_of_place(DynamicCache(config=model.config.get_text_config()))
-    shared: dict[str, Any] = {"use_cache": True, name: cache}
+    states = _out_of_place(DynamicCache(config=model.config.get_text_config()))
+    shared: dict[str, Any] = {"use_cache": True, name: states}
 
     def placed(positions: Tensor) -> dict[str, Tensor]:
         return {"position_ids": positions} if "position_ids" in accepted else {}
 
     positions = (rows.prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
     prompts = forward(input_ids=rows.prompt_ids, attention_mask=rows.prompt_mask, **placed(positions), **shared)
-    if not all(map(_is_filled, cache.layers)) or not any(map(_has_state, cache.layers)):
+    if not all(map(_is_filled, states.layers)) or not any(map(_has_state, states.layers)):
         raise NotShareableError("not all of its layers store their state in the cache")
-    cache.reorder_cache(rows.comparison_of)
+    states.reorder_cache(rows.comparison_of)
     mask: Tensor | None = torch.cat([rows.prompt_mask[rows.comparison_of], rows.response_mask], dim=1)
-    if not any(getattr(layer, "keys", None) is not None for layer in cache.layers):
+    if not any(getattr(layer, "keys", None) is not None for layer in states.layers):
         mask = None  # without attention, padding on the right of the responses cannot affect other tokens
     start = rows.prompt_mask.sum(dim=1)[rows.comparison_of][:, None]
     positions = start + torch.arange(rows.response_ids.shape[1], device=start.device)
@@ -142,13 +142,22 @@ def _two_passes(model: PreTrainedModel, rows: TwoPasses, forward: Callable[..., 
     return torch.cat([prompts[:, -1], responses.flatten(0, 1)])[rows.scored]
 
 
-def _out_of_place(cache: DynamicCache) -> DynamicCache:
-    """Make ``cache`` replace states instead of overwriting them, because autograd still needs the old ones."""
-    for layer in cache.layers:
+def _out_of_place(states: DynamicCache) -> DynamicCache:
+    """Make the cache replace states instead of overwriting them, because autograd still needs the old ones.
+
+    Overriding the methods on each layer object instead would create reference cycles, which would keep the states and
+    the graphs behind them allocated until the garbage collector runs.
+    """
+    for layer in states.layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            layer.update_conv_state = MethodType(_update_conv_state, layer)  # type: ignore[method-assign]
-            layer.update_recurrent_state = MethodType(_update_recurrent_state, layer)  # type: ignore[method-assign]
-    return cache
+            layer.__class__ = _replacing_states(type(layer))  # type: ignore[arg-type]
+    return states
+
+
+@cache
+def _replacing_states(kind: type) -> type:
+    updates = {"update_conv_state": _update_conv_state, "update_recurrent_state": _update_recurrent_state}
+    return type(kind.__name__, (kind,), updates)
 
 
 def _update_conv_state(
@@ -201,10 +210,10 @@ def _forward_from_state(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the layer's own forward, but with a scan that starts from the cached state, if there is one."""
     forward = inspect.unwrap(type(self).forward)
     arguments = inspect.signature(forward).bind(self, *args, **kwargs).arguments
-    cache = next((arguments[name] for name in _CACHE_ARGUMENTS if arguments.get(name) is not None), None)
-    if cache is None or not cache.has_previous_state(self.layer_idx):
+    past = next((arguments[name] for name in _CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+    if past is None or not past.has_previous_state(self.layer_idx):
         return type(self).forward(self, *args, **kwargs)
-    state = cache.layers[self.layer_idx].recurrent_states[0]
+    state = past.layers[self.layer_idx].recurrent_states[0]
     scope = forward.__globals__ | {_SCAN: partial(_scan_from, state, forward.__globals__[_SCAN])}
     rebound = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     rebound.__kwdefaults__ = forward.__kwdefaults__
