@@ -141,11 +141,11 @@ def test_text_pairs_without_a_prompt_match_trl(train_both, text_rows):
     texts = [{name: f"{row['prompt']} {row[name]}" for name in ("chosen", "rejected")} for row in text_rows]
     texts += [{"chosen": "a b", "rejected": "c d"}, {"chosen": "It is a", "rejected": "It is so"}]
     dataset = Dataset.from_list(texts)
-    found, expected = compat.base.with_prompts(dataset), dataset.map(trl.extract_prompt)
+    found, expected = compat.base.add_prompts(dataset), dataset.map(trl.extract_prompt)
     names = ["prompt", "chosen", "rejected"]
     assert found.select_columns(names)[:] == expected.select_columns(names)[:]
     transcripts = [{name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}]
-    unsplit = compat.base.with_prompts(Dataset.from_list(transcripts))
+    unsplit = compat.base.add_prompts(Dataset.from_list(transcripts))
     assert unsplit[0] == {"prompt": None, **transcripts[0]}
     prompts = [f"What is {a} plus {a}?" for a in range(4)]
     pairs = [

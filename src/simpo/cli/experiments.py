@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from simpo.cli._shared import print_report, read_settings, recipe_of, require_single_process
-from simpo.cli.training import check_named, make_job, parse
+from simpo.cli.training import make_job, parse, require_output_dir
 from simpo.config import check_values, keys_of, parse_settings, setting
 from simpo.config.parse import split_options
 from simpo.errors import SimpoError, third_party
@@ -178,7 +178,7 @@ def loop(argv: list[str]) -> None:
         "start it without torchrun, or run its stages one by one (simpo sample and simpo train support torchrun)",
     )
     recipe = LoopRecipe(*parse_settings(argv, LOOP_TYPES, command="loop", about=loop.__doc__))
-    check_named(recipe.config)
+    require_output_dir(recipe.config)
     recipe.config.disable_tqdm = recipe.config.disable_tqdm or not sys.stderr.isatty()  # the log has the progress
     folder = Path(recipe.config.output_dir)
     model = run_loop(recipe, argv=argv, file=recipe_of(argv))

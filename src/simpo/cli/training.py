@@ -87,11 +87,11 @@ def parse(argv: list[str], config_type: type, *more: type, command: str = "", ab
     if command:
         argv = [argument for argument in argv if argument != PLAN_FIRST]
     parts = parse_settings(argv, types, command=command, about=about, replaces=REPLACES)
-    check_named(parts[2])
+    require_output_dir(parts[2])
     return parts
 
 
-def check_named(config: Any) -> None:
+def require_output_dir(config: Any) -> None:
     """Raise :class:`SimpoError` unless the user named an output folder."""
     if config.output_dir == _DEFAULT_OUTPUT_DIR:
         raise SimpoError("output_dir is missing: set it in the recipe or with --output_dir")

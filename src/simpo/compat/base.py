@@ -220,7 +220,7 @@ class PortedTrainer:
             raise SimpoError(f"args: got a {kind}; import {self.config_class.__name__} from simpo.compat")
         self.adapt(config, given)
         set_seed(config.seed)  # type: ignore[attr-defined] # before a new adapter is initialized
-        policy = self._policy(given["model"], config, given["peft_config"], given.get("ref_model"))
+        policy = self._load_policy(given["model"], config, given["peft_config"], given.get("ref_model"))
         tokenizer = given["processing_class"] or given.get("tokenizer")
         if tokenizer is None:
             name = policy.config.name_or_path
@@ -235,7 +235,7 @@ class PortedTrainer:
     def adapt(self, config: Any, given: dict[str, Any]) -> None:
         """Hook: update the configuration or arguments where the original derives one from the other."""
 
-    def _policy(self, model: Any, config: Any, peft_config: Any, ref_model: nn.Module | None) -> Any:
+    def _load_policy(self, model: Any, config: Any, peft_config: Any, ref_model: nn.Module | None) -> Any:
         """Return the model to train, wrapped in an adapter if ``peft_config`` is given."""
         if model is None:
             raise SimpoError("model: missing; pass a model, a hub name or a folder")
@@ -267,8 +267,8 @@ class PortedTrainer:
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize as simpo's trainer does, but without the chat template for rows of plain strings."""
-        tokenizer = for_rows(dataset, tokenizer, cls.text_column)
-        return super().prepare(with_prompts(dataset), tokenizer, args, label)  # type: ignore[misc]
+        tokenizer = tokenizer_for(dataset, tokenizer, cls.text_column)
+        return super().prepare(add_prompts(dataset), tokenizer, args, label)  # type: ignore[misc]
 
 
 def _with_signature(constructor: Callable[..., None], signature: Signature) -> Callable[..., None]:
@@ -292,7 +292,7 @@ def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def for_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, column: str) -> Any:
+def tokenizer_for(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, column: str) -> Any:
     """Return ``tokenizer`` for these rows: without its chat template if ``column`` is plain text, as in TRL."""
     columns = getattr(dataset, "features", None) or {}
     if tokenizer is None or not tokenizer.chat_template or not isinstance(columns.get(column), Value):
@@ -302,7 +302,7 @@ def for_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, column
     return tokenizer
 
 
-def with_prompts(dataset: Dataset, *, whole_words: bool = False) -> Dataset:
+def add_prompts(dataset: Dataset, *, whole_words: bool = False) -> Dataset:
     """Add a prompt to pairs of plain texts without one: their common prefix, as in TRL.
 
     With ``whole_words``, the prompt ends before the last space of that prefix. Each text then keeps the tokens it has
@@ -312,10 +312,10 @@ def with_prompts(dataset: Dataset, *, whole_words: bool = False) -> Dataset:
     columns = getattr(dataset, "features", None) or {}
     if "prompt" in columns or not all(isinstance(columns.get(name), Value) for name in ("chosen", "rejected")):
         return dataset
-    return dataset.map(_with_prompt, fn_kwargs={"whole_words": whole_words})
+    return dataset.map(_add_prompt, fn_kwargs={"whole_words": whole_words})
 
 
-def _with_prompt(row: dict[str, Any], *, whole_words: bool) -> dict[str, Any]:
+def _add_prompt(row: dict[str, Any], *, whole_words: bool) -> dict[str, Any]:
     texts = row["chosen"], row["rejected"]
     if not all(isinstance(text, str) for text in texts) or any(map(is_transcript, texts)):
         return {"prompt": None}

@@ -15,9 +15,9 @@ from simpo.compat.base import (
     PortedPreferenceTrainer,
     PortedTrainer,
     TRLKeys,
-    for_rows,
+    add_prompts,
+    tokenizer_for,
     unsupported,
-    with_prompts,
     without_effect,
 )
 from simpo.config import check_values, setting
@@ -200,11 +200,11 @@ class KTOTrainer(PortedPreferenceTrainer):
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Tokenize labeled single responses, or pairs, each of which becomes two rows."""
-        tokenizer = for_rows(dataset, tokenizer, "completion")
+        tokenizer = tokenizer_for(dataset, tokenizer, "completion")
         if is_feedback(dataset):
             return super().prepare(dataset, tokenizer, args, label)
-        tokenizer = for_rows(dataset, tokenizer, "chosen")
-        pairs = prepare(with_prompts(dataset), tokenizer, args.tokenize_settings, label=label)
+        tokenizer = tokenizer_for(dataset, tokenizer, "chosen")
+        pairs = prepare(add_prompts(dataset), tokenizer, args.tokenize_settings, label=label)
         singles = pairs.dataset.map(
             _split_pairs, batched=True, batch_size=_UNPAIRING_BATCH, remove_columns=pairs.dataset.column_names
         )
@@ -469,4 +469,4 @@ class RewardTrainer(PortedTrainer, reward.RewardTrainer):
     @classmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
         """Split prompts off between words, unlike the base class, because TRL tokenizes these texts whole."""
-        return super().prepare(with_prompts(dataset, whole_words=True), tokenizer, args, label)
+        return super().prepare(add_prompts(dataset, whole_words=True), tokenizer, args, label)
