@@ -80,9 +80,9 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
     except (ValueError, TypeError) as error:
         advice = "; set lora_dropout: 0" if "lora_dropout" in str(error) else ""  # for mixtures of experts
         raise SimpoError(f"use_peft: cannot add an adapter to this model ({one_line(error)}){advice}") from error
-    whole = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    fully_trained = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     _check_names("lora_target_modules", given, adapted.base_model.targeted_module_names)
-    _check_names("lora_modules_to_save", given, whole)
+    _check_names("lora_modules_to_save", given, fully_trained)
     if changes_tied_weights(adapted):
         logger.warning(CANNOT_MERGE)
     _normalize(adapted, base)
@@ -226,14 +226,14 @@ def has_adapter_weights(folder: Path) -> bool:
 def adapter_fault(model: PeftModel, stored: Mapping[str, Tensor]) -> str | None:
     """Describe the first of the ``stored`` tensors that does not fit ``model``; None if all fit. peft only warns."""
     expected = get_peft_model_state_dict(model, adapter_name=active_name(model), save_embedding_layers=False)
-    known = adapter_tensors(model)  # includes embeddings, which are stored if they are adapted
+    accepted = adapter_tensors(model)  # includes embeddings, which are stored if they are adapted
     if missing := expected.keys() - stored.keys():
         return f"{min(missing)} is missing"
-    if left_over := stored.keys() - known.keys():
+    if left_over := stored.keys() - accepted.keys():
         return f"{min(left_over)} is unexpected"
     for name, tensor in stored.items():
-        if tuple(tensor.shape) != shape_of(known[name]):
-            return f"{name} has shape {list(tensor.shape)} instead of {list(shape_of(known[name]))}"
+        if tuple(tensor.shape) != shape_of(accepted[name]):
+            return f"{name} has shape {list(tensor.shape)} instead of {list(shape_of(accepted[name]))}"
     return None
 
 

@@ -52,8 +52,8 @@ def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and _CPU_OUT_OF_MEMORY not in str(error):
+        recognized = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not recognized and _CPU_OUT_OF_MEMORY not in str(error):
             raise
         traceback.clear_frames(error.__traceback__)  # the frames hold tensors
     else:

@@ -81,8 +81,8 @@ def load_model(model: str | ModelArguments) -> PreTrainedModel | PeftModel:
         return continue_adapter(base, adapter, name, revision=arguments.model_revision, given=arguments.lora)
     if not arguments.use_peft and (unused := [*arguments.lora, *arguments.quantization]):
         raise SimpoError(f"{unused[0]}: applies only to adapters; set use_peft: true, or leave it out")
-    whole = _load_causal(arguments)
-    return add_adapter(whole, arguments.lora, arguments.model_revision) if arguments.use_peft else whole
+    loaded = _load_causal(arguments)
+    return add_adapter(loaded, arguments.lora, arguments.model_revision) if arguments.use_peft else loaded
 
 
 def check_model_files(arguments: ModelArguments) -> None:
@@ -108,10 +108,10 @@ def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
 
 def auto_class(config: Any) -> Any:
     """Return the ``Auto`` class for causal language models or, if there is none, for models of text and images."""
-    known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     classes = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     if not config.is_encoder_decoder:
-        for mapping, auto in zip(known, classes, strict=True):
+        for mapping, auto in zip(mappings, classes, strict=True):
             if type(config) in mapping:
                 return auto
     return AutoModelForCausalLM  # either there is custom code, or transformers explains the problem
@@ -321,8 +321,8 @@ def round_weights(folder: Path, dtype: str) -> None:
     """Round the weights of a saved model or adapter to ``dtype``, file by file, and update ``config.json``."""
     kind, size = getattr(torch, dtype), 0
     for path in sorted(folder.glob("*.safetensors")):
-        tensors = {name: each.to(kind) if each.is_floating_point() else each for name, each in load_file(path).items()}
-        size += sum(each.nbytes for each in tensors.values())
+        tensors = {name: t.to(kind) if t.is_floating_point() else t for name, t in load_file(path).items()}
+        size += sum(tensor.nbytes for tensor in tensors.values())
         replacement = path.with_suffix(".rounded")
         save_file(tensors, replacement, metadata={"format": "pt"})
         replacement.replace(path)  # not written in place, because the tensors are still memory-mapped from the file
@@ -346,8 +346,8 @@ def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     settings = getattr(model, "generation_config", None)
     if settings is None or tokenizer is None:  # the model does not generate, or the data was tokenized elsewhere
         return
-    known, end = settings.eos_token_id, end_of_turn(tokenizer)
-    ids = [] if known is None else known if isinstance(known, list) else [known]
+    current, end = settings.eos_token_id, end_of_turn(tokenizer)
+    ids = [] if current is None else current if isinstance(current, list) else [current]
     if end.token_id not in ids:
         settings.eos_token_id = [*ids, end.token_id]
         logger.warning("generation_config: added the end-of-turn token %s to eos_token_id", end.text)

@@ -52,8 +52,8 @@ def load_reward_model(
             )
         base = _load(base_arguments(adapter, arguments), new_head=True)
         return continue_adapter(base, adapter, name, revision=revision, given=arguments.lora)
-    whole = _load(arguments, new_head=new_head, gated=gated, log=True)
-    return add_adapter(whole, arguments.lora, revision) if arguments.use_peft else whole
+    loaded = _load(arguments, new_head=new_head, gated=gated, log=True)
+    return add_adapter(loaded, arguments.lora, revision) if arguments.use_peft else loaded
 
 
 def _load(arguments: ModelArguments, *, new_head: bool, gated: bool = False, log: bool = False) -> PreTrainedModel:

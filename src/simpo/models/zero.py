@@ -85,26 +85,26 @@ def prepare_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
         raise SimpoError("deepspeed: tensor parallelism (tensor_parallel) is not supported; use ZeRO-3")
     if getattr(model, "is_loaded_in_4bit", False) and plugin.hf_ds_config.is_zero3():
         raise SimpoError("deepspeed: ZeRO-3 cannot partition a 4-bit base model; use ZeRO-2, or drop load_in_4bit")
-    whole = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
+    unpartitioned = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
     partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
-    kinds = {parameter.dtype for parameter in whole if parameter.is_floating_point()}
+    dtypes = {parameter.dtype for parameter in unpartitioned if parameter.is_floating_point()}
     if partitioned:  # during loading, in DeepSpeed's dtype whatever was requested
-        kinds |= {getattr(getattr(model, "config", None), "dtype", None) or dtype}
-    if other := kinds - {torch.float32, dtype}:
+        dtypes |= {getattr(getattr(model, "config", None), "dtype", None) or dtype}
+    if other := dtypes - {torch.float32, dtype}:
         raise SimpoError(
             f"dtype: the model is in {str(min(other, key=str))[6:]}, but DeepSpeed computes in {str(dtype)[6:]} "
             "(float32 unless bf16: true); make them agree"
         )
-    for parameter in whole:
+    for parameter in unpartitioned:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     if plugin.hf_ds_config.is_zero3():
         import deepspeed  # noqa: PLC0415 - an extra
 
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-        if partitioned and whole:  # a new adapter on a model that was partitioned during loading
-            partitioned[0].convert_to_zero_parameters(param_list=whole)
-        elif whole:
+        if partitioned and unpartitioned:  # a new adapter on a model that was partitioned during loading
+            partitioned[0].convert_to_zero_parameters(param_list=unpartitioned)
+        elif unpartitioned:
             deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(), dtype=dtype)
 
 

@@ -214,9 +214,9 @@ class InfoNCA(ListwiseNCA):
 
 def _log_softmax(values: Tensor, owner: Tensor, count: int) -> Tensor:
     """Compute the log-softmax of ``values`` ``[R]`` within each of ``count`` groups, given by ``owner`` ``[R]``."""
-    top = values.new_zeros(count).scatter_reduce(0, owner, values.detach(), "amax", include_self=False)
-    lead = values - top[owner]
-    return lead - values.new_zeros(count).index_add(0, owner, lead.exp()).log()[owner]
+    largest = values.new_zeros(count).scatter_reduce(0, owner, values.detach(), "amax", include_self=False)
+    shifted = values - largest[owner]
+    return shifted - values.new_zeros(count).index_add(0, owner, shifted.exp()).log()[owner]
 
 
 OBJECTIVES.update({objective.name: objective() for objective in (ListwiseNCA, InfoNCA)})

@@ -98,9 +98,9 @@ class Mixture(Objective):
     @cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
         return {
-            f"{part.name}.{name}": known._replace(name=f"{part.name}.{name}")
+            f"{part.name}.{name}": parameter._replace(name=f"{part.name}.{name}")
             for part in self.parts
-            for name, known in part.hyperparameters.items()
+            for name, parameter in part.hyperparameters.items()
         }
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -290,9 +290,9 @@ class Objective(ABC):
 
     def _unknown(self, name: str) -> str:
         owners = [row.name for row in OBJECTIVES.values() if name in row.hyperparameters or name in row.aliases]
-        known = ", ".join([*self.hyperparameters, *self.aliases]) or "none"
+        names = ", ".join([*self.hyperparameters, *self.aliases]) or "none"
         belongs = f" (it belongs to {', '.join(owners)})" if owners else ""
-        return f"{name} is not a hyperparameter of objective {self.name!r}{belongs}; it has {known}"
+        return f"{name} is not a hyperparameter of objective {self.name!r}{belongs}; it has {names}"
 
 
 OBJECTIVES: dict[str, Objective] = {}

@@ -86,17 +86,17 @@ def gae(rewards: Tensor, values: Tensor, segment: Tensor, *, discount: float, la
     """
     count = int(segment[-1]) + 1
     lengths = sum_by(torch.ones_like(segment), segment, count)
-    place = torch.arange(len(segment), device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
+    position = torch.arange(len(segment), device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
     # One row per answer, so that the recursion handles all answers at once. Padding comes after the last token, with
     # rewards and values of 0, so it contributes nothing to the tokens before it.
     grid_rewards, grid_values = rewards.new_zeros(2, count, int(lengths.max()) + 1)
-    grid_rewards[segment, place], grid_values[segment, place] = rewards, values
-    grid, following = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
-    for t in range(grid.shape[1] - 2, -1, -1):
+    grid_rewards[segment, position], grid_values[segment, position] = rewards, values
+    grid_advantages, next_advantage = torch.zeros_like(grid_rewards), rewards.new_zeros(count)
+    for t in range(grid_advantages.shape[1] - 2, -1, -1):
         delta = grid_rewards[:, t] + discount * grid_values[:, t + 1] - grid_values[:, t]
-        following = delta + discount * lam * following
-        grid[:, t] = following
-    advantage = grid[segment, place]
+        next_advantage = delta + discount * lam * next_advantage
+        grid_advantages[:, t] = next_advantage
+    advantage = grid_advantages[segment, position]
     return advantage, advantage + values
 
 
@@ -119,8 +119,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
     Tokens with a NaN return do not count. The result is NaN if all returns are equal.
     """
-    known = ~returns.isnan()
-    values, returns = values[known], returns[known]
+    valid = ~returns.isnan()
+    values, returns = values[valid], returns[valid]
     if not len(returns) or returns.min() == returns.max():
         return math.nan
     return (1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)).item()

@@ -152,8 +152,8 @@ class StepPlan:
             widths = self.sizes.widths.sum(axis=1)
             by_width = [sorted(share.tolist(), key=lambda row: (-int(widths[row]), row)) for share in shares]
             groups = [fill(self.sizes, rows, self.max_batch_tokens) for rows in by_width]
-            most = max(map(len, groups))
-            return [[*group, *([] for _ in range(most - len(group)))] for group in groups]
+            largest = max(map(len, groups))
+            return [[*group, *([] for _ in range(largest - len(group)))] for group in groups]
         count = max(1, -(-max(int(self.lengths[share].sum()) for share in shares) // self.max_batch_tokens))
         while True:
             groups = [_balance(share, self.lengths, count) for share in shares]

@@ -56,7 +56,7 @@ class TwoPasses:
         comparison_of = torch.repeat_interleave(counts)
         # Where a scored token is predicted, relative to its response's first token; -1 is the end of the prompt.
         response_of = batch.response_of
-        place = batch.layout.index.positions[batch.scored] - prompt_sizes[comparison_of[response_of]]
+        position = batch.layout.index.positions[batch.scored] - prompt_sizes[comparison_of[response_of]]
         parts = iter(batch.input_ids.split(batch.layout.part_sizes))
         prompts, responses = [], []
         for number, span in enumerate(spans):
@@ -66,7 +66,7 @@ class TwoPasses:
                 responses += answers
         if only is not None:
             selected = comparison_of[response_of] == only
-            place, response_of = place[selected], response_of[selected] - counts[:only].sum()
+            position, response_of = position[selected], response_of[selected] - counts[:only].sum()
             comparison_of = comparison_of.new_zeros(len(responses))
         # At least two tokens: for a single one, models take a shortcut that overwrites the state.
         depth, width = max(map(len, prompts)), max(2, *map(len, responses))
@@ -78,7 +78,7 @@ class TwoPasses:
             response_mask=(torch.arange(width, device=device) < sizes[1]).long(),
             comparison_of=comparison_of,
             scored=torch.where(
-                place < 0, comparison_of[response_of], len(prompts) + response_of * width + place.clamp(min=0)
+                position < 0, comparison_of[response_of], len(prompts) + response_of * width + position.clamp(min=0)
             ),
         )
 

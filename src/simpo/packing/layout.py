@@ -268,17 +268,17 @@ class PackedBatch:
         prompts = torch.tensor([span.prompt for span in spans for _ in span.responses])
         sizes = torch.tensor([size for span in spans for size in span.responses])
         # where each response token is among the segments' keys, and which response it belongs to
-        place = ranges((layout.index.cu_seqlens_k[:-1] + prompts).numpy(), sizes.numpy())
+        position = ranges((layout.index.cu_seqlens_k[:-1] + prompts).numpy(), sizes.numpy())
         response_of = torch.repeat_interleave(sizes)
         if any(c.scored is not None for c in comparisons):
             masks = (c.scored or [[True] * len(response) for response in c.response_ids] for c in comparisons)
-            marks = torch.tensor(list(chain.from_iterable(chain.from_iterable(masks))))
-            place, response_of = place[marks], response_of[marks]
+            mask = torch.tensor(list(chain.from_iterable(chain.from_iterable(masks))))
+            position, response_of = position[mask], response_of[mask]
         return cls(
             input_ids=ids,
             layout=layout,
-            scored=layout.index.key_index[place - 1],
-            targets=ids[layout.index.key_index[place]],
+            scored=layout.index.key_index[position - 1],
+            targets=ids[layout.index.key_index[position]],
             response_of=response_of,
             lengths=torch.bincount(response_of, minlength=len(sizes)),
             weights=torch.tensor(weights, dtype=torch.float64),
@@ -317,8 +317,8 @@ class PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         images = tuple(
-            tuple({name: function(tensor) for name, tensor in image.items()} for image in several)
-            for several in self.images
+            tuple({name: function(tensor) for name, tensor in image.items()} for image in comparison_images)
+            for comparison_images in self.images
         )
         return replace(self, layout=layout, images=images, **tensors)
 

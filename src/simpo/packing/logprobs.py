@@ -89,7 +89,7 @@ class _FusedLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight, d_bias = None, None
-        several = len(targets) > ctx.rows
+        chunked = len(targets) > ctx.rows
         for start in reversed(range(0, len(targets), ctx.rows)):
             chunk = slice(start, start + ctx.rows)
             kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward must recompute it
@@ -100,9 +100,9 @@ class _FusedLogprobs(torch.autograd.Function):
                 d_hidden[chunk] = ((matrix @ head.weight) * factor).to(hidden.dtype)
             narrow = (hidden[chunk] * factor).to(ctx.dtype)
             if wants_weight:
-                d_weight = _accumulate(d_weight, matrix.T, narrow, several)
+                d_weight = _accumulate(d_weight, matrix.T, narrow, chunked)
             if wants_bias:
-                d_bias = _accumulate(d_bias, factor.T.to(ctx.dtype), matrix, several)  # [1, V]
+                d_bias = _accumulate(d_bias, factor.T.to(ctx.dtype), matrix, chunked)  # [1, V]
             del kept, matrix  # before computing the next chunk
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias[0].to(bias.dtype)
@@ -136,11 +136,11 @@ def _d_product(head: Head, hidden: Tensor, targets: Tensor, probabilities: Tenso
     return (probabilities if slope is None else probabilities.mul_(slope)).to(dtype)
 
 
-def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, several: bool) -> Tensor:
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, chunked: bool) -> Tensor:
     """Return ``total + left @ right``; half-precision products of several chunks are summed in fp32."""
     if total is None:
         product = left @ right
-        return product.float() if several and product.dtype.itemsize < 4 else product
+        return product.float() if chunked and product.dtype.itemsize < 4 else product
     return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
 
 

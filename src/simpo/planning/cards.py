@@ -151,8 +151,8 @@ def stored_rates() -> dict[str, Rates]:
 
 def store_rates(rates: Mapping[str, Rates]) -> Path:
     """Store rates by machine name, keep those of other machines, and return the file."""
-    every = {name: asdict(each) for name, each in (stored_rates() | dict(rates)).items()}
-    write_text(_rates_file(), json.dumps(every, indent=2) + "\n")
+    merged = {name: asdict(values) for name, values in (stored_rates() | dict(rates)).items()}
+    write_text(_rates_file(), json.dumps(merged, indent=2) + "\n")
     return _rates_file()
 
 

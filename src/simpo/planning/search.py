@@ -291,7 +291,7 @@ class Planner:
         middle = max(self.recipe_choice.max_batch_tokens, self.longest)
         budgets = sorted({self.longest, middle, *(budget for budget in _BUDGETS if budget > self.longest)})
         ranked: list[tuple[tuple[float, ...], Choice]] = []
-        for place, sharding in enumerate(shardings or self._shardings):
+        for preference, sharding in enumerate(shardings or self._shardings):
             if sum(self._states(sharding).values()) > self.capacity:
                 continue  # avoids measuring a step, which takes a second or two
             for budget, share in product(budgets, sorted({*_SHARES, self.recipe_choice.checkpointed_share})):
@@ -299,7 +299,7 @@ class Planner:
                 none, full = (self.estimate(choice, Choice(middle, end, sharding)) for end in (0.0, 1.0))
                 if (1 - share) * none.total + share * full.total <= self.capacity:
                     seconds = (1 - share) * (none.step_seconds or 0.0) + share * (full.step_seconds or 0.0)
-                    ranked.append(((seconds, place, share, -budget), choice))
+                    ranked.append(((seconds, preference, share, -budget), choice))
         estimates = (self.estimate(choice) for _, choice in sorted(ranked, key=lambda item: item[0]))
         fitting = islice(filter(self.fits, estimates), _MEASURED if self.rates else 1)
         return min(fitting, key=lambda estimate: estimate.step_seconds or 0.0, default=None)
