@@ -86,7 +86,7 @@ def load_model(model: str | ModelArguments) -> PreTrainedModel | PeftModel:
 
 
 def check_model_files(arguments: ModelArguments) -> None:
-    """Raise :class:`SimpoError` if a model's files are incomplete, without loading it; for engines that do so."""
+    """Raise :class:`SimpoError` if a model's files are incomplete; for engines that load the weights themselves."""
     _load_causal(base_model_of(arguments), device_map="meta")
 
 
@@ -118,9 +118,9 @@ def auto_class(config: Any) -> Any:
 
 
 def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
-    """Load a model and report missing, unexpected and mismatched weights, for :func:`check_weights`.
+    """Load a model, and return it with its missing, unexpected and mismatched weights, for :func:`check_weights`.
 
-    Tied weights, and those that transformers itself expects to differ, are not reported.
+    Tied weights, and those that transformers itself expects to be missing or unexpected, are not included.
     """
     options = _loading_options(arguments) | options
     if not arguments.allow_pickle:

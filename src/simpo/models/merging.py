@@ -50,7 +50,7 @@ def write_merged(arguments: ModelArguments, folder: Path) -> None:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """Add the adapter's product to the base model's weights, rounded once to their dtype, and return that model."""
+    """Merge the adapter into the base model's weights, rounding only once to their dtype, and return that model."""
     if changes_tied_weights(model):
         raise SimpoError(CANNOT_MERGE)
     return model.merge_and_unload()  # type: ignore[operator]

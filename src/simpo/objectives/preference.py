@@ -36,7 +36,7 @@ _GAMMA = {"gamma": Alias("gamma_beta_ratio", lambda gamma, values: gamma / value
 
 
 def preference_nll(margin: Tensor, label_smoothing: float) -> Tensor:
-    """Compute the negative log-likelihood of the labels under Bradley-Terry, ``[B]``; ``margin`` is ``[B]`` in nats.
+    """Compute the negative log-likelihood ``[B]`` of the labels under Bradley-Terry; ``margin`` ``[B]`` is in nats.
 
     ``label_smoothing`` is the probability that a label is wrong (Mitchell 2023, cDPO).
     """

@@ -1,4 +1,4 @@
-"""Knows the speed and memory of graphics cards, and measures this machine's."""
+"""Describes the memory and speed of graphics cards, and measures the speed of this machine."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ CARDS = {name: Card(name, *values) for name, values in _SHEETS.items()}
 def find_card(
     name: str | None, memory_gb: float | None = None, tflops: float | None = None, terabytes: float | None = None
 ) -> Card:
-    """Find a card by name, and override its data sheet with any values that are given, which mean the same as there.
+    """Find a card by name, and override its data sheet with any values given; see :class:`Card` for their units.
 
     ``name`` is a key of :data:`CARDS`, in any case and with any separators; without a memory size, the first card of
     that model is used. A new name needs ``memory_gb`` and ``tflops``; its ``terabytes`` default to 1 per 300 TFLOP/s.
