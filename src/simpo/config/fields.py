@@ -232,7 +232,7 @@ def _explain_invalid(value: Any, annotation: Any, metadata: Mapping[str, Any]) -
     bounds = {name: metadata[name] for name in _BOUNDS if name in metadata}
     if not bounds:
         choices = [choices_of(member) for member in members_of(annotation) if member is not type(None)]
-        if not choices or not all(choices) or any(value in some for some in choices):
+        if not choices or not all(choices) or any(value in allowed for allowed in choices):
             return None
         return f"{value!r} is not one of {', '.join(map(str, chain(*choices)))}"
     whole = not accepts(annotation, float)
@@ -247,8 +247,8 @@ def _explain_invalid(value: Any, annotation: Any, metadata: Mapping[str, Any]) -
 
 def setting_of(cls: Any, name: str) -> Any:
     """Declare the same setting as field ``name`` of another dataclass: same default, help text and bounds."""
-    known: dataclasses.Field = cls.__dataclass_fields__[name]
-    return dataclasses.field(default=known.default, metadata=known.metadata)
+    original: dataclasses.Field = cls.__dataclass_fields__[name]
+    return dataclasses.field(default=original.default, metadata=original.metadata)
 
 
 @dataclass(frozen=True)

@@ -192,10 +192,10 @@ def objective_mistakes(keys: Mapping[str, Any]) -> list[str]:
     ``keys`` maps all given keys to their values.
     """
     theirs = {*_RENAMED, *_VALUES, *_ADVICE, *_KEYS["dropped"], "lora_target", "lora_rank"} - _COMMON
-    found = next((key for key, value in keys.items() if key in theirs and not is_off(value)), None)
-    if found is None or _DETERMINE_THE_OBJECTIVE & keys.keys():
+    key = next((key for key, value in keys.items() if key in theirs and not is_off(value)), None)
+    if key is None or _DETERMINE_THE_OBJECTIVE & keys.keys():
         return []
-    return [f"objective: not given, and {found} is another toolkit's key; set objective: dpo, or whichever you want"]
+    return [f"objective: not given, and {key} is another toolkit's key; set objective: dpo, or whichever you want"]
 
 
 def paper_settings(file: Set[str], keys: Set[str]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _rename_model_options(options: list[tuple[str, list[str]]], positionals: lis
 
 def _take_spare_values(options: list[tuple[str, list[str]]], keys: Mapping[str, Key], wanted: int) -> list[str]:
     """Take up to ``wanted`` values from options that do not need them, such as ``MODEL`` in ``--n 2 MODEL``."""
-    found: list[str] = []
+    taken: list[str] = []
     for name, values in options:
         key = keys.get(name)
         if key is None or (accepts(key.annotation, list, dict) and not key.repeat):
@@ -124,11 +124,11 @@ def _take_spare_values(options: list[tuple[str, list[str]]], keys: Mapping[str, 
             needed = 2
         elif accepts(key.annotation, bool) and not accepts(key.annotation, str, int, float):
             needed = int(bool(values) and values[0].lower() in _BOOLEANS)
-        spare = values[needed:][: wanted - len(found)]
+        spare = values[needed:][: wanted - len(taken)]
         if spare:
-            found += spare
+            taken += spare
             values[:] = values[:needed] + values[needed + len(spare) :]
-    return found
+    return taken
 
 
 def _option_value(texts: list[str]) -> Any:
@@ -270,13 +270,13 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
         if _expanded_size(node, {}) > _MAX_VALUES:
             raise SimpoError(f"{path}: aliases (*) expand to over {_MAX_VALUES:,} values, or a value contains itself")
         loader.flatten_mapping(node)  # expands merge keys (<<) in front of the mapping's own keys, which thus win
-    found = {}
+    settings = {}
     for key, value in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
         with _reading(f"{place}: {key.value}"):
             plain = _to_plain(loader, value)
-        found[key.value] = Setting(key.value, plain, place, f"{place}: {key.value}")
-    yield from found.values()
+        settings[key.value] = Setting(key.value, plain, place, f"{place}: {key.value}")
+    yield from settings.values()
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
@@ -362,16 +362,16 @@ def parse_settings(
 
 def _implied(path: str | None, in_file: Set[str], all_keys: Set[str], known: Set[str]) -> dict[str, Setting]:
     """Return the settings that the paper's own recipes leave out because its code hard-codes them."""
-    found = {key: value for key, value in paper_settings(in_file, all_keys).items() if key in known}
-    if found:
-        shown = ", ".join(f"{key}: {value}" for key, value in found.items())
+    implied = {key: value for key, value in paper_settings(in_file, all_keys).items() if key in known}
+    if implied:
+        shown = ", ".join(f"{key}: {value}" for key, value in implied.items())
         logger.warning(
             "%s has the keys of the paper's own recipes: text is tokenized and truncated as in the paper's code (%s); "
             "set these keys to change that, and chat_template to replace the model's own (the paper's code has another "
             "one for models with 'mistral' in their name)",
             *(path, shown),
         )
-    return {key: Setting(key, value, None, f"{path}: {key}") for key, value in found.items()}
+    return {key: Setting(key, value, None, f"{path}: {key}") for key, value in implied.items()}
 
 
 def _build_all(
@@ -386,14 +386,14 @@ def _build_all(
     for cls in types:
         if any(key.default is MISSING and key.name in unfit for key in keys_of([cls]).values()):
             continue
-        found: tuple[Any, ...] = ()
+        errors: tuple[Any, ...] = ()
         try:
             built.append(build(cls, values, settings))
         except SimpoError as error:
-            found = error.args
+            errors = error.args
         # One error about a missing objective is enough.
         unclear = any(_NO_OBJECTIVE in mistake for mistake in mistakes)
-        mistakes += [mistake for mistake in found if not (unclear and _NO_OBJECTIVE in mistake)]
+        mistakes += [mistake for mistake in errors if not (unclear and _NO_OBJECTIVE in mistake)]
     if mistakes:
         raise CombinedError(*dict.fromkeys(mistakes))
     return tuple(built)
@@ -404,14 +404,14 @@ def _merge(
 ) -> dict[str, Setting]:
     """Merge the settings: the command line overrides the file, and drops the keys there that it replaces."""
     replaced: dict[str, str] = {}
-    for one, other in ((key, other) for key, others in replaces.items() for other in others):
+    for a, b in ((key, b) for key, others in replaces.items() for b in others):
         for place in (file, line):
-            if one in place and other in place:
-                raise SimpoError(f"{place[one].label}: cannot be combined with {place[other].label}; keep one of them")
-        if one in line:
-            replaced[other] = one
-        if other in line:
-            replaced[one] = other
+            if a in place and b in place:
+                raise SimpoError(f"{place[a].label}: cannot be combined with {place[b].label}; keep one of them")
+        if a in line:
+            replaced[b] = a
+        if b in line:
+            replaced[a] = b
     for key, by in replaced.items():
         if key in file:
             logger.warning("%s is replaced by %s", file[key].label, line[by].label)

@@ -195,7 +195,7 @@ class ChatTemplate:
         """
         texts = [node.value for node in self._syntax_tree.find_all(nodes.Const) if isinstance(node.value, str)]
         texts += [node.data for node in self._syntax_tree.find_all(nodes.TemplateData)]
-        return frozenset("".join(found) for text in texts for found in _NAMED_ROLE.findall(text))
+        return frozenset("".join(role) for text in texts for role in _NAMED_ROLE.findall(text))
 
     def renders(self, messages: Sequence[Message], texts: Sequence[str], context: Context | None = None) -> bool:
         """Whether the template accepts the messages and its output contains all of the texts."""
@@ -207,26 +207,26 @@ class ChatTemplate:
 
     def notices(self, end: EndOfTurn) -> list[str]:
         """Return surprising properties of the template, one sentence each; ``end`` is how it ends a turn."""
-        found, asked = [], _user_turn(SENTINEL)
+        sentences, question = [], _user_turn(SENTINEL)
         with suppress(BadRow):  # a faulty template is reported when it is used
-            prompt = self.render(asked, Context(), generation_prompt=True)
-            answered = self.render([*asked, {"role": "assistant", "content": _SENTINELS[0]}], Context())
+            prompt = self.render(question, Context(), generation_prompt=True)
+            answered = self.render([*question, {"role": "assistant", "content": _SENTINELS[0]}], Context())
             header = answered.removeprefix(prompt).partition(_SENTINELS[0])[0]
-            if prompt == self.render(asked, Context()) and answered.startswith(prompt) and header.strip():
-                found.append(
+            if prompt == self.render(question, Context()) and answered.startswith(prompt) and header.strip():
+                sentences.append(
                     f"the chat template has no generation prompt: the header {header.strip()!r} is part of every "
                     "answer, so it is scored and has to be generated"
                 )
             if self._writes_date(prompt):
-                known = "date_string" in self.variables
-                advice = "; set chat_template_kwargs: {date_string: ...} to fix the date" if known else ""
-                found.append(f"the chat template writes the current date into prompts{advice}")
+                has_date = "date_string" in self.variables
+                advice = "; set chat_template_kwargs: {date_string: ...} to fix the date" if has_date else ""
+                sentences.append(f"the chat template writes the current date into prompts{advice}")
         if end.tail.strip() and end.text not in end.tail:
-            found.append(
+            sentences.append(
                 f"the chat template ends turns with {end.tail.strip()!r}, which is not a token of this tokenizer; "
                 f"answers end with {end.text!r} instead"
             )
-        return found
+        return sentences
 
     def _writes_date(self, prompt: str) -> bool:
         """Whether ``prompt``, a rendered user message, depends on the date (through transformers' strftime_now)."""
@@ -318,8 +318,8 @@ class ChatTemplate:
         for call in message["tool_calls"]:
             arguments = call["function"]["arguments"]
             if not as_text:
-                found = as_object(arguments)  # text that is not a JSON object is left alone
-                arguments = arguments if found is None else found
+                parsed = as_object(arguments)  # text that is not a JSON object is left alone
+                arguments = arguments if parsed is None else parsed
             elif not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
             calls.append({**call, "function": {**call["function"], "arguments": arguments}})
@@ -350,10 +350,10 @@ def as_object(arguments: str | dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(arguments, str):
         return arguments
     try:
-        found = json.loads(arguments)
+        parsed = json.loads(arguments)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
@@ -362,9 +362,9 @@ def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | Non
         text = render_messages(tokenizer, _user_turn(SENTINEL), add_generation_prompt=True)
     except BadRow:
         return None
-    before, found, after = text.partition(SENTINEL)
+    before, sentinel, after = text.partition(SENTINEL)
     before = before.removeprefix(tokenizer.bos_token or "").strip()
-    return (before, after.strip()) if found and before and after.strip() else None
+    return (before, after.strip()) if sentinel and before and after.strip() else None
 
 
 @dataclass(frozen=True)
@@ -387,14 +387,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     If EOS directly follows that token in every turn, as in Command R7B's template, EOS ends the response.
     """
     tail = _text_after_answer(tokenizer) if tokenizer.chat_template else ""
-    found = [
+    candidates = [
         (position, -len(token.content), token.content, token_id)
         for token_id, token in tokenizer.added_tokens_decoder.items()
         # Some tokenizers have added tokens that are pure whitespace, for code.
         if (token.special or token.content.strip()) and (position := tail.find(token.content)) >= 0
     ]
-    if found:
-        *_, text, token_id = min(found)
+    if candidates:
+        *_, text, token_id = min(candidates)
         eos = tokenizer.eos_token
         if (
             eos
@@ -440,9 +440,9 @@ class AnswerNormalizer:
         # Everything that the template writes after an answer, e.g. Phi-3's "<|end|>\n<|endoftext|>", or just the token.
         whole = r"\s*".join(map(re.escape, end.tail.split()))
         self._ends = re.compile(rf"(?:{'|'.join(filter(None, (whole, re.escape(end.text))))})\s*\Z")
-        own = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token}
+        special_tokens = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token}
         # Some tokenizers pad with a plain-text token, such as "!".
-        texts = {*_ENDS, *(text for text in own if text and _MARKUP.search(text))} - {end.text}
+        texts = {*_ENDS, *(text for text in special_tokens if text and _MARKUP.search(text))} - {end.text}
         self._unexpected = re.compile(rf"({'|'.join(map(re.escape, sorted(texts)))})\s*\Z")
 
     def normalize(self, content: str) -> str:
@@ -451,17 +451,17 @@ class AnswerNormalizer:
         Raises:
             BadRow: the answer starts with BOS, or ends with an end token that does not end turns in this chat template.
         """
-        while found := self._ends.search(content):
-            content = content[: found.start()]
+        while match := self._ends.search(content):
+            content = content[: match.start()]
         # "<s>...</s>" within a text is HTML for strikethrough, not BOS and EOS.
         struck = self._bos == "<s>" and "</s>" in content.rstrip().removesuffix("</s>")
         if self._bos and content.lstrip().startswith(self._bos) and not struck:
             raise BadRow(f"an answer starts with {self._bos!r}, the BOS token: remove it from the row")
         # Without a chat template, text is used unchanged.
-        found = self._unexpected.search(content) if self._has_template else None
-        if found and not (found[1] == "</s>" and "<s>" in content):
+        match = self._unexpected.search(content) if self._has_template else None
+        if match and not (match[1] == "</s>" and "<s>" in content):
             raise BadRow(
-                f"an answer ends with {found[1]!r}, which does not end turns in this chat template: remove it from "
+                f"an answer ends with {match[1]!r}, which does not end turns in this chat template: remove it from "
                 "the row"
             )
         return content

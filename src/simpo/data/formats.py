@@ -96,9 +96,9 @@ def read_comparison(row: Mapping[str, Any], where: str, roles: Collection[str] =
         ranked, scores = _ranked(row["responses"], row["scores"])
         prompt, responses = _read_responses(row["prompt"], ranked, ("a response",) * len(ranked), roles)
         used = ("prompt", "responses", "scores")
-    prompt, found, context = apply_context(row, prompt, responses)
+    prompt, answers, context = apply_context(row, prompt, responses)
     extra = other_columns(row, *used, *CONTEXT_COLUMNS)
-    return Comparison(prompt, tuple(found), where, extra, scores, context=context)
+    return Comparison(prompt, tuple(answers), where, extra, scores, context=context)
 
 
 def _ranked(responses: object, scores: object) -> tuple[list[Any], tuple[float, ...]]:
@@ -131,9 +131,9 @@ def read_feedback(row: Mapping[str, Any], where: str, roles: Collection[str] = R
     if label is None:
         raise BadRow("label is neither true nor false (1 or 0)")
     prompt, responses = _read_responses(row["prompt"], (row["completion"],), ("completion",), roles)
-    prompt, found, context = apply_context(row, prompt, responses)
+    prompt, answers, context = apply_context(row, prompt, responses)
     extra = other_columns(row, *used, *CONTEXT_COLUMNS)
-    return Comparison(prompt, tuple(found), where, extra, label=label, context=context)
+    return Comparison(prompt, tuple(answers), where, extra, label=label, context=context)
 
 
 def _read_responses(
@@ -344,8 +344,8 @@ def suspicions(row: Mapping[str, Any], content: Comparison, options: Collection[
     for name in ASKED_COLUMNS:
         # Messages may include an answer, which is only missed if answers are read.
         unread = name == "prompt" or (name in content.extra and (openings or isinstance(row[name], str)))
-        given = list(texts_of(row.get(name))) if unread else []
-        if given and _any_missing(given, [*_texts(content.prompt), *following]):
+        question_texts = list(texts_of(row.get(name))) if unread else []
+        if question_texts and _any_missing(question_texts, [*_texts(content.prompt), *following]):
             yield f"ignored: column {name!r}, which does not occur in the conversation"
     asked = _texts(content.prompt, "user")
     if not all(text.strip() for text in asked):
@@ -383,6 +383,6 @@ def _normalize_whitespace(text: str) -> str:
 
 def _texts(items: str | Sequence[Response], *roles: str) -> list[str]:
     """Return a single text, or the texts of answers or messages, the latter only for ``roles`` if any are given."""
-    several = [items] if isinstance(items, str) else items
-    messages = [{"content": item} if isinstance(item, str) else item for item in several]
-    return [one["content"] for one in messages if not roles or one.get("role") in (None, *roles)]
+    responses = [items] if isinstance(items, str) else items
+    messages = [{"content": item} if isinstance(item, str) else item for item in responses]
+    return [message["content"] for message in messages if not roles or message.get("role") in (None, *roles)]

@@ -51,11 +51,11 @@ class ImageReader:
 
     # ---- From the cells of a row to text.
 
-    def insert_images(self, found: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
+    def insert_images(self, texts: Sequence[Rendered], values: Sequence[Any]) -> list[tuple[Rendered, dict[str, Any]]]:
         """Write a row's images into its rendered texts.
 
         Args:
-            found: the texts, with one image token from the chat template per image. If there are several, each is a
+            texts: the texts, with one image token from the chat template per image. If there are several, each is a
                 prefix of the next one and contains as many of the first images as it has tokens.
             values: the images as given in the row, in order: paths, bytes or ``{"bytes", "path"}``.
 
@@ -66,21 +66,21 @@ class ImageReader:
             BadRow: an image cannot be read, or the template does not render all of them.
         """
         if not values:
-            return [(rendered, {IMAGES: [], DIGESTS: []}) for rendered in found]
+            return [(rendered, {IMAGES: [], DIGESTS: []}) for rendered in texts]
         references = [self._to_reference(value) for value in values]
         digests = [_digest(_read_bytes(reference)) for reference in references]
         expansions = [self._expand_token(reference) for reference in references]
-        counts = [rendered.texts[-1].count(self.token) for rendered in found]
+        counts = [rendered.texts[-1].count(self.token) for rendered in texts]
         if counts[-1] != len(values):
             raise BadRow(f"the row has {len(values)} images, but the chat template renders {counts[-1]}")
         return [
             (self._expand(rendered, expansions), {IMAGES: references[:count], DIGESTS: digests[:count]})
-            for rendered, count in zip(found, counts, strict=True)
+            for rendered, count in zip(texts, counts, strict=True)
         ]
 
     def _to_reference(self, value: Any) -> Reference:
-        given = value if isinstance(value, Mapping) else {"bytes" if isinstance(value, bytes) else "path": value}
-        content, path = given.get("bytes"), given.get("path")
+        fields = value if isinstance(value, Mapping) else {"bytes" if isinstance(value, bytes) else "path": value}
+        content, path = fields.get("bytes"), fields.get("path")
         if content is None and isinstance(path, str) and path.startswith("data:"):
             content = path.partition(",")[2]
         if isinstance(content, str):
@@ -104,7 +104,7 @@ class ImageReader:
         def expand(text: str) -> str:
             first, *rest = text.split(self.token)
             return first + "".join(
-                own + following for own, following in zip(expansions[: len(rest)], rest, strict=True)
+                expansion + following for expansion, following in zip(expansions[: len(rest)], rest, strict=True)
             )
 
         answers = tuple(replace(answer, prompt=expand(answer.prompt)) for answer in rendered.answers)
@@ -137,7 +137,7 @@ class ImageReader:
             references: the images, as stored in the column :data:`IMAGES`.
             digests: the SHA-256 of each.
         """
-        found = []
+        tensors_per_image = []
         for reference, digest in zip(references, digests, strict=True):
             try:
                 if _digest(_read_bytes(reference)) != digest:
@@ -145,8 +145,8 @@ class ImageReader:
                 inputs = self._process([reference], return_tensors="pt")
             except BadRow as bad:
                 raise SimpoError(f"{reference['path'] or 'images'}: {bad.reason}") from bad
-            found.append({name: tensor for name, tensor in inputs.items() if name not in _TEXT_INPUTS})
-        return tuple(found)
+            tensors_per_image.append({name: tensor for name, tensor in inputs.items() if name not in _TEXT_INPUTS})
+        return tuple(tensors_per_image)
 
     def example(self, reference: Reference) -> dict[str, Any]:
         """Return the processor's complete output for a text that consists of one image twice."""

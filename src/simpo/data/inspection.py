@@ -93,15 +93,15 @@ def inspect_prepared(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, set
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
     """Return percentiles that are lengths of actual texts rather than interpolated ones."""
-    found = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
-    return {name: int(value) for name, value in zip(PERCENTILES, found, strict=True)}
+    percentiles = np.percentile(values, list(PERCENTILES.values()), method="inverted_cdf")
+    return {name: int(value) for name, value in zip(PERCENTILES, percentiles, strict=True)}
 
 
 def shared_rows(train: Dataset, held_out: Dataset) -> tuple[int, int]:
     """Count the tokenized held-out rows that are also training rows, and those whose prompt is a training prompt."""
     known_rows, known_prompts = map(set, zip(*_digests(train), strict=True))
-    found = list(_digests(held_out))
-    return sum(row in known_rows for row, _ in found), sum(prompt in known_prompts for _, prompt in found)
+    digests = list(_digests(held_out))
+    return sum(row in known_rows for row, _ in digests), sum(prompt in known_prompts for _, prompt in digests)
 
 
 def _digests(rows: Dataset) -> Iterator[tuple[bytes, bytes]]:
@@ -124,9 +124,9 @@ def _parts_of_rows(rows: Dataset) -> Iterator[list[bytes]]:
     columns = [name for name in ("prompt_ids", "response_ids", DIGESTS) if name in rows.column_names]
     for batch in rows.with_format("arrow").select_columns(columns).iter(batch_size=1000):
         images = batch[DIGESTS].to_pylist() if DIGESTS in columns else [None] * len(batch)
-        for prompt, responses, own in zip(batch["prompt_ids"], batch["response_ids"], images, strict=True):
+        for prompt, responses, image_digests in zip(batch["prompt_ids"], batch["response_ids"], images, strict=True):
             texts = [ids.values.to_numpy().astype(np.int64).tobytes() for ids in (prompt, *responses.values)]
-            yield ["".join(own or ()).encode() + texts[0], *texts[1:]]
+            yield ["".join(image_digests or ()).encode() + texts[0], *texts[1:]]
 
 
 def _digest(texts: Sequence[bytes]) -> bytes:
@@ -190,8 +190,8 @@ def distinct_ngrams(responses: Sequence[str]) -> float | None:
 
     Source: Li, Galley, Brockett, Gao and Dolan 2016 (arXiv 1510.03055), distinct-2, over the answers to one prompt.
     """
-    found = [bigram for text in responses for bigram in pairwise(text.split())]
-    return len(set(found)) / len(found) if found else None
+    bigrams = [bigram for text in responses for bigram in pairwise(text.split())]
+    return len(set(bigrams)) / len(bigrams) if bigrams else None
 
 
 def mean_overlap(responses: Sequence[str]) -> float | None:
@@ -212,21 +212,21 @@ def longer_wins(answers: AnswerSet) -> float | None:
 
     Only pairs that differ in both length and score count; None if there are none.
     """
-    found = [
+    wins = [
         (len(a) > len(b)) == (x > y)
         for (a, x), (b, y) in combinations(answers.scored(), 2)
         if len(a) != len(b) and x != y
     ]
-    return sum(found) / len(found) if found else None
+    return sum(wins) / len(wins) if wins else None
 
 
 def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
     """Return metrics of answer diversity: means over the prompts for which each measure is defined."""
     measures: dict[str, list[float] | list[float | None]] = {
-        "characters": [float(np.mean([len(text) for text in found.responses])) for found in sets],
-        "distinct_answers": [len(set(found.responses)) / len(found.responses) for found in sets],
-        "distinct_2": [distinct_ngrams(found.responses) for found in sets],
-        "overlap": [mean_overlap(found.responses) for found in sets],
+        "characters": [float(np.mean([len(text) for text in answers.responses])) for answers in sets],
+        "distinct_answers": [len(set(answers.responses)) / len(answers.responses) for answers in sets],
+        "distinct_2": [distinct_ngrams(answers.responses) for answers in sets],
+        "overlap": [mean_overlap(answers.responses) for answers in sets],
     }
     counts = [Metric(f"{prefix}/prompts", len(sets)), Metric(f"{prefix}/answers", sum(len(x.responses) for x in sets))]
     return counts + _intervals(prefix, measures)
@@ -235,30 +235,31 @@ def diversity_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
 def _intervals(prefix: str, measures: Mapping[str, Sequence[float | None]]) -> list[Metric]:
     metrics = []
     for name, values in measures.items():
-        if known := [value for value in values if value is not None]:
-            found = (share_interval if name in _SHARES else mean_interval)(known)
-            metrics.append(Metric.of(f"{prefix}/{name}", found))
+        if defined := [value for value in values if value is not None]:
+            interval = (share_interval if name in _SHARES else mean_interval)(defined)
+            metrics.append(Metric.of(f"{prefix}/{name}", interval))
     return metrics
 
 
 def score_metrics(prefix: str, sets: Sequence[AnswerSet]) -> list[Metric]:
     """Return metrics of the scores' distribution over answers and prompts, and of how often the longer answer wins."""
-    scored = [[score for _, score in found.scored()] for found in sets]
-    every = [score for scores in scored for score in scores]
-    metrics = [Metric(f"{prefix}/unscored", sum(len(found.responses) for found in sets) - len(every))]
-    if not every:
+    scores_per_set = [[score for _, score in answers.scored()] for answers in sets]
+    all_scores = [score for scores in scores_per_set for score in scores]
+    metrics = [Metric(f"{prefix}/unscored", sum(len(answers.responses) for answers in sets) - len(all_scores))]
+    if not all_scores:
         return metrics
-    some = [scores for scores in scored if scores]
+    scored_sets = [scores for scores in scores_per_set if scores]
     measures: dict[str, list[float] | list[float | None]] = {
-        "score": [float(np.mean(scores)) for scores in some],
-        "best_score": [max(scores) for scores in some],
-        "worst_score": [min(scores) for scores in some],
-        "longer_wins": [longer_wins(found) for found in sets],
+        "score": [float(np.mean(scores)) for scores in scored_sets],
+        "best_score": [max(scores) for scores in scored_sets],
+        "worst_score": [min(scores) for scores in scored_sets],
+        "longer_wins": [longer_wins(answers) for answers in sets],
     }
     metrics += _intervals(prefix, measures)
-    values = np.percentile(every, list(SCORE_PERCENTILES.values()))
+    values = np.percentile(all_scores, list(SCORE_PERCENTILES.values()))
     metrics += [
-        Metric(f"{prefix}/score/{name}", float(value), n=len(every))
+        Metric(f"{prefix}/score/{name}", float(value), n=len(all_scores))
         for name, value in zip(SCORE_PERCENTILES, values, strict=True)
     ]
-    return [*metrics, Metric(f"{prefix}/all_equal", sum(len(set(scores)) == 1 for scores in some), n=len(some))]
+    all_equal = sum(len(set(scores)) == 1 for scores in scored_sets)
+    return [*metrics, Metric(f"{prefix}/all_equal", all_equal, n=len(scored_sets))]

@@ -53,15 +53,15 @@ def read_messages(
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     items = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    found = [message for item in items if (message := _read_message(item, name, images)) is not None]
-    if not found:
+    messages = [message for item in items if (message := _read_message(item, name, images)) is not None]
+    if not messages:
         raise BadRow(f"{name} has no messages")
-    if roles is not None and (unknown := next((role for one in found if (role := one["role"]) not in roles), None)):
+    if roles is not None and (unknown := [message["role"] for message in messages if message["role"] not in roles]):
         raise BadRow(
-            f"a message has the role {unknown!r}, which is neither one of {', '.join(ROLES)} nor named in the chat "
+            f"a message has the role {unknown[0]!r}, which is neither one of {', '.join(ROLES)} nor named in the chat "
             "template"
         )
-    return found
+    return messages
 
 
 def _read_message(item: object, name: str, images: bool) -> Message | None:
@@ -171,8 +171,8 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 def split_reasoning(message: Message) -> tuple[str, str]:
     """Return the reasoning and content of an assistant message; the reasoning may have its own key or be in tags."""
     content = message["content"]
-    if thought := reasoning_of(message).strip():
-        return thought, content
+    if reasoning := reasoning_of(message).strip():
+        return reasoning, content
     head, end, rest = content.partition("</think>")
     if not end or (head.lstrip() and "<think>" in head and not head.lstrip().startswith("<think>")):
         return "", content
@@ -261,8 +261,8 @@ class Context:
     @property
     def columns(self) -> dict[str, Any]:
         """The columns to store this in, so that rows that are written can be read again."""
-        found = {"tools": self.tools, "chat_template_kwargs": dict(self.kwargs)}
-        return {name: value for name, value in found.items() if value}
+        values = {"tools": self.tools, "chat_template_kwargs": dict(self.kwargs)}
+        return {name: value for name, value in values.items() if value}
 
 
 def apply_context(
@@ -302,10 +302,10 @@ def apply_context(
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
     """Return a row's images as given; raise BadRow if several columns have some."""
-    found = [value for name in IMAGE_COLUMNS if (value := row.get(name)) not in (None, [], "")]
-    if len(found) > 1:
+    columns = [value for name in IMAGE_COLUMNS if (value := row.get(name)) not in (None, [], "")]
+    if len(columns) > 1:
         raise BadRow(f"columns {' and '.join(IMAGE_COLUMNS)} both have images; keep one of them")
-    return [] if not found else found[0] if isinstance(found[0], list) else found
+    return [] if not columns else columns[0] if isinstance(columns[0], list) else columns
 
 
 def _place_images(
@@ -371,12 +371,12 @@ def _context(row: Mapping[str, Any]) -> Context:
 
 def _read_tools(value: object) -> list[Any] | None:
     """Read tools from a cell: a list of JSON schemas, each an object or JSON text, or the whole list as JSON text."""
-    found = _from_json(value, "tools")
-    if not found:
+    schemas = _from_json(value, "tools")
+    if not schemas:
         return None
-    if not isinstance(found, list):
-        raise BadRow(f"tools is {kind_of(found)}, not a list of JSON schemas")
-    tools = [_from_json(tool, "tools") for tool in found]
+    if not isinstance(schemas, list):
+        raise BadRow(f"tools is {kind_of(schemas)}, not a list of JSON schemas")
+    tools = [_from_json(tool, "tools") for tool in schemas]
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools has an entry that is not a JSON schema")
     return tools

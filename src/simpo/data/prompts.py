@@ -94,7 +94,7 @@ def prepare_prompts(
     tokenizer, reader = split_processor(tokenizer, image_folder)
     tokenization = _Prompts(tokenizer, label, max_prompt_length, rendering, reader)
     prepared = tokenize(undecoded(dataset), tokenizer, tokenization)
-    found: dict[str, Prompt] = {}
+    distinct: dict[str, Prompt] = {}
     for row in prepared.dataset:
         content, extra = json.loads(row["content"]), json.loads(row["extra"])
         context, digests = Context(**json.loads(row["context"])), row.get(DIGESTS) or ()
@@ -102,9 +102,9 @@ def prepare_prompts(
         prompt = Prompt(
             identity, content, row["where"], extra, row["ids"], context=context, images=images, digests=digests
         )
-        if found.setdefault(prompt.id, prompt) is not prompt:
+        if distinct.setdefault(prompt.id, prompt) is not prompt:
             prepared.report.drop(REPEATED, prompt.where)
-    return Prompts(tuple(found.values()), prepared.report)
+    return Prompts(tuple(distinct.values()), prepared.report)
 
 
 def prompt_id(
@@ -128,7 +128,7 @@ def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
     Returns the distinct prompts and the report on all rows.
     """
     check_dataset(dataset, "prompts")
-    found: dict[str, PlainPrompt] = {}
+    distinct: dict[str, PlainPrompt] = {}
 
     def statuses() -> Iterator[tuple[str, list[str]]]:
         for given, where in rows_of(dataset[:], range(len(dataset)), "prompts"):
@@ -144,13 +144,13 @@ def read_prompts(dataset: Dataset) -> tuple[list[PlainPrompt], DataReport]:
             except BadRow as error:
                 yield where, [error.entry]
             else:
-                repeated = found.setdefault(prompt.id, prompt) is not prompt
+                repeated = distinct.setdefault(prompt.id, prompt) is not prompt
                 entries = [*([f"read: {read}"] if read else []), *suspicions(row, content)]
                 yield where, [*entries, *([f"dropped: {REPEATED}"] if repeated else [])]
 
     report = DataReport.of("prompts", statuses(), noun="prompts")
     report.check("skip")
-    return list(found.values()), report
+    return list(distinct.values()), report
 
 
 def columns_identity(prompts: Iterable[PlainPrompt]) -> dict[str, str]:
@@ -184,7 +184,8 @@ class _Prompts(Comparisons):
     def values(self, content: Comparison) -> Mapping[str, Any]:
         context, prompt = {"tools": content.context.tools, "kwargs": content.context.kwargs}, content.prompt
         if content.context.images and not isinstance(prompt, str):
-            prompt = [{**one, "content": (one["content"] or "").replace(IMAGE, IMAGE_IN_TEXT)} for one in prompt]
+            contents = [(message["content"] or "").replace(IMAGE, IMAGE_IN_TEXT) for message in prompt]
+            prompt = [{**message, "content": text} for message, text in zip(prompt, contents, strict=True)]
         return {"content": json.dumps(prompt), "context": json.dumps(context)}
 
     def finish(

@@ -98,7 +98,7 @@ class RenderedTurns(Rendered):
     def between(self) -> list[str]:
         """The text between each answer's end-of-turn token and the next answer."""
         pairs = pairwise(self.answers)
-        return [after.prompt[len(found.prompt + found.text + found.end.text) :] for found, after in pairs]
+        return [following.prompt[len(answer.prompt + answer.text + answer.end.text) :] for answer, following in pairs]
 
 
 class Renderer:
@@ -178,20 +178,20 @@ class Renderer:
         opening, rest, context, marker = self._prepare_messages(conversation, template)
         messages = [*opening, *rest]
         answers = []
-        for i in [len(opening) + place for place in conversation.scored] or [len(opening)]:
-            prompt = template.render(messages[:i], context, generation_prompt=True)
-            answers.append(self._extractor.answer(prompt, messages[:i], messages[i], context))
-        status = _status(template, answers[-1].prompt, messages[:i], [messages], context, answers)
+        for end in [len(opening) + index for index in conversation.scored] or [len(opening)]:
+            prompt = template.render(messages[:end], context, generation_prompt=True)
+            answers.append(self._extractor.answer(prompt, messages[:end], messages[end], context))
+        status = _status(template, answers[-1].prompt, messages[:end], [messages], context, answers)
         *earlier, last = answers
         if not earlier or (
-            all(last.whole.startswith(found.prompt + found.text + found.end.text) for found in earlier)
+            all(last.whole.startswith(answer.prompt + answer.text + answer.end.text) for answer in earlier)
             and last.whole.startswith(last.prompt)
         ):
             return [RenderedTurns(answers[0].prompt, tuple(answers), marker, status)]
-        statuses = [(_SPLIT, *status), *((PART, *found.status) for found in answers[1:])]
+        statuses = [(_SPLIT, *status), *((PART, *answer.status) for answer in answers[1:])]
         return [
-            RenderedTurns(found.prompt, (found,), marker, entries)
-            for found, entries in zip(answers, statuses, strict=True)
+            RenderedTurns(answer.prompt, (answer,), marker, entries)
+            for answer, entries in zip(answers, statuses, strict=True)
         ]
 
     def _as_text(self, comparison: Comparison) -> Rendered:
@@ -225,8 +225,8 @@ class Renderer:
             opens = self._whole_answers and "</think>" in template.source and content.lstrip().startswith("<think>")
             if message["role"] == "assistant" and opens and "</think>" not in content:
                 raise BadRow("reasoning does not end: <think> without </think>")
-            said = content.strip() or message.get("tool_calls") or reasoning_of(message)
-            if message["role"] == "assistant" and not said:
+            has_answer = content.strip() or message.get("tool_calls") or reasoning_of(message)
+            if message["role"] == "assistant" and not has_answer:
                 raise BadRow(_EMPTY)
         # The assistant may write some structural tokens, but only in the content of its messages.
         contents = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -346,14 +346,14 @@ class _AnswerExtractor:
             [whole, self.template.render([*before, {**other, "content": SENTINEL}], context)]
         )
         opening = header.removeprefix(self.template.render(before, context))
-        place = whole.rfind(opening, 0, len(shared))
-        body = whole[place + len(opening) :]
+        position = whole.rfind(opening, 0, len(shared))
+        body = whole[position + len(opening) :]
         # The header may have been found in an earlier turn. What follows this turn's is the same for any question.
         asking = [*before[:-1], {**before[-1], "content": SENTINEL}]
         if (
             opening == header
             or not opening.strip()
-            or place < 0
+            or position < 0
             or not self.template.render([*asking, message], context).endswith(opening + body)
         ):
             raise BadRow(_NO_PREFIX)
@@ -366,19 +366,19 @@ class _AnswerExtractor:
         while token := next((token for token in self._tokens if remaining.rstrip().endswith(token)), None):
             remaining = remaining.rstrip().removesuffix(token)
             tokens.insert(0, (len(remaining), token))
-        place = next((place for place, token in tokens if token == self._end.text), None)
-        if place is not None:
-            return rest[:place], self._end
+        position = next((position for position, token in tokens if token == self._end.text), None)
+        if position is not None:
+            return rest[:position], self._end
         if self._end.text in self._end.tail and tokens and message.get("tool_calls"):
-            place, token = tokens[-1]
+            position, token = tokens[-1]
             # A token that is also written between two calls ends a call, not the turn.
             twice = {**message, "tool_calls": [*message["tool_calls"], *message["tool_calls"]]}
             try:
-                more = self.template.render([*before, twice], context).count(token)
+                count = self.template.render([*before, twice], context).count(token)
             except BadRow:
-                more = 0
-            if more <= self.template.render([*before, message], context).count(token):
-                return rest[:place], EndOfTurn(self._tokens[token], token)
+                count = 0
+            if count <= self.template.render([*before, message], context).count(token):
+                return rest[:position], EndOfTurn(self._tokens[token], token)
         return rest.removesuffix(self._end.tail), self._end
 
     def _check_complete(self, text: str, before: list[Message], message: Message, context: Context) -> tuple[str, ...]:
@@ -404,7 +404,7 @@ class _AnswerExtractor:
         """
         if not self.template.renders_tool_calls:
             raise BadRow("the chat template does not render tool calls")
-        known, wanted = [], []
+        probes, expected = [], []
         for number, call in enumerate(calls):
             function = call["function"]
             arguments = as_object(function["arguments"])
@@ -414,10 +414,10 @@ class _AnswerExtractor:
                 continue
             name = f"\uf8ff{number}\uf8ff"
             values = {key: f"\uf8ff{number}-{i}\uf8ff" for i, key in enumerate(arguments)}
-            known.append({**call, "function": {**function, "name": name, "arguments": values}})
-            wanted += [name, *values.values()]
-        again = self.template.render([*before, {**message, "tool_calls": known}], context) if known else ""
-        if not all(one in again for one in wanted):
+            probes.append({**call, "function": {**function, "name": name, "arguments": values}})
+            expected += [name, *values.values()]
+        rendered = self.template.render([*before, {**message, "tool_calls": probes}], context) if probes else ""
+        if not all(text in rendered for text in expected):
             raise BadRow("the chat template does not render all tool calls of an answer")
 
 
@@ -427,61 +427,61 @@ class _AnswerExtractor:
 def _status(
     template: ChatTemplate,
     prompt: str,
-    asked: Sequence[Message],
+    question: Sequence[Message],
     conversations: Sequence[Sequence[Message]],
     context: Context,
     answers: Sequence[Answer],
 ) -> tuple[str, ...]:
     """Return status entries of the answers, and for anything that the template never reads or omits from the prompt.
 
-    ``asked`` holds the messages of the prompt; raises BadRow if a user, tool or system message among them is not
+    ``question`` holds the messages of the prompt; raises BadRow if a user, tool or system message among them is not
     rendered. ``conversations`` holds all messages of each of the row's conversations.
     """
-    found = [f"column {name!r}, which has no effect" for name in context.without_effect]
-    found += [
+    ignored = [f"column {name!r}, which has no effect" for name in context.without_effect]
+    ignored += [
         f"variable {name!r}, which the chat template never reads" for name in template.unread_variables(context.kwargs)
     ]
     if context.tools and not template.reads_tools:
-        found.append("tools, which the chat template does not render")
-    for place, message in enumerate(asked):
+        ignored.append("tools, which the chat template does not render")
+    for index, message in enumerate(question):
         if message["role"] == "assistant":
             thought, content = split_reasoning(message)
             if thought and thought not in prompt:
-                found.append("reasoning of earlier turns, which the chat template drops")
+                ignored.append("reasoning of earlier turns, which the chat template drops")
             if content.strip() not in prompt:
-                found.append("content of earlier answers, which the chat template drops")
+                ignored.append("content of earlier answers, which the chat template drops")
             if message.get("tool_calls") and not template.renders_tool_calls:
-                found.append("tool calls, which the chat template does not render")
-        elif not _is_rendered(template, prompt, asked, place, context):
+                ignored.append("tool calls, which the chat template does not render")
+        elif not _is_rendered(template, prompt, question, index, context):
             if message["role"] == "system" and not template.has_system_role:
                 raise BadRow(NO_SYSTEM_ROLE)
             raise BadRow(f"the chat template does not render a message with role {message['role']!r}")
     for messages in conversations:
-        found += _unread_keys(template, messages, context)
-    entries = [f"ignored: {what}" for what in found]
+        ignored += _unread_keys(template, messages, context)
+    entries = [f"ignored: {what}" for what in ignored]
     return tuple(dict.fromkeys([*entries, *(entry for answer in answers for entry in answer.status)]))
 
 
 def _is_rendered(
-    template: ChatTemplate, prompt: str, messages: Sequence[Message], place: int, context: Context
+    template: ChatTemplate, prompt: str, messages: Sequence[Message], index: int, context: Context
 ) -> bool:
     """Whether the content of a message is in the prompt, unchanged or reformatted by the template."""
-    texts = [text.strip() for text in messages[place]["content"].split(IMAGE)]
+    texts = [text.strip() for text in messages[index]["content"].split(IMAGE)]
     # Other messages may have the same text.
     counts = [sum(message["content"].count(text) for message in messages) for text in texts]
     written = [max(map(prompt.count, (text, json.dumps(text, ensure_ascii=False)[1:-1]))) for text in texts]
-    if all(found >= wanted for found, wanted in zip(written, counts, strict=True)):
+    if all(count >= needed for count, needed in zip(written, counts, strict=True)):
         return True
-    return template.renders(_replaced(messages, place, {**messages[place], "content": SENTINEL}), [SENTINEL], context)
+    return template.renders(_replaced(messages, index, {**messages[index], "content": SENTINEL}), [SENTINEL], context)
 
 
 def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: Context) -> Iterator[str]:
     """Yield unusual message keys that do not affect the rendered text."""
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         for key, value in message.items():
             if key in _USUAL_KEYS or value in ("", [], {}):
                 continue
-            without = _replaced(messages, place, {name: item for name, item in message.items() if name != key})
+            without = _replaced(messages, index, {name: item for name, item in message.items() if name != key})
             try:
                 unread = template.render(without, context) == template.render(messages, context)
             except BadRow:
@@ -490,5 +490,5 @@ def _unread_keys(template: ChatTemplate, messages: Sequence[Message], context: C
                 yield f"message key {key!r}, which the chat template never reads"
 
 
-def _replaced(messages: Sequence[Message], place: int, message: Message) -> list[Message]:
-    return [*messages[:place], message, *messages[place + 1 :]]
+def _replaced(messages: Sequence[Message], index: int, message: Message) -> list[Message]:
+    return [*messages[:index], message, *messages[index + 1 :]]

@@ -142,10 +142,10 @@ def _with_class_names(dataset: Dataset) -> Dataset:
     for name, feature in list(dataset.features.items()):
         if isinstance(feature, ClassLabel):
             numbers = dataset.with_format("arrow")[name]
-            known = pc.if_else(pc.less(numbers, 0), pa.scalar(None, numbers.type), numbers)
-            texts = pc.take(pa.array(feature.names, pa.string()), known)
-            numbered = f"{name} (number)"  # removed last, because a dataset without columns has no rows
-            dataset = dataset.rename_column(name, numbered).add_column(name, texts).remove_columns(numbered)
+            class_numbers = pc.if_else(pc.less(numbers, 0), pa.scalar(None, numbers.type), numbers)
+            texts = pc.take(pa.array(feature.names, pa.string()), class_numbers)
+            numbers_name = f"{name} (number)"  # removed last, because a dataset without columns has no rows
+            dataset = dataset.rename_column(name, numbers_name).add_column(name, texts).remove_columns(numbers_name)
     return dataset
 
 
@@ -226,8 +226,8 @@ def select_columns(dataset: Dataset, columns: Sequence[str], label: str) -> Data
         return dataset.map(_select_keys, fn_kwargs={"columns": list(columns)}, desc=f"Selecting columns of {label}")
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
-        found = ", ".join(column for column in dataset.column_names if column != WHERE)
-        raise SimpoError(f"dataset_mixture: {label} has no column {missing[0]!r}; it has {found}")
+        columns_present = ", ".join(column for column in dataset.column_names if column != WHERE)
+        raise SimpoError(f"dataset_mixture: {label} has no column {missing[0]!r}; it has {columns_present}")
     return dataset.select_columns([*columns, WHERE])
 
 
@@ -243,12 +243,12 @@ def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> D
     if not isinstance(mapping, Mapping) or not all(isinstance(item, str) for pair in mapping.items() for item in pair):
         raise SimpoError(f"column_mapping: {mapping!r} does not map columns of the data to columns of this toolkit")
     if ROW in dataset.column_names:
-        found = set().union(*(json.loads(text) for text in dataset[ROW]))
+        present = set().union(*(json.loads(text) for text in dataset[ROW]))
     else:
-        found = set(dataset.column_names) - {WHERE}
-    if missing := [column for column in mapping if column not in found]:
-        raise SimpoError(f"column_mapping: {name} has no column {missing[0]!r}; it has {', '.join(sorted(found))}")
-    kept = [*mapping.values(), *(found - set(mapping))]
+        present = set(dataset.column_names) - {WHERE}
+    if missing := [column for column in mapping if column not in present]:
+        raise SimpoError(f"column_mapping: {name} has no column {missing[0]!r}; it has {', '.join(sorted(present))}")
+    kept = [*mapping.values(), *(present - set(mapping))]
     if taken := [column for column in mapping.values() if kept.count(column) > 1]:
         raise SimpoError(f"column_mapping: {name} would have two columns {taken[0]!r}; rename the other one too")
     if ROW in dataset.column_names:

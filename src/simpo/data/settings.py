@@ -33,10 +33,10 @@ class RenderSettings:
     )
 
     def __post_init__(self) -> None:
-        given = self.chat_template_kwargs
-        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-            raise SimpoError(f"chat_template_kwargs: {given!r} is not a mapping of names to values")
-        if reserved := sorted(RESERVED_KWARGS & set(given)):
+        kwargs = self.chat_template_kwargs
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise SimpoError(f"chat_template_kwargs: {kwargs!r} is not a mapping of names to values")
+        if reserved := sorted(RESERVED_KWARGS & set(kwargs)):
             raise SimpoError(f"chat_template_kwargs: {reserved[0]!r} is not a variable of the template; leave it out")
         check_values(self)
 

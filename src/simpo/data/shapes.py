@@ -96,14 +96,14 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
 
     With ``answers``, columns that hold the answer to a question are converted as well.
     """
-    found = dict(row)
+    copy = dict(row)
     notes: list[str] = []
     for name, value in row.items():
-        found[name] = _decode_cell(value, name, notes)
-    read = [_read_system(found), _read_pair(found, answers=answers), _read_conversation(found), _read_question(found)]
+        copy[name] = _decode_cell(value, name, notes)
+    read = [_read_system(copy), _read_pair(copy, answers=answers), _read_conversation(copy), _read_question(copy)]
     if answers:
-        read += [_read_answer(found), _read_label(found)]
-    return found, "; ".join(dict.fromkeys([*notes, *filter(None, read)])) or None
+        read += [_read_answer(copy), _read_label(copy)]
+    return copy, "; ".join(dict.fromkeys([*notes, *filter(None, read)])) or None
 
 
 def first_canonical(dataset: Dataset) -> Row:
@@ -163,18 +163,18 @@ def _deserialize_messages(value: Any, name: str, notes: list[str]) -> Any:
     if not isinstance(value, str) or not _SERIALIZED.match(value):
         return value
     try:
-        found = parse_text(value)
+        parsed = parse_text(value)
     except ValueError:
         if any(all(re.search(rf"""["']{key}\\?["']\s*:""", value) for key in keys) for keys in _MESSAGE_KEYS):
             raise BadRow(f"{name} is a conversation serialized as neither JSON nor a Python list") from None
         return value
-    if isinstance(found, str):
-        return _deserialize_messages(found, name, notes)
-    items, kinds = (found, _MESSAGE_KEYS) if isinstance(found, list) else ([found], _MESSAGE_KEYS[:2])
+    if isinstance(parsed, str):
+        return _deserialize_messages(parsed, name, notes)
+    items, kinds = (parsed, _MESSAGE_KEYS) if isinstance(parsed, list) else ([parsed], _MESSAGE_KEYS[:2])
     if not all(isinstance(item, dict) and any(keys <= set(item) for keys in kinds) for item in items):
         return value
     notes.append(f"{name} parsed from text")
-    return found
+    return parsed
 
 
 def _convert_messages(value: Any, name: str, notes: list[str]) -> Any:
@@ -249,14 +249,14 @@ def _read_pair(row: Row, *, answers: bool) -> str | None:
 
 
 def _read_openai(row: Row) -> None:
-    given = row.pop("input")
-    if not isinstance(given, dict) or "messages" not in given:
+    conversation = row.pop("input")
+    if not isinstance(conversation, dict) or "messages" not in conversation:
         raise BadRow("input has no messages")
     row["chosen"], row["rejected"] = row.pop("preferred_output"), row.pop("non_preferred_output")
-    if clash := sorted(set(given) & set(row)):
+    if clash := sorted(set(conversation) & set(row)):
         raise BadRow(f"ambiguous: {clash[0]} is both a column and a key of input")
-    row.update({key: value for key, value in given.items() if key != "messages"})
-    row["prompt"] = given["messages"]
+    row.update({key: value for key, value in conversation.items() if key != "messages"})
+    row["prompt"] = conversation["messages"]
 
 
 def _read_verdict(row: Row, names: tuple[str, ...], *, answers: bool) -> None:
@@ -303,13 +303,13 @@ def _read_conversation(row: Row) -> str | None:
             row["prompt"] = row.pop("messages")
             return "messages as prompt"
         return None
-    known = _is_comparison(row) or row.get("completion") is not None
-    if known and row.get("prompt") is not None:
+    has_answers = _is_comparison(row) or row.get("completion") is not None
+    if has_answers and row.get("prompt") is not None:
         return None
-    if not known and row.get("messages"):
+    if not has_answers and row.get("messages"):
         raise BadRow(f"ambiguous columns {name} and messages: rename one with column_mapping")
-    row["prompt" if known else "messages"] = row.pop(name)
-    return f"{name} as {'prompt' if known else 'messages'}"
+    row["prompt" if has_answers else "messages"] = row.pop(name)
+    return f"{name} as {'prompt' if has_answers else 'messages'}"
 
 
 def _is_answer(value: Any) -> bool:
@@ -342,8 +342,8 @@ def _read_question(row: Row) -> str | None:
 
 
 def _read_answer(row: Row) -> str | None:
-    known = {"completion", "messages", "responses"} & _present(row)
-    if row.get("prompt") is None or known or _is_comparison(row):
+    answered = {"completion", "messages", "responses"} & _present(row)
+    if row.get("prompt") is None or answered or _is_comparison(row):
         return None
     name = _single_column(row, _ANSWER_COLUMNS)
     if name is None:

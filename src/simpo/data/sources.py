@@ -99,11 +99,11 @@ def _load_slices(load: Callable[[str], Dataset], split: str, name: str) -> Datas
         slices = ReadInstruction.from_spec(split).to_absolute({base: len(found) for base, found in rows.items()})
     except ValueError as error:
         raise SimpoError(f"{name}: split {split!r}: {one_line(error)}; write train[:90%] or train[100:]") from error
-    found = [rows[part.splitname].select(range(part.from_, part.to)) for part in slices if part.from_ < part.to]
-    if not found:
-        sizes = ", ".join(f"{len(whole)} in {base}" for base, whole in rows.items())
+    selected = [rows[part.splitname].select(range(part.from_, part.to)) for part in slices if part.from_ < part.to]
+    if not selected:
+        sizes = ", ".join(f"{len(base_rows)} in {base}" for base, base_rows in rows.items())
         raise SimpoError(f"{name}: split {split!r} has no rows (there are {sizes})")
-    return concatenate(found)
+    return concatenate(selected)
 
 
 def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
@@ -290,11 +290,11 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 
 def _object_without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
+    return mapping
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -364,8 +364,8 @@ def _check_header(header: list[str], path: Path) -> None:
         raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
     if padded := [name for name in header if name != name.strip()]:
         raise SimpoError(f"{path}:1: the column name {padded[0]!r} has whitespace around it; remove it")
-    if other := next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None):
-        raise SimpoError(f"{path}:1: the fields are separated by {other!r}; save the file with commas")
+    if delimiter := next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None):
+        raise SimpoError(f"{path}:1: the fields are separated by {delimiter!r}; save the file with commas")
 
 
 # ---- Mixtures of several datasets; the keys mean what they mean in alignment-handbook's recipes.
@@ -435,7 +435,7 @@ def load_mixture_list(
         Training rows and, with ``test_split_size``, evaluation rows. Each dataset is shuffled before the fraction
         ``weight`` is taken from it, and the concatenation is shuffled again.
     """
-    _check_keys(mixture, ("datasets", "seed", "test_split_size"), needed="datasets")
+    _check_keys(mixture, ("datasets", "seed", "test_split_size"), required="datasets")
     entries = mixture["datasets"]
     if not isinstance(entries, list) or not entries:
         raise SimpoError("dataset_mixture: 'datasets' is not a list of {id, config, split, columns, weight}")
@@ -444,7 +444,7 @@ def load_mixture_list(
         raise SimpoError(f"dataset_mixture: seed {seed!r} is not a whole number")
     parts = []
     for entry in entries:
-        _check_keys(entry, ("id", "config", "split", "columns", "weight"), needed="id")
+        _check_keys(entry, ("id", "config", "split", "columns", "weight"), required="id")
         name, split = entry["id"], entry.get("split") or "train"
         rows = load_rows(name, split=split, config=entry.get("config"), column_mapping=column_mapping)
         if entry.get("columns") is not None:
@@ -470,8 +470,8 @@ def _check_fraction(key: str, name: str, fraction: object) -> None:
         raise SimpoError(f"{key}: {name}: {fraction!r} is not a fraction between 0 and 1")
 
 
-def _check_keys(value: object, known: Sequence[str], *, needed: str) -> None:
-    if not isinstance(value, Mapping) or needed not in value:
-        raise SimpoError(f"dataset_mixture: {value!r} is not a mapping with {needed!r}")
-    if unknown := [name for name in value if name not in known]:
+def _check_keys(mapping: object, known: Sequence[str], *, required: str) -> None:
+    if not isinstance(mapping, Mapping) or required not in mapping:
+        raise SimpoError(f"dataset_mixture: {mapping!r} is not a mapping with {required!r}")
+    if unknown := [name for name in mapping if name not in known]:
         raise SimpoError(f"dataset_mixture: unknown key {unknown[0]!r}; known are {', '.join(known)}")

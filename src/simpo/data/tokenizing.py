@@ -119,10 +119,10 @@ def prepare_feedback(
 ) -> Prepared:
     """Tokenize single labeled responses like :func:`prepare`, with the additional column ``label``."""
     prepared = _prepare(_Feedback, dataset, tokenizer, settings, label)
-    found = pc.unique(prepared.dataset.with_format("arrow")["label"]).to_pylist()
-    if len(found) < 2:
+    labels = pc.unique(prepared.dataset.with_format("arrow")["label"]).to_pylist()
+    if len(labels) < 2:
         raise SimpoError(
-            f"{label}: every row has the label {str(found[0]).lower()}; both desirable (true) and undesirable (false) "
+            f"{label}: every row has the label {str(labels[0]).lower()}; both desirable (true) and undesirable (false) "
             "responses are needed"
         )
     return prepared
@@ -255,7 +255,7 @@ class Tokenization(ABC):
         rows = rows_of(batch, indices, self.label)
         drafts = [draft for row, where in rows for draft in self._draft_row(row, where)]
         rendered = [draft.rendered for draft in drafts if draft.rendered is not None]
-        all_ids = iter(self.encoder.encode_groups([(one.texts, one.marker) for one in rendered]))
+        all_ids = iter(self.encoder.encode_groups([(sequence.texts, sequence.marker) for sequence in rendered]))
         columns: dict[str, list[Any]] = {name: [] for name in self.features}
         for draft in drafts:
             values, status = draft.values, draft.status
@@ -284,17 +284,16 @@ class Tokenization(ABC):
             content = self.read(row, where)
             if (images := content.context.images) and self.images is None:
                 raise BadRow(NO_PROCESSOR)
-            found = self.render(content)
-            for rendered in found:
+            texts = self.render(content)
+            for rendered in texts:
                 check_unicode("".join(rendered.texts))
-            with_images = self.images.insert_images(found, images) if self.images else [(one, {}) for one in found]
+            with_images = self.images.insert_images(texts, images) if self.images else [(text, {}) for text in texts]
         except BadRow as bad:
             return [_Draft(None, {"where": where, "extra": "{}"}, [bad.entry])]
         values = {**self.values(content), "where": where, "extra": as_json(content.extra)}
-        drafts = [_Draft(rendered, {**values, **own}, list(rendered.status)) for rendered, own in with_images]
+        drafts = [_Draft(rendered, {**values, **columns}, list(rendered.status)) for rendered, columns in with_images]
         # Reported once per row.
-        suspect = suspicions(row, content, self.renderer.options)
-        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *suspect]
+        drafts[0].status[:0] = [*([f"read: {read}"] if read else []), *suspicions(row, content, self.renderer.options)]
         return drafts
 
     @property
@@ -379,10 +378,10 @@ class Conversations(Tokenization):
                 # The end-of-turn token of this answer, not of a user turn before the next answer.
                 positions = [i for i, token_id in enumerate(whole) if token_id == answer.end.token_id]
                 end = positions[-1 - between[k].count(answer.end.text)]
-            own = self.encoder.encode_following(ids[k], answer.text, whole[:end], rendered.marker)
+            answer_ids = self.encoder.encode_following(ids[k], answer.text, whole[:end], rendered.marker)
             rest = whole[end + 1 :]
-            response += [*own, answer.end.token_id, *rest]
-            scored += [True] * (len(own) + 1) + [False] * len(rest)
+            response += [*answer_ids, answer.end.token_id, *rest]
+            scored += [True] * (len(answer_ids) + 1) + [False] * len(rest)
             ends.append(len(response) - len(rest))
         prompt, (kept,), status = truncate_turns(prompt, response, ends, self.settings, self.bos)
         return {"prompt_ids": prompt, "response_ids": [kept], "scored": [scored[: len(kept)]]}, status
@@ -436,7 +435,7 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokenization:
     report = DataReport.of(label, zip(columns["where"], columns[_STATUS], strict=True), noun=tokenization.noun)
     report.notices += tokenization.renderer.notices
     report.check(settings.on_bad_row)
-    if not report.used and all(found is None for found in mapped[next(iter(tokenization.columns))]):
+    if not report.used and all(value is None for value in mapped[next(iter(tokenization.columns))]):
         raise SimpoError(f"{label}: every row was dropped: {', '.join(report.dropped)}")
     if not report.used:
         raise SimpoError(f"{label}: {tokenization.explain_all_dropped(mapped)}")

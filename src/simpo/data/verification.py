@@ -142,7 +142,7 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
     depth, has_type, expected = _COLUMNS[name]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     row = np.arange(start, start + len(column))  # the row of each value
-    found: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
 
     def reject(mask: Any, reason: str) -> None:
         if len(positions := np.flatnonzero(mask)):
@@ -152,8 +152,8 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
         if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
             raise SimpoError(f"{place} {start}: {name}: has type {column.type}; expected {expected}")
         reject(column.is_null(), "null")
-        found.append(pc.list_value_length(column).to_numpy(zero_copy_only=False))
-        reject(found[-1] == 0, "an empty list")
+        lengths.append(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+        reject(lengths[-1] == 0, "an empty list")
         row, column = row[pc.list_parent_indices(column)], pc.list_flatten(column)
     reject(column.is_null(), "null")
     if not has_type(column.type):
@@ -161,7 +161,7 @@ def _lengths(column: Any, name: str, place: str, start: int) -> list[np.ndarray]
     if pa.types.is_integer(column.type):
         ids = column.to_numpy(zero_copy_only=False)
         reject((ids < 0) | (ids > _MAX_ID), "not a valid token id")
-    return found
+    return lengths
 
 
 def check_rankings(rows: Dataset, label: str) -> None:
