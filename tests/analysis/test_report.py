@@ -52,7 +52,7 @@ def test_the_headline_is_the_change_on_the_same_rows(make_run, tmp_path, rows_of
         for number in (value.value, value.low, value.high):
             assert f"{100 * number:.1f}" in sentence_of(page)
     page = page.read_text(encoding="utf-8")
-    assert "12,345" in page and "3 of 70 rows of the train data" in page and run.record.fingerprint in page
+    assert "12,345" in page and "3 of 70 rows in the train data" in page and run.record.fingerprint in page
 
 
 def test_losses_are_means_over_tokens(tmp_path):
