@@ -65,21 +65,21 @@ def test_shares_stay_between_0_and_1_where_the_symmetric_interval_does_not():
     assert (share_interval([0.5, 0.5]).low, share_interval([0.5, 0.5]).high) == (None, None)
 
 
-@pytest.mark.parametrize("chance", [0.05, 0.5, 0.95])
-def test_coverage_for_shares(chance):
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.95])
+def test_share_intervals_have_their_coverage(probability):
     n = 40
     intervals = [share_interval([1.0] * k + [0.0] * (n - k)) for k in range(1, n)]
-    weights = stats.binom.pmf(np.arange(1, n), n, chance)
-    covered = sum(w for w, i in zip(weights, intervals, strict=True) if i.low <= chance <= i.high)
+    weights = stats.binom.pmf(np.arange(1, n), n, probability)
+    covered = sum(w for w, i in zip(weights, intervals, strict=True) if i.low <= probability <= i.high)
     assert covered / weights.sum() > 0.93
 
 
-@pytest.mark.parametrize("chance", [0.05, 0.5, 0.8])
-def test_coverage_for_proportions(chance):
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.8])
+def test_proportion_intervals_have_their_coverage(probability):
     n = 60
     intervals = [proportion_interval(k, n) for k in range(n + 1)]
-    weights = stats.binom.pmf(np.arange(n + 1), n, chance)
-    covered = sum(w for w, i in zip(weights, intervals, strict=True) if i.low <= chance <= i.high)
+    weights = stats.binom.pmf(np.arange(n + 1), n, probability)
+    covered = sum(w for w, i in zip(weights, intervals, strict=True) if i.low <= probability <= i.high)
     assert 0.93 < covered < 0.975
 
 
@@ -104,7 +104,7 @@ def test_mean_interval_equals_its_closed_form():
     assert interval.high - interval.value == pytest.approx(quantile / np.sqrt(3), rel=1e-9)
 
 
-def test_coverage_for_means():
+def test_mean_intervals_have_their_coverage():
     samples = np.random.default_rng(1).normal(size=(4000, 5))
     covered = np.mean([i.low <= 0 <= i.high for i in map(mean_interval, samples)])
     assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 4000)
@@ -239,7 +239,7 @@ def test_bootstrap_of_identical_items_has_no_interval():
         bootstrap_interval(np.ones((0, 2)), ratio, seed=0)
 
 
-def test_kappa_of_a_worked_example():
+def test_kappa_matches_a_worked_example():
     # Two readers of 50 proposals: both yes 20, both no 15; observed agreement 0.7, chance agreement 0.5.
     assert cohen_kappa(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4, rel=1e-12)
 
@@ -256,7 +256,7 @@ def test_kappa_matches_its_definition():
     assert cohen_kappa(np.stack([table, 7 * table, table.T])) == pytest.approx([kappa] * 3, rel=1e-12)
 
 
-def test_extreme_values_of_kappa():
+def test_kappa_has_the_expected_extremes():
     assert cohen_kappa(np.diag([3, 4, 5])) == 1
     assert cohen_kappa(np.outer([0.2, 0.8], [0.6, 0.4])) == pytest.approx(0, abs=1e-15)
     assert cohen_kappa(np.array([[0, 5], [5, 0]])) == -1
@@ -301,7 +301,7 @@ def test_alpha_matches_its_definition():
     assert krippendorff_alpha(np.stack([sums, sums])).shape == (2,)
 
 
-def test_extreme_values_of_alpha():
+def test_alpha_has_the_expected_extremes():
     assert krippendorff_alpha(krippendorff_terms(np.diag([2, 3, 4])).sum(0)) == 1
     assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[2, 0], [3, 0]])).sum(0)))
     assert np.isnan(krippendorff_alpha(krippendorff_terms(np.array([[1, 0], [0, 1]])).sum(0)))

@@ -52,14 +52,14 @@ def expected(model: LlamaForCausalLM, forward: Forward) -> int:
     return forward.flops(Shape.of(model.config))
 
 
-def test_packed_flops_with_kept_logits(model) -> None:
+def test_packed_flops_with_kept_logits_match_pytorch(model) -> None:
     batch = PackedBatch.build(COMPARISONS)
     found = counted(lambda: policy_logprobs(model, batch, path="packed"))
     assert found == expected(model, packed_forward(COMPARISONS))
 
 
 @pytest.mark.parametrize(("rows", "unit"), [(1, 2), (4, 8), (6, 12)])
-def test_packed_flops_with_recomputed_logits(rows, unit, model, monkeypatch) -> None:
+def test_packed_flops_with_recomputed_logits_match_pytorch(rows, unit, model, monkeypatch) -> None:
     monkeypatch.setattr(logprobs, "CPU_CHUNK", 128 * unit)
     monkeypatch.setattr(logprobs, "MEBIBYTE", unit)  # a chunk has 128 units, and a row takes 4 * 61 bytes
     batch = PackedBatch.build(COMPARISONS)
@@ -67,13 +67,13 @@ def test_packed_flops_with_recomputed_logits(rows, unit, model, monkeypatch) -> 
     assert found == expected(model, packed_forward(COMPARISONS, chunk_rows=rows))
 
 
-def test_padded_flops_with_scored_logits(model) -> None:
+def test_padded_flops_with_scored_logits_match_pytorch(model) -> None:
     batch = PackedBatch.build(COMPARISONS)
     found = counted(lambda: policy_logprobs(model, batch, path="padded"))
     assert found == expected(model, padded_forward(COMPARISONS, all_logits=False))
 
 
-def test_padded_flops_with_all_logits(model) -> None:
+def test_padded_flops_with_all_logits_match_pytorch(model) -> None:
     rows = PaddedRows.unpack(PackedBatch.build(COMPARISONS))
     found = counted(lambda: model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits)
     assert found == expected(model, padded_forward(COMPARISONS, all_logits=True))

@@ -37,6 +37,6 @@ def _none_above(row, level, n):
     return chance
 
 
-def test_the_kl_bound():
+def test_the_kl_bound_matches_its_formula():
     assert best_of_n_kl(1) == 0
     assert best_of_n_kl(64) == pytest.approx(np.log(64) - 63 / 64)

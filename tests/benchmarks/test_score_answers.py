@@ -26,7 +26,7 @@ def test_the_allowed_ratio_matches_naive_counts(kind, scored):
     assert allowed_ratio(kind, comparison, SHAPE) == pytest.approx(apart / shared, rel=1e-12)
 
 
-def test_known_ratios_for_eight_answers_to_a_long_prompt():
+def test_eight_answers_to_a_long_prompt_have_known_ratios():
     """With half of the FLOPs in the head, sharing 512 tokens saves less the longer the answers are."""
     shape = Shape(hidden=384, layers=8, heads=6, kv_heads=3, head_size=64, intermediate=1024, vocabulary=49152)
     ratios = [allowed_ratio("log-probabilities", make_comparison(512, [n] * 8, 49152), shape) for n in (32, 64, 128)]

@@ -188,14 +188,14 @@ def test_a_refused_request_counts_as_no_comparison(sampled, capsys, monkeypatch)
         assert (sampled / "out" / name).read_bytes() == (sampled / "killed" / name).read_bytes()
 
 
-@pytest.mark.parametrize("how", ["none", "rank"])
-def test_several_annotators_with_and_without_a_kill(sampled, monkeypatch, how):
+@pytest.mark.parametrize("normalization", ["none", "rank"])
+def test_several_annotators_give_weighted_sums_even_after_a_kill(sampled, monkeypatch, normalization):
     """The weighted sum of normalized scores, with each annotator's own; a killed run ends with identical bytes."""
     monkeypatch.setattr(annotation, "_PROMPTS_PER_PART", 5)
     (sampled / "vowels_of_test.py").write_text("def count(prompt, text): return sum(map(text.count, 'aeiou'))\n")
     monkeypatch.syspath_prepend(sampled)
     name = "function:vowels_of_test:count"
-    options = [f"--annotator_normalization={how}", "--trust_remote_code"]
+    options = [f"--annotator_normalization={normalization}", "--trust_remote_code"]
     annotators = json.dumps({"exact": 0.25, name: 2})
     assert main(command(sampled, annotators, *options)) == 0
     for row in read_lines(sampled / "out/annotated.jsonl"):
@@ -203,7 +203,7 @@ def test_several_annotators_with_and_without_a_kill(sampled, monkeypatch, how):
         vowels = [sum(letter in "aeiou" for letter in text) for text in row["responses"]]
         assert row["annotator_scores"] == {"exact": exact, name: vowels}
         given = row["annotator_scores"].values()
-        scales = [(rankdata(own) - 1) / (len(own) - 1) if how == "rank" else np.array(own) for own in given]
+        scales = [(rankdata(own) - 1) / (len(own) - 1) if normalization == "rank" else np.array(own) for own in given]
         assert row["scores"] == pytest.approx(0.25 * scales[0] + 2 * scales[1], abs=1e-12)
     with monkeypatch.context() as patch:
         score, calls = ExactScorer.score, iter(range(2))
@@ -279,7 +279,7 @@ def length(prompt, response): return len(response)
 
 
 @pytest.mark.parametrize(
-    ("annotator", "options", "said"),
+    ("annotator", "options", "message"),
     [
         (
             "function:scorers_of_test:nan",
@@ -293,16 +293,16 @@ def length(prompt, response): return len(response)
         ("human:x.jsonl", [], "unknown judge"),
     ],
 )
-def test_unusable_annotators_give_a_one_line_error(annotator, options, said, sampled, capsys, monkeypatch):
+def test_unusable_annotators_give_a_one_line_error(annotator, options, message, sampled, capsys, monkeypatch):
     (sampled / "scorers_of_test.py").write_text(SCORERS)
     monkeypatch.chdir(sampled)
     assert main(command(sampled, annotator, *options)) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.count("\n") == 1
+    assert message in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "responses.jsonl: cannot be read"),
         ("", "responses.jsonl: no rows"),
@@ -321,11 +321,11 @@ def test_unusable_annotators_give_a_one_line_error(annotator, options, said, sam
         ('{"id": "1", "prompt": "Who?", "responses": ["a"]}\n', "exact: prompt 1:"),
     ],
 )
-def test_unusable_responses_give_a_one_line_error(content, said, tmp_path, capsys):
+def test_unusable_responses_give_a_one_line_error(content, message, tmp_path, capsys):
     (tmp_path / "sampled").mkdir()
     if content is not None:
         (tmp_path / "sampled/responses.jsonl").write_text(content)
     assert main(command(tmp_path, "exact")) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.count("\n") == 1
+    assert message in printed and printed.count("\n") == 1
     assert not (tmp_path / "out/annotated.jsonl").exists()

@@ -223,7 +223,7 @@ def test_the_user_confirms_the_cost(answers, capsys, monkeypatch):
         assert main([*line[:3], f"--output_dir={answers / 'other'}", *line[4:], "--judge_max_tokens=7"]) == 2
 
 
-def test_a_real_model_as_judge(models, answers, capsys):
+def test_a_real_model_can_be_the_judge(models, answers, capsys):
     """Random text has no verdict; it is counted, reported, and not part of any win rate."""
     prompt = answers / "short.md"
     prompt.write_text("{question} {answer_a} {answer_b}")
@@ -278,7 +278,7 @@ OTHER = [{"instruction": "What is 99 plus 99?", "output": "198."}]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], ["--judge"]),
         (["--judge=exakt"], ["unknown judge 'exakt'", "exact"]),
@@ -293,15 +293,15 @@ OTHER = [{"instruction": "What is 99 plus 99?", "output": "198."}]
         (["--judge=reward:./nowhere"], ["./nowhere"]),
     ],
 )
-def test_mistakes_give_a_one_line_error(answers, capsys, options, said):
+def test_mistakes_give_a_one_line_error(answers, capsys, options, message):
     assert main(command(answers, *options)) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(part in error for part in said), error
+    assert error.count("\n") == 1 and all(part in error for part in message), error
     assert not (answers / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda rows: rows[1:], "1 prompts were answered by only one side"),
         (lambda rows: rows[1:] + OTHER, "2 prompts were answered by only one side"),
@@ -311,19 +311,19 @@ def test_mistakes_give_a_one_line_error(answers, capsys, options, said):
         (lambda rows: [], "no rows"),
     ],
 )
-def test_answers_that_cannot_be_compared_give_a_one_line_error(answers, capsys, change, said):
+def test_answers_that_cannot_be_compared_give_a_one_line_error(answers, capsys, change, message):
     path = answers / "b.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert main(command(answers, "--judge=exact")) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error, error
+    assert error.count("\n") == 1 and message in error, error
 
 
-@pytest.mark.parametrize(("a", "said"), [("nowhere", "nowhere"), ("nowhere.json", "file not found")])
-def test_missing_models_and_files_give_a_one_line_error(answers, capsys, a, said):
+@pytest.mark.parametrize(("a", "message"), [("nowhere", "nowhere"), ("nowhere.json", "file not found")])
+def test_missing_models_and_files_give_a_one_line_error(answers, capsys, a, message):
     assert main(command(answers, "--judge=exact", a=a)) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+    assert error.count("\n") == 1 and message in error
     assert not (answers / "out").exists()
 
 

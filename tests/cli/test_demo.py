@@ -17,7 +17,7 @@ from simpo.world.questions import judge
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small():
+def reduced_scale():
     """Use far fewer rows, so the model learns little but everything runs."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"_SFT_ROWS": 768, "_PROMPTS": 24, "_HELD_OUT": 24}.items():

@@ -184,8 +184,8 @@ def test_a_refused_request_is_counted_and_not_scored(world, judge, tmp_path, cap
     found = figures(tmp_path / "out")
     assert found["alpaca_eval/without_preference"].value == 1
     assert found["alpaca_eval/win_rate"].n == len(QUESTIONS) - 1
-    said = "1 of 11 requests refused, the first with status 400: maximum context length is 8 tokens"
-    assert said in capsys.readouterr().out and said in (tmp_path / "out/log.txt").read_text()
+    notice = "1 of 11 requests refused, the first with status 400: maximum context length is 8 tokens"
+    assert notice in capsys.readouterr().out and notice in (tmp_path / "out/log.txt").read_text()
 
 
 def test_a_judge_that_refuses_everything_is_an_error(world, tmp_path, capsys):
@@ -352,7 +352,7 @@ def test_mt_bench_asks_the_second_turn_after_the_first(world, tmp_path):
         assert messages[1]["content"] == answers[place]["choices"][0]["turns"][0]
 
 
-def test_gsm8k_before_and_after(world, tmp_path):
+def test_gsm8k_is_scored_before_and_after(world, tmp_path):
     command = ["evaluate", "gsm8k", str(world / "model"), f"--against={world / 'model'}", "--max_new_tokens=12"]
     assert main([*command, f"--data={world / 'gsm8k.jsonl'}", f"--output_dir={tmp_path / 'out'}", "--limit=5"]) == 0
     metrics = read_results(tmp_path / "out/results.json").metrics
@@ -365,7 +365,7 @@ def test_gsm8k_before_and_after(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["chess"],
@@ -386,13 +386,13 @@ def test_gsm8k_before_and_after(world, tmp_path):
         ),
     ],
 )
-def test_mistakes_give_a_one_line_error(world, tmp_path, capsys, arguments, said):
+def test_mistakes_give_a_one_line_error(world, tmp_path, capsys, arguments, message):
     given = [argument.replace("{}", str(world)) for argument in arguments]
     reference = [f"--reference_outputs={world / 'reference.jsonl'}"] if "alpaca_eval" in given else []
     options = [*reference, f"--output_dir={tmp_path / 'out'}"] if given != ["chess"] else []
     assert main(["evaluate", *given, *options]) == 2
     error = capsys.readouterr().err
-    assert said.replace("{}", str(world)) in error and error.count("\n") == 1
+    assert message.replace("{}", str(world)) in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -438,8 +438,8 @@ def test_help_lists_the_benchmarks(capsys):
     assert "alpaca_eval" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "mt_bench", "--help"])
-    said = " ".join(capsys.readouterr().out.split())  # output wraps at the terminal width
-    assert ended.value.code == 0 and "--references" in said and "by category" in said and "default 60" in said
+    printed = " ".join(capsys.readouterr().out.split())  # output wraps at the terminal width
+    assert ended.value.code == 0 and "--references" in printed and "by category" in printed and "default 60" in printed
     with pytest.raises(SystemExit):
         main(["evaluate", "arena_hard", "--help"])
     assert "default 600" in " ".join(capsys.readouterr().out.split())

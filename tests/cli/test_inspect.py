@@ -152,7 +152,7 @@ def test_conversations_are_shown_as_they_are_learned(model, tmp_path, capsys):
     assert figures["data/train/tokens/response/p5"] == 2 and figures["data/train/ended"] == 1
 
 
-def test_feedback_with_renamed_columns(model, tmp_path, capsys):
+def test_feedback_columns_can_be_renamed(model, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("ask,text,label\na,b,1\nc,d,0\n")
     options = ["--model", model, "--column_mapping", '{"ask": "prompt", "text": "completion"}']
     inspect([str(tmp_path / "a.csv"), *options])

@@ -78,8 +78,8 @@ SAID = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_reasoning_is_not_read_as_a_verdict(name, commands, tmp_path):
-    said, figure, expected = SAID[name]
-    code, found, _ = run(commands[name], lambda body: completion(THINKING + said), tmp_path)
+    reply, figure, expected = SAID[name]
+    code, found, _ = run(commands[name], lambda body: completion(THINKING + reply), tmp_path)
     assert code == 0
     if expected is not None:
         assert found[figure].value == expected
@@ -124,12 +124,12 @@ def test_replies_without_a_verdict_are_counted_and_never_scored(name, text, comm
 
 @pytest.mark.parametrize("name", SAID)
 def test_a_judge_at_its_servers_temperature_is_recorded(name, commands, tmp_path, capsys):
-    def newer(body):
+    def reject_parameters(body):
         refused = next((key for key in ("max_tokens", "temperature") if key in body), None)
         error = {"error": {"message": f"Unsupported parameter: '{refused}'", "param": refused}}
         return Raw(400, json.dumps(error).encode()) if refused else completion(SAID[name][0])
 
-    code, found, shown = run(commands[name], newer, tmp_path)
+    code, found, shown = run(commands[name], reject_parameters, tmp_path)
     assert code == 0 and "at the server's default temperature" in capsys.readouterr().out
     [count] = [one.value for key, one in found.items() if "judged_at_default_temperature" in key]
     assert count == len(set(shown))  # requests refused at first were sent again

@@ -186,7 +186,7 @@ TEMPLATED = [{"prompt": [{"role": "user", "content": "Hi"}]}]
 
 
 @pytest.mark.parametrize(
-    ("rows", "changes", "said"),
+    ("rows", "changes", "message"),
     [
         pytest.param([], {}, ["prompts.jsonl"], id="no rows"),
         pytest.param([{"text": "x"}], {}, ["text"], id="no prompts"),
@@ -199,14 +199,14 @@ TEMPLATED = [{"prompt": [{"role": "user", "content": "Hi"}]}]
         pytest.param(ROWS, {"top_q": 1}, ["--top_q"], id="unknown option"),
     ],
 )
-def test_mistakes_give_a_one_line_error(world, tmp_path, capsys, rows, changes, said):
+def test_mistakes_give_a_one_line_error(world, tmp_path, capsys, rows, changes, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = command(world, tmp_path / "out", **changes)
     line[2] = str(path)
     assert main(line) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(part in error for part in said), error
+    assert error.count("\n") == 1 and all(part in error for part in message), error
     assert not (tmp_path / "out").exists()
 
 

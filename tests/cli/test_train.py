@@ -113,7 +113,7 @@ def lines(*rows):
 
 
 @pytest.mark.parametrize(
-    ("content", "changes", "said"),
+    ("content", "changes", "message"),
     [
         pytest.param(None, {"dataset_name": "missing.jsonl"}, ["missing.jsonl", "not found"], id="missing file"),
         pytest.param(lines(GOOD, '{"prompt": '), {}, ["data.jsonl:2", "JSON"], id="not JSON"),
@@ -188,7 +188,7 @@ def lines(*rows):
         pytest.param(lines(GOOD), {"neftune_noise_alpha": 5}, ["neftune_noise_alpha", "noise"], id="NEFTune"),
     ],
 )
-def test_mistakes_give_a_one_line_error(world, tmp_path, monkeypatch, capsys, content, changes, said):
+def test_mistakes_give_a_one_line_error(world, tmp_path, monkeypatch, capsys, content, changes, message):
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data.jsonl"
     if content is not None:
@@ -198,7 +198,7 @@ def test_mistakes_give_a_one_line_error(world, tmp_path, monkeypatch, capsys, co
     assert main(options(world, output, **given)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
-    for part in said:
+    for part in message:
         assert part in error
     assert not output.exists()
 

@@ -66,7 +66,7 @@ def but_the_last(path, **changes):
     return write(path.with_suffix(".held_out.jsonl"), [*rows, last | changes])
 
 
-def test_training_on_rankings(chat_world, rankings, tmp_path):
+def test_rankings_can_be_trained_on(chat_world, rankings, tmp_path):
     out = tmp_path / "out"
     held_out = but_the_last(rankings, prompt="Is it?")
     assert main(options(chat_world, out, dataset_name=rankings, eval_dataset_name=held_out, objective="dpo")) == 0
@@ -77,7 +77,7 @@ def test_training_on_rankings(chat_world, rankings, tmp_path):
     assert ("eval_rewards/accuracies", "before") not in found  # all rewards are 0 up to rounding
 
 
-def test_training_on_single_responses(chat_world, judged, tmp_path, capsys):
+def test_single_responses_can_be_trained_on(chat_world, judged, tmp_path, capsys):
     out = tmp_path / "out"
     held_out = but_the_last(judged, prompt="Is it?")
     given = {"dataset_name": judged, "eval_dataset_name": held_out, "objective": "kto", "beta": 0.5, "logging_steps": 1}

@@ -77,7 +77,7 @@ def test_replies_are_in_request_order():
     assert (ours.usage.sent, ours.usage.prompt_tokens, ours.usage.completion_tokens) == (40, 280, 120)
 
 
-def test_the_request_body():
+def test_the_request_body_follows_the_api():
     """Keys and types match the interface; optional ones that are not set are absent."""
     with ChatServer(echo) as server:
         client(server).complete([ChatRequest([{"role": "user", "content": "é"}], 5, 0.5, 3, 7)])
@@ -182,8 +182,8 @@ def test_attempts_are_limited_and_waits_grow(tmp_path, monkeypatch):
     assert len(server.bodies) == 3
     first, second = server.times[1] - server.times[0], server.times[2] - server.times[1]
     assert first >= 0.06 and second >= 0.12
-    said = str(raised.value)
-    assert server.url in said and "'tiny'" in said and "status 500: broken" in said and "3 attempts" in said
+    message = str(raised.value)
+    assert server.url in message and "'tiny'" in message and "status 500: broken" in message and "3 attempts" in message
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -224,9 +224,9 @@ def test_replies_before_a_failure_are_kept(tmp_path):
 
 def refuse(*numbers, status=400):
     """Refuse some requests because of their content and answer the others."""
-    said = [f"say {number}" for number in numbers]
+    refused = [f"say {number}" for number in numbers]
     fault = Raw(status, b'{"error": {"message": "too long"}}')
-    return lambda body: fault if body["messages"][0]["content"] in said else echo(body)
+    return lambda body: fault if body["messages"][0]["content"] in refused else echo(body)
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -257,12 +257,12 @@ SPENT = [
 ]
 
 
-@pytest.mark.parametrize(("status", "said"), SPENT)
-def test_errors_that_concern_all_requests_end_the_command(status, said):
+@pytest.mark.parametrize(("status", "message"), SPENT)
+def test_errors_that_concern_all_requests_end_the_command(status, message):
     """Even halfway through, after others were answered."""
 
     def answer(body):
-        return Raw(status, said) if body["messages"][0]["content"] == "say 20" else echo(body)
+        return Raw(status, message) if body["messages"][0]["content"] == "say 20" else echo(body)
 
     with ChatServer(slow_after(20, answer)) as server, pytest.raises(SimpoError, match=f"status {status}: "):
         client(server, concurrency=2).complete(requests(40), despite_refusals=True)
@@ -450,7 +450,7 @@ def test_openai_is_only_imported_when_something_is_sent():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"base_url": "localhost:8000"}, "base_url"),
         ({"base_url": "ftp://host/v1"}, "base_url"),
@@ -469,8 +469,8 @@ def test_openai_is_only_imported_when_something_is_sent():
         ({"timeout": 0}, "timeout"),
     ],
 )
-def test_invalid_endpoints_are_rejected(change, said):
-    with pytest.raises(SimpoError, match=said) as raised:
+def test_invalid_endpoints_are_rejected(change, message):
+    with pytest.raises(SimpoError, match=message) as raised:
         Endpoint(**{"base_url": "http://host/v1", "model": "m"} | change)
     assert all(secret not in str(raised.value) for secret in ("gsk_password", "sk-password", "user:password"))
 
@@ -509,7 +509,7 @@ def test_a_key_at_the_end_of_a_long_error_is_fully_redacted(monkeypatch):
 
 def unsupported(name, status=400, shape="openai"):
     """Return the different ways in which servers reject a parameter."""
-    said = {
+    bodies = {
         "openai": {
             "error": {"message": f"Unsupported parameter: '{name}'", "param": name, "code": "unsupported_value"}
         },
@@ -519,18 +519,18 @@ def unsupported(name, status=400, shape="openai"):
         "only": {"error": {"message": f"invalid {name}: only 1 is allowed for this model"}},
         "pydantic": {"detail": [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs"}]},
     }[shape]
-    return Raw(status, json.dumps(said).encode())
+    return Raw(status, json.dumps(bodies).encode())
 
 
 @pytest.mark.parametrize(("shape", "status"), [("openai", 400), ("litellm", 400), ("pydantic", 422)])
 def test_a_model_that_accepts_neither_max_tokens_nor_a_temperature(shape, status, tmp_path):
     """Each is refused once; later requests, including those of other calls, have the form the server accepts."""
 
-    def newer(body):
+    def reject_parameters(body):
         refused = next((name for name in ("max_tokens", "temperature") if name in body), None)
         return unsupported(refused, status, shape) if refused else echo(body)
 
-    with ChatServer(newer) as server:
+    with ChatServer(reject_parameters) as server:
         ours = client(server, tmp_path, concurrency=1)
         found = ours.complete(requests(3), despite_refusals=True)
         assert texts(found) == SAID[:3] and all(reply.default_temperature for reply in found)
@@ -546,10 +546,10 @@ def test_a_model_that_accepts_neither_max_tokens_nor_a_temperature(shape, status
 
 
 def test_an_exact_temperature_is_not_dropped():
-    def newer(body):
+    def reject_parameters(body):
         return unsupported("temperature", shape="only") if body.get("temperature", 1) != 1 else echo(body)
 
-    with ChatServer(newer) as server:
+    with ChatServer(reject_parameters) as server:
         ours = ChatClient(Endpoint(server.url, "tiny"), None, exact_temperature=True)
         with pytest.raises(SimpoError, match=r"only 1 is allowed.*use --temperature 1"):
             ours.complete(requests(1))
@@ -642,7 +642,7 @@ def test_the_query_of_a_url_is_kept(given, sent):
     assert endpoint.authorization("k") == ({"api-key": "k"} if azure else {"Authorization": "Bearer k"})
 
 
-def test_a_server_with_an_api_version_in_its_url(monkeypatch):
+def test_an_api_version_in_the_url_is_kept(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with ChatServer(echo) as server:
         endpoint = Endpoint(f"{server.url}?api-version=1", "m", api_key_env="JUDGE_KEY")
@@ -673,12 +673,12 @@ def test_cost_is_estimated_before_and_counted_after(monkeypatch):
         assert (longest.prompt_tokens, longest.completion_tokens) == (300, 7)
         ours.complete(requests(10))
     assert "70 prompt tokens, 30 completion tokens, $0.00" in ours.usage.line(prices)
-    said = []
-    confirm_cost(estimate, yes=True, log=said.append)
+    notes = []
+    confirm_cost(estimate, yes=True, log=notes.append)
     monkeypatch.setattr("sys.stdin", io.StringIO("y"))
     with pytest.raises(SimpoError, match="--yes"):  # not a terminal
-        confirm_cost(estimate, yes=False, log=said.append)
-    assert len(said) == 2
+        confirm_cost(estimate, yes=False, log=notes.append)
+    assert len(notes) == 2
     with pytest.raises(SimpoError, match="prices"):
         Prices(-1, 0)
 

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     trl = pytest.importorskip("trl.experimental.cpo")
 
 # Intended differences: no cache while training, columns and losses stay visible, no exponent without AlphaPO.
-OTHERWISE = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter", "alpha"}
+INTENDED_DIFFERENCES = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter", "alpha"}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def compared(entry: dict) -> list[str]:
 def test_every_key_exists_with_the_same_default():
     theirs, ours = (config("unused", use_cpu=True, loss_type="simpo") for config in (trl.CPOConfig, CPOConfig))
     names = [field.name for field in dataclasses.fields(theirs)]
-    assert {name for name in names if getattr(theirs, name) != getattr(ours, name)} == OTHERWISE
+    assert {name for name in names if getattr(theirs, name) != getattr(ours, name)} == INTENDED_DIFFERENCES
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ with warnings.catch_warnings():
 KINDS = ("DPO", "KTO", "ORPO", "Reward", "SFT")
 # Intended differences: no cache while training, columns and losses stay visible, the reference is computed once, and
 # an overlong prompt keeps its end.
-OTHERWISE = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter"}
-OTHERWISE_OF = {
+INTENDED_DIFFERENCES = {"use_cache", "remove_unused_columns", "logging_nan_inf_filter"}
+INTENDED_DIFFERENCES_OF = {
     "DPO": {"precompute_ref_log_probs", "label_smoothing", "pad_to_multiple_of", "truncation_mode"},
     "KTO": {"precompute_ref_log_probs", "pad_to_multiple_of"},
     "ORPO": {"beta"},
@@ -38,12 +38,12 @@ OTHERWISE_OF = {
 }
 
 
-def theirs_of(kind: str):
+def trl_classes(kind: str):
     source = {"ORPO": orpo, "CPO": cpo}.get(kind, trl)
     return getattr(source, f"{kind}Config"), getattr(source, f"{kind}Trainer")
 
 
-def ours_of(kind: str):
+def our_classes(kind: str):
     return getattr(compat, f"{kind}Config"), getattr(compat, f"{kind}Trainer")
 
 
@@ -60,7 +60,7 @@ def train_both(tmp_path, quiet, opt, tokenizer):
         same = {"output_dir": str(tmp_path / "out"), "gradient_checkpointing": False, "learning_rate": 1e-3}
         same |= {"per_device_train_batch_size": 4, "num_train_epochs": 1}
         trained = []
-        for config, trainer in (theirs_of(kind), ours_of(kind)):
+        for config, trainer in (trl_classes(kind), our_classes(kind)):
             args = config(**quiet | same | settings)
             given = {"args": args, "processing_class": copy.deepcopy(tokenizer), "train_dataset": dataset}
             if kind in ("DPO", "KTO"):  # TRL would otherwise look it up by the model's name
@@ -84,15 +84,15 @@ def assert_same_losses(theirs, ours) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_exists_with_the_same_default(kind):
-    theirs, ours = (config("unused", use_cpu=True) for config in (theirs_of(kind)[0], ours_of(kind)[0]))
+    theirs, ours = (config("unused", use_cpu=True) for config in (trl_classes(kind)[0], our_classes(kind)[0]))
     names = [field.name for field in dataclasses.fields(theirs)]
     differing = {name for name in names if getattr(theirs, name) != getattr(ours, name)}
-    assert differing == OTHERWISE | OTHERWISE_OF[kind]
+    assert differing == INTENDED_DIFFERENCES | INTENDED_DIFFERENCES_OF[kind]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "CPO"])
 def test_every_argument_exists_in_the_same_position(kind):
-    (_, theirs), (_, trainer) = theirs_of(kind), ours_of(kind)
+    (_, theirs), (_, trainer) = trl_classes(kind), our_classes(kind)
     names = [*inspect.signature(theirs).parameters]
     older = [] if kind in ("Reward", "SFT") else ["tokenizer"]
     assert [*inspect.signature(trainer).parameters] == [*names, *older]
@@ -207,7 +207,7 @@ def test_reward_training_matches_trl(margin, train_both, rows, reward_model):
         assert ours.state.log_history[1][other] == pytest.approx(theirs.state.log_history[1][one], rel=1e-4)
 
 
-def test_reward_training_on_texts_without_a_prompt(train_both, reward_model):
+def test_reward_training_on_texts_without_a_prompt_matches_trl(train_both, reward_model):
     """The texts may differ within a word, and one may be a prefix of the other; TRL tokenizes each as a whole."""
     chosen = [f"What is {a} plus 2? It is {a + 2}, as 2 and {a} make 4{a}." for a in range(8)]
     rejected = [text[:-1] + (" Sorry." if place % 2 else "5.") for place, text in enumerate(chosen)]
@@ -335,7 +335,7 @@ def test_trls_own_script_runs(name, model_folder, rows, tmp_path, monkeypatch):
 )
 def test_keys_without_a_counterpart_are_rejected(kind, settings, message, quiet, tmp_path):
     with pytest.raises(SimpoError, match=message):
-        ours_of(kind)[0](str(tmp_path), **quiet | settings)
+        our_classes(kind)[0](str(tmp_path), **quiet | settings)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_keys_without_a_counterpart_are_rejected(kind, settings, message, quiet,
 )
 def test_arguments_without_a_counterpart_are_rejected(kind, arguments, message, opt):
     with pytest.raises(SimpoError, match=message):
-        ours_of(kind)[1](opt, **arguments)
+        our_classes(kind)[1](opt, **arguments)
 
 
 def test_a_reference_model_must_have_the_start_models_weights(opt, tokenizer, rows, quiet, tmp_path, make_model):

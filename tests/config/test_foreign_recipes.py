@@ -303,7 +303,7 @@ def test_ipo_from_other_toolkits_is_length_normalized(recipe):
         parse([recipe(text.replace("tau", "rl_beta")), "--use_cpu"], PreferenceConfig)
 
 
-def test_openrlhf_flags(tmp_path):
+def test_openrlhf_flags_are_translated(tmp_path):
     argv = "--pretrain org/model --dataset_name org/pairs --max_len 1024 --micro_train_batch_size 2 --beta 2"
     argv += f" --objective simpo --save_path {tmp_path}"
     argv += " --lr_scheduler linear --l2 0.1 --packing_samples --lr_warmup_ratio 0.03"

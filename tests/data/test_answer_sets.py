@@ -14,13 +14,13 @@ from simpo.data.inspection import (
 )
 
 
-def test_distinct_ngrams_by_hand():
+def test_distinct_ngrams_match_values_by_hand():
     assert distinct_ngrams(["a b c", "a b d"]) == 3 / 4  # ab bc | ab bd
     assert distinct_ngrams(["a b", "a b", "a b"]) == 1 / 3
     assert distinct_ngrams(["one", ""]) is None
 
 
-def test_overlap_by_hand():
+def test_overlap_matches_values_by_hand():
     assert mean_overlap(["a b c", "a b d"]) == 1 / 3
     assert mean_overlap(["a b c", "a b d", "x y"]) == pytest.approx(1 / 9)
     assert mean_overlap(["one", "one"]) == 1
@@ -28,7 +28,7 @@ def test_overlap_by_hand():
     assert mean_overlap(["a b"]) is None
 
 
-def test_longer_wins_by_hand():
+def test_longer_wins_match_values_by_hand():
     assert longer_wins(AnswerSet(["aaa", "b", "cc"], [1.0, 2.0, 2.0])) == 0  # a-b and a-c; b and c are tied
     assert longer_wins(AnswerSet(["aaa", "b", "cc"], [3.0, 1.0, 2.0])) == 1
     assert longer_wins(AnswerSet(["aaa", "b", "cc"], [3.0, None, 4.0])) == 0

@@ -43,7 +43,7 @@ def test_feedback_is_tokenized_like_a_comparison(row, tokenizer):
     assert found["label"][:] == [True, False]
 
 
-def test_columns_and_report(build_tokenizer):
+def test_prepared_feedback_has_labels_and_a_report(build_tokenizer):
     prepared = prepare_feedback(Dataset.from_list(feedback()), build_tokenizer("chatml"), TokenizeSettings())
     assert prepared.dataset.column_names == ["prompt_ids", "response_ids", "label", "where", "extra"]
     assert json.loads(prepared.dataset[3]["extra"]) == {"score": 3}

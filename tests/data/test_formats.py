@@ -49,7 +49,7 @@ EXPECTED = (PROMPT, (assistant("A"), assistant("B")))
         "arrow",
     ],
 )
-def test_conversations_in_every_format(row):
+def test_conversations_in_every_format_are_read(row):
     comparison = read_comparison(row, "here")
     assert (comparison.prompt, comparison.responses) == EXPECTED
     assert (comparison.where, comparison.extra) == ("here", {})
@@ -66,7 +66,7 @@ def test_shared_turns_belong_to_the_prompt():
     assert parted.prompt == [SYSTEM, user("1")]
 
 
-def test_strings_and_extra_columns():
+def test_strings_are_read_and_extra_columns_are_kept_apart():
     comparison = read_comparison({"prompt": "p", "chosen": "a", "rejected": "b", "score": 1, "source": None}, "")
     assert (comparison.prompt, comparison.responses) == ("p", ("a", "b"))
     assert comparison.extra == {"score": 1, "source": None}
@@ -86,7 +86,7 @@ def test_rankings_are_best_first_and_ties_keep_their_order():
     assert (comparison.scores, comparison.extra) == ((2.5, 2.5, 1.0, 1.0), {"id": 7})
 
 
-def test_rankings_of_conversations():
+def test_rankings_of_conversations_are_read():
     row = {"prompt": PROMPT, "responses": ["B", "A"], "scores": [0, 1]}
     assert (read_comparison(row, "").prompt, read_comparison(row, "").responses) == EXPECTED
 

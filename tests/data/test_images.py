@@ -68,7 +68,7 @@ def test_prompts_match_the_processors(processor, folder):
     assert decoded == ["a red square<|end|>", "a line<|end|>"]
 
 
-def test_every_kind_of_image_value(processor, folder, tmp_path):
+def test_every_kind_of_image_value_is_accepted(processor, folder, tmp_path):
     """A path, bytes, a Pillow image, a data URL, and image columns of the datasets library."""
     given = ["0.png", png(0), picture(*SIZES[0]), {"bytes": png(0), "path": "elsewhere.png"}, str(folder / "0.png")]
     listed = prepared([pair("what?", image=one) for one in given], processor, folder).dataset
@@ -145,7 +145,7 @@ def test_the_image_placeholder_works_in_a_later_question(folder):
         )
 
 
-def test_images_in_color_modes_without_png_support(folder, tmp_path):
+def test_images_in_color_modes_without_png_support_are_read(folder, tmp_path):
     """CMYK images from Python, and from columns that are mixed with JSON rows."""
     processor, printed = FAMILIES["llava"].processor(), picture(*SIZES[0]).convert("CMYK")
     content = io.BytesIO()

@@ -32,7 +32,7 @@ def inspect(*rows, bad=None):
     return inspect_prepared(Prepared(tokenized(*rows), report), Ids(), TokenizeSettings())
 
 
-def test_lengths_and_length_bias():
+def test_lengths_and_length_bias_are_counted():
     rows = [([BOS] + [5] * count, [7] * count + [END], [8] * 3 + [END]) for count in range(1, 11)]
     found = inspect(*rows)
     assert found.lengths["prompt"] == {"p5": 2, "p25": 4, "p50": 6, "p75": 9, "p95": 11, "max": 11}
@@ -52,7 +52,7 @@ def test_rows_with_equal_concatenated_ids_are_not_repetitions():
     assert inspect(([BOS, 2], [5, 6, END], [7, END]), ([BOS, 2], [5], [6, END, 7, END])).repeated == 0
 
 
-def test_special_tokens():
+def test_special_tokens_are_counted():
     good, two, none = [BOS, 2], [BOS, BOS, 2], [2]
     late = [2, BOS]
     found = inspect(
@@ -67,7 +67,7 @@ def test_overlap_counts_test_comparisons():
     assert shared_rows(train, test) == (1, 2)
 
 
-def test_examples_of_pretokenized_data(build_tokenizer):
+def test_examples_of_pretokenized_data_are_shown(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     dataset = Dataset.from_dict({"prompt_ids": [[5, 6]], "response_ids": [[[7], [8]]]})
     prepared = prepare(dataset, tokenizer, TokenizeSettings())
@@ -81,7 +81,7 @@ def test_metric_names_are_unique():
 
 
 @pytest.mark.parametrize("kind", ["chatml", "sentencepiece", "tiny-english"])
-def test_statistics_and_examples_with_real_tokenizers(build_tokenizer, kind):
+def test_statistics_and_examples_work_with_real_tokenizers(build_tokenizer, kind):
     tokenizer = build_tokenizer(kind)
     rows = [{"prompt": "The answer is:", "chosen": f"yes {number}", "rejected": "no"} for number in range(9)]
     prepared = prepare(Dataset.from_list(rows), tokenizer, TokenizeSettings())

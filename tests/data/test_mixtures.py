@@ -97,7 +97,7 @@ def test_mixture_list_matches_the_handbook(folders):
     assert columns == {"a": {"prompt", "chosen"}, "B": {"prompt", "chosen", "rejected"}}
 
 
-def test_mixture_list_defaults(folders):
+def test_a_mixture_list_has_no_held_out_rows_by_default(folders):
     train, test = load_mixture_list({"datasets": [{"id": folders[1], "columns": ["prompt"]}]})
     assert test is None and sorted(prompts(train)) == [row["prompt"] for row in make("b", 7)]
     assert set(train.column_names) == {"prompt", "_where"}

@@ -25,7 +25,7 @@ def chatml(build_tokenizer):
     return build_tokenizer("chatml")
 
 
-def test_columns_and_types(chatml):
+def test_prepared_columns_have_fixed_types(chatml):
     dataset = prepare(Dataset.from_list([{**GOOD, "score": 3}]), chatml, TokenizeSettings()).dataset
     assert {name: str(feature) for name, feature in dataset.features.items()} == {
         "prompt_ids": "List(Value('int32'))",

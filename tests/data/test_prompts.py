@@ -53,7 +53,7 @@ def test_ids_equal_those_of_a_pairs_prompt(tokenizer, name):
 
 
 @pytest.mark.parametrize("name", ["strings", "transcripts", "ranking"])
-def test_ids_without_a_template(plain_tokenizer, name):
+def test_ids_without_a_template_are_those_of_the_text(plain_tokenizer, name):
     expected = prepare(Dataset.from_list([PAIRS[name]]), plain_tokenizer, TokenizeSettings()).dataset[0]["prompt_ids"]
     assert prompts_of(plain_tokenizer, PAIRS[name]).prompts[0].ids == expected
 
@@ -76,7 +76,7 @@ def test_ids_without_a_template(plain_tokenizer, name):
         (PAIRS["transcripts"], TRANSCRIPT, {}),
     ],
 )
-def test_prompt_formats(build_tokenizer, row, content, extra):
+def test_every_prompt_format_is_read(build_tokenizer, row, content, extra):
     (found,) = prompts_of(build_tokenizer("chatml"), row)
     assert (found.content, found.extra) == (content, extra)
 

@@ -177,12 +177,12 @@ def reference(tokenizer, messages, tools, kwargs):
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        said = [m["content"] for m in messages[:i] if m["role"] != "assistant"]
+        texts = [m["content"] for m in messages[:i] if m["role"] != "assistant"]
         calls = [text for m in messages[:i] if m.get("tool_calls") for text in pieces(m)]
         prompts, rests = {}, []
         for key, form in forms(messages[: i + 1]):
             prompt = rendered(tokenizer, form[:i], tools, kwargs, add_generation_prompt=True)
-            if prompt is None or not all(text in prompt for text in said):
+            if prompt is None or not all(text in prompt for text in texts):
                 continue
             prompts.setdefault(all(text in prompt for text in calls), prompt)
             whole = rendered(tokenizer, form, tools, kwargs)

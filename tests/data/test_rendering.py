@@ -78,7 +78,7 @@ def text(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def fed(tokenizer, messages, **options):
+def generation_prompt(tokenizer, messages, **options):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
 
@@ -110,10 +110,10 @@ def conversations(tokenizer, *rows, **settings):
 @pytest.mark.parametrize("prompt", ["Hi?", [user("Hi?")], "\n\nHuman: Hi?\n\nAssistant:"], ids=["text", "list", "hh"])
 def test_a_system_column_becomes_the_system_message(tokenizer, prompt):
     row = {"system": "Be brief.", "prompt": prompt, "chosen": "Yes.", "rejected": "No."}
-    expected = fed(tokenizer, [{"role": "system", "content": "Be brief."}, user("Hi?")])
+    expected = generation_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, user("Hi?")])
     assert pairs(tokenizer, row)[0] == [(expected, ["Yes.<|im_end|>", "No.<|im_end|>"])]
     for nothing in ("", None):
-        assert pairs(tokenizer, row | {"system": nothing})[0][0][0] == fed(tokenizer, [user("Hi?")])
+        assert pairs(tokenizer, row | {"system": nothing})[0][0][0] == generation_prompt(tokenizer, [user("Hi?")])
     (prompt,) = prepare_prompts(json_rows({"system": "Be brief.", "prompt": prompt}), tokenizer)
     assert text(tokenizer, prompt.ids) == expected
     completion = {"system": "Be brief.", "prompt": "Hi?", "completion": "Yes."}
@@ -123,14 +123,14 @@ def test_a_system_column_becomes_the_system_message(tokenizer, prompt):
 def test_equal_system_column_and_message_are_merged(tokenizer):
     system = {"role": "system", "content": "Be brief."}
     row = pair(system="Be brief.") | {"prompt": [system, user("Hi?")]}
-    assert pairs(tokenizer, row)[0][0][0] == fed(tokenizer, [system, user("Hi?")])
+    assert pairs(tokenizer, row)[0][0][0] == generation_prompt(tokenizer, [system, user("Hi?")])
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: the column system differs"):
         pairs(tokenizer, row | {"system": "Be long."})
 
 
 @pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]], ids=["list", "text", "texts"])
 def test_tools_reach_the_template(tokenizer, given):
-    expected = fed(tokenizer, [user("Weather?")], tools=[TOOL])
+    expected = generation_prompt(tokenizer, [user("Weather?")], tools=[TOOL])
     assert "weather" in expected
     assert pairs(tokenizer, pair(tools=given))[0][0][0] == expected
     in_message = pair() | {"prompt": [{"role": "system", "content": None, "tools": given}, user("Weather?")]}
@@ -191,7 +191,7 @@ def test_columns_and_keys_without_effect_are_counted(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     row = pair(tools=[TOOL], weight=0.3) | {"prompt": [user("Weather?", name="alice")]}
     found, report = pairs(tokenizer, row)
-    assert found[0][0] == fed(tokenizer, [user("Weather?")])
+    assert found[0][0] == generation_prompt(tokenizer, [user("Weather?")])
     assert report.ignored == {
         "column 'weight', which has no effect": 1,
         "tools, which the chat template does not render": 1,
@@ -212,7 +212,7 @@ def test_tool_calls_are_answers(tokenizer, absent, arguments):
     answered = [user("Weather?"), message, {"role": "tool", "content": "3 C"}, assistant("It is 3 C.")]
     context = [user("Weather?"), assistant("", tool_calls=[call({"city": "Oslo"})]), answered[2]]
     found, _ = pairs(tokenizer, pair() | {"prompt": answered[:3]})
-    assert found[0][0] == fed(tokenizer, context)
+    assert found[0][0] == generation_prompt(tokenizer, context)
     found, _ = conversations(tokenizer, {"messages": answered})
     assert found[0][1] == '<tool_call>weather city="Oslo"</tool_call><|im_end|>It is 3 C.<|im_end|>'
 
@@ -271,11 +271,11 @@ def test_a_turn_with_weight_zero_is_context(tokenizer, key):
     messages = [user("Hi?"), assistant("WRONG", **key), user("No."), assistant("Right.", weight=1), user("Ok.")]
     found, report = conversations(tokenizer, {"messages": messages})
     context = [user("Hi?"), assistant("WRONG"), user("No.")]
-    assert found == [(fed(tokenizer, context), "Right.<|im_end|>")]
+    assert found == [(generation_prompt(tokenizer, context), "Right.<|im_end|>")]
     assert report.cut == {UNANSWERED_CUT: 1}
     last = [user("Hi?"), assistant("Right."), user("And?"), assistant("WRONG", **key)]
     found, report = conversations(tokenizer, {"messages": last})
-    assert found == [(fed(tokenizer, last[:1]), "Right.<|im_end|>")]
+    assert found == [(generation_prompt(tokenizer, last[:1]), "Right.<|im_end|>")]
     assert report.cut == {UNANSWERED_CUT: 1}
     with pytest.raises(SimpoError, match="no answer to train on"):
         conversations(tokenizer, {"messages": [user("Hi?"), assistant("WRONG", **key)]})
@@ -293,9 +293,9 @@ def test_a_conversation_is_split_if_earlier_answers_are_rendered_differently(tok
     ]  # fmt: skip
     found, report = conversations(tokenizer, {"messages": messages}, {"messages": messages[:2]})
     assert found == [
-        (fed(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),
-        (fed(tokenizer, messages[:3]), "<think>Three and three.</think>6<|im_end|>"),
-        (fed(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),
+        (generation_prompt(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),
+        (generation_prompt(tokenizer, messages[:3]), "<think>Three and three.</think>6<|im_end|>"),
+        (generation_prompt(tokenizer, messages[:1]), "<think>Two and two.</think>4<|im_end|>"),
     ]
     assert (report.rows, report.used, list(report.split.values())) == (2, 3, [1])
     assert report.lines()[0] == "train: 3 conversations of 2 rows"
@@ -316,7 +316,7 @@ def test_unfinished_reasoning_makes_a_bad_row(tokenizer, build_tokenizer):
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: reasoning does not end"):
         pairs(tokenizer, pair("<think>\nTwo and"))
     earlier = [user("2 and 2?"), assistant("<think>\nTwo and"), user("Go on.")]  # context is not scored
-    assert pairs(tokenizer, pair(prompt=earlier))[0][0][0] == fed(tokenizer, earlier)
+    assert pairs(tokenizer, pair(prompt=earlier))[0][0][0] == generation_prompt(tokenizer, earlier)
     assert prepare_prompts(json_rows({"prompt": earlier}), tokenizer).prompts[0].content == earlier
     plain = build_tokenizer("chatml")  # its template does not know reasoning, so this is text
     assert pairs(plain, pair("<think>\nTwo and"))[0][0][1][0] == "<think>\nTwo and<|im_end|>"
@@ -344,7 +344,7 @@ def test_system_messages_can_be_folded(build_tokenizer):
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: .*set system_message: fold"):
         pairs(tokenizer, row)
     found, _ = pairs(tokenizer, row, rendering=RenderSettings(system_message="fold"))
-    assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nWeather?")])
+    assert found[0][0] == generation_prompt(tokenizer, [user("Be brief.\n\nWeather?")])
     tokenizer.chat_template = NO_SYSTEM.replace("{{ raise_exception('no system') }}", "{% continue %}")
     with pytest.raises(SimpoError, match="set system_message: fold"):  # silently dropped
         pairs(tokenizer, row)
@@ -395,7 +395,7 @@ def test_end_of_turn_tokens_that_are_not_special(build_tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert found["prompt_ids"].count(end) == 1
     assert found["response_ids"][0].count(end) == 1 and found["response_ids"][0][-1] == end
-    assert text(tokenizer, found["prompt_ids"]) == fed(tokenizer, row["prompt"])
+    assert text(tokenizer, found["prompt_ids"]) == generation_prompt(tokenizer, row["prompt"])
     assert text(tokenizer, found["response_ids"][0]) == "It <|im_end|> is.<|im_end|>"
 
 
@@ -419,12 +419,12 @@ def test_tokens_the_template_searches_for_stay_tokens(tokenizer):
     tokenizer.chat_template = TOOL_CHAT.replace("{% if m.content %}", found + "{% if m.content %}")
     asked = [user("Weather?"), assistant("Look."), user("<tool_response>3 C, <tool_call>")]
     row = prepare(json_rows(pair() | {"prompt": asked}), tokenizer, TokenizeSettings()).dataset[0]
-    assert text(tokenizer, row["prompt_ids"]) == fed(tokenizer, asked)
+    assert text(tokenizer, row["prompt_ids"]) == generation_prompt(tokenizer, asked)
     assert tokenizer.convert_tokens_to_ids("<tool_response>") in row["prompt_ids"]
     assert tokenizer.convert_tokens_to_ids("<tool_call>") not in row["prompt_ids"]
 
 
-def test_variables_without_a_template(build_tokenizer):
+def test_variables_and_tools_require_a_template(build_tokenizer):
     plain_tokenizer = build_tokenizer("chatml")
     plain_tokenizer.chat_template = None
     row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
@@ -441,8 +441,8 @@ THINKING = (
 )
 
 
-@pytest.mark.parametrize("reasoned", [assistant("4", reasoning="Two."), assistant("<think>Two.</think>4")])
-def test_a_template_that_opens_reasoning_only_in_prompts(build_tokenizer, reasoned):
+@pytest.mark.parametrize("answer_with_reasoning", [assistant("4", reasoning="Two."), assistant("<think>Two.</think>4")])
+def test_a_template_that_opens_reasoning_only_in_prompts(build_tokenizer, answer_with_reasoning):
     """As in DeepSeek-V3.1: reasoning is never rendered, and an answer without any closes the block at once."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = THINKING
@@ -450,7 +450,9 @@ def test_a_template_that_opens_reasoning_only_in_prompts(build_tokenizer, reason
     found, report = conversations(tokenizer, {"messages": bare})
     assert found == [("<|im_start|>2 and 2?<|im_end|></think>", "4<|endoftext|>6<|endoftext|>")]
     thinking = RenderSettings({"thinking": True})
-    found, report = conversations(tokenizer, {"messages": [bare[0], reasoned, *bare[2:]]}, rendering=thinking)
+    found, report = conversations(
+        tokenizer, {"messages": [bare[0], answer_with_reasoning, *bare[2:]]}, rendering=thinking
+    )
     assert found == [
         ("<|im_start|>2 and 2?<|im_end|><think>", "Two.</think>4<|endoftext|>"),
         (
@@ -460,7 +462,7 @@ def test_a_template_that_opens_reasoning_only_in_prompts(build_tokenizer, reason
     ]
     assert list(report.split.values()) == [1]
     with pytest.raises(SimpoError, match="the generation prompt already closes it"):
-        conversations(tokenizer, {"messages": [bare[0], reasoned]})
+        conversations(tokenizer, {"messages": [bare[0], answer_with_reasoning]})
 
 
 def test_an_eos_that_always_follows_a_response_ends_the_turn(build_tokenizer):
@@ -485,13 +487,13 @@ def test_an_eos_that_always_follows_a_response_ends_the_turn(build_tokenizer):
 def test_an_omitted_message_is_detected_even_if_others_have_the_same_text(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     asked = [user("yes"), assistant("yes"), user("yes")]
-    assert pairs(tokenizer, pair(prompt=asked))[0][0][0] == fed(tokenizer, asked)
+    assert pairs(tokenizer, pair(prompt=asked))[0][0][0] == generation_prompt(tokenizer, asked)
     tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages", "for m in messages[-2:]")
     with pytest.raises(SimpoError, match="does not render a message with role 'user'"):
         pairs(tokenizer, pair(prompt=asked))
 
 
-def test_several_templates_in_one_tokenizer(build_tokenizer):
+def test_one_of_several_templates_is_chosen(build_tokenizer):
     """A tool template next to the default, as in Command R; without a default, no template is used."""
     tokenizer, tool = build_tokenizer("chatml"), {"type": "function", "function": {"name": "weather"}}
     plain = tokenizer.chat_template
@@ -565,7 +567,7 @@ def test_all_leading_system_messages_are_folded(build_tokenizer):
     tokenizer.chat_template = NO_SYSTEM
     rules = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
     found, _ = pairs(tokenizer, pair() | {"prompt": [*rules, user("Hi?")]}, rendering=RenderSettings({}, "fold"))
-    assert found[0][0] == fed(tokenizer, [user("Be brief.\n\nBe kind.\n\nHi?")])
+    assert found[0][0] == generation_prompt(tokenizer, [user("Be brief.\n\nBe kind.\n\nHi?")])
     with pytest.raises(SimpoError, match=r"rows.jsonl:1: a system message cannot be folded"):
         pairs(
             tokenizer,
@@ -598,7 +600,7 @@ def test_the_longest_of_overlapping_special_tokens_wins(tokenizer, asked):
         for ids in found["response_ids"]:
             assert ids[-1] == end and ids.count(end) == 1
         assert not set(parts) & {*found["prompt_ids"], *found["response_ids"][0], *found["response_ids"][1]}
-        assert text(tokenizer, found["prompt_ids"]) == fed(tokenizer, [user(asked)])
+        assert text(tokenizer, found["prompt_ids"]) == generation_prompt(tokenizer, [user(asked)])
     messages = [user(asked), assistant("A."), user(asked), assistant("B.")]
     found, _ = conversations(tokenizer, {"messages": messages})
     assert [answer for _, answer in found] == ["A.<|im_end|>B.<|im_end|>"]

@@ -110,7 +110,7 @@ COMPARISONS = {
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_comparison_formats(name):
+def test_every_comparison_format_is_read(name):
     row, expected = COMPARISONS[name]
     found, how = canonical(row)
     assert found == expected
@@ -163,7 +163,7 @@ def test_comparison_formats(name):
         ),
     ],
 )
-def test_conversation_and_feedback_formats(row, expected):
+def test_every_conversation_and_feedback_format_is_read(row, expected):
     assert canonical(row)[0] == expected
 
 
@@ -348,7 +348,7 @@ def test_malformed_csv_files_are_rejected(tmp_path, text, message):
 @pytest.mark.parametrize(
     "labels", [("1", "0"), ("True", "False"), ("true", "FALSE"), ("1.0", "0.0"), (1, 0), (1.0, 0.0)]
 )
-def test_every_spelling_of_labels(labels, build_tokenizer, tmp_path):
+def test_every_spelling_of_labels_is_accepted(labels, build_tokenizer, tmp_path):
     kind = "csv" if isinstance(labels[0], str) else "parquet"
     frame = pd.DataFrame({"prompt": ["a", "b"], "completion": ["yes", "no"], "label": labels})
     getattr(frame, f"to_{kind}")(tmp_path / f"a.{kind}", index=False)
@@ -360,7 +360,7 @@ def test_every_spelling_of_labels(labels, build_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_column_mapping(kind, tmp_path, build_tokenizer):
+def test_columns_can_be_mapped(kind, tmp_path, build_tokenizer):
     frame = pd.DataFrame({"ask": ["a"], "chosen": ["no"], "rejected": ["yes"]})
     path = tmp_path / f"a.{kind}"
     write = {
@@ -398,7 +398,7 @@ CONTENTS = ("Hi.", "Hello!\n\nHow are you?", "Fine: and you?")
     "turn",
     ["\n\n{}: {}", "{}: {}\n", "\n{}: {}", "{}:{}\n\n\n", "\r\n\r\n{}: {}", "\n \n{}:\n{}", "  {}: {}\n"],
 )
-def test_transcripts_with_any_whitespace(turn, build_tokenizer):
+def test_transcripts_with_any_whitespace_are_read(turn, build_tokenizer):
     names = ("Human", "Assistant", "Human")
     prompt = "".join(turn.format(name, text) for name, text in zip(names, CONTENTS, strict=True))
     prompt += turn.partition("{}:")[0] + "Assistant:"

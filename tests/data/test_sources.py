@@ -36,7 +36,7 @@ def write_lines(path, rows=ROWS):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz"])
-def test_json_lines_with_differing_types(tmp_path, name):
+def test_json_lines_with_differing_types_are_read(tmp_path, name):
     path = write_lines(tmp_path / name)
     assert load(path) == [(ROWS[0], f"{name}:1"), (ROWS[1], f"{name}:2")]
 
@@ -336,7 +336,7 @@ def test_a_name_that_is_too_long_is_rejected():
 # ---- rows passed in Python ----
 
 
-def test_rows_passed_in_python():
+def test_rows_can_be_passed_in_python():
     """Every column of every row is kept, even if the first row lacks it or it has a different type."""
     rows = [{"a": 1, "tools": [{"x": None}]}, {"a": "one", "system": "s", "scores": np.array([1.0, 2.0])}]
     found = as_dataset(rows, "train_dataset")

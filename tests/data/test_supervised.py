@@ -45,7 +45,7 @@ def scored_runs(tokenizer, row):
     return [text_of(tokenizer, ids[:end]).removeprefix(text_of(tokenizer, ids[:start])) for start, end in runs]
 
 
-def fed(tokenizer, messages):
+def generation_prompt(tokenizer, messages):
     """Return what generation is given, with the BOS that the tokenizer would add."""
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
@@ -65,7 +65,7 @@ def test_every_answer_follows_what_generation_is_given(tokenizer, turns, system)
     ids, scored = parts(row)
     starts = [place for place in range(1, len(ids)) if scored[place] and not scored[place - 1]]
     asked = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    assert [ids[:start] for start in starts] == [fed(tokenizer, messages[:i]) for i in asked]
+    assert [ids[:start] for start in starts] == [generation_prompt(tokenizer, messages[:i]) for i in asked]
     assert row["prompt_ids"] == ids[: starts[0]]
     end = end_of(tokenizer)
     assert [run.strip().replace(" " + end, end) for run in scored_runs(tokenizer, row)] == [
@@ -198,7 +198,7 @@ def test_an_end_of_turn_already_in_an_answer_is_written_once(tokenizer):
     ],
     ids=["strings", "message", "text", "lists", "ultrachat"],
 )
-def test_conversation_formats(tokenizer, row):
+def test_every_conversation_format_is_read(tokenizer, row):
     found, expected = tokenized(tokenizer, row)[0], tokenized(tokenizer, {"messages": chat("Hi?", "Yes.")})[0]
     for column in ("prompt_ids", "response_ids", "scored"):
         assert found[column] == expected[column]
@@ -220,7 +220,7 @@ def test_columns_without_effect_are_counted_even_without_a_template(plain_tokeni
     assert any("weight" in line and "1" in line for line in report.lines())
 
 
-def test_raw_text_without_a_template(plain_tokenizer):
+def test_raw_text_is_read_without_a_template(plain_tokenizer):
     tokenizer = plain_tokenizer
     found = tokenized(tokenizer, {"prompt": "The answer is:", "completion": " yes"})[0]
     pair = {"prompt": "The answer is:", "chosen": " yes", "rejected": "no"}
@@ -327,10 +327,12 @@ def test_an_answer_without_an_end_in_the_template_gets_eos(build_tokenizer):
     assert scored_runs(tokenizer, tokenized(tokenizer, {"messages": chat("Hi?", "Yes.")})[0]) == ["Yes.<|endoftext|>"]
     rows = tokenized(tokenizer, {"messages": chat(*THREE)})
     assert [scored_runs(tokenizer, row) for row in rows] == [[f"{text}<|endoftext|>"] for text in THREE[1::2]]
-    assert [row["prompt_ids"] for row in rows] == [fed(tokenizer, chat(*THREE[:turns])) for turns in (1, 3, 5)]
+    assert [row["prompt_ids"] for row in rows] == [
+        generation_prompt(tokenizer, chat(*THREE[:turns])) for turns in (1, 3, 5)
+    ]
 
 
-def test_a_template_that_renders_the_last_answer_differently(build_tokenizer):
+def test_conversations_are_split_if_the_last_answer_is_rendered_differently(build_tokenizer):
     """Qwen3's writes an empty reasoning block before the last answer only, so every answer is last in its own row."""
     tokenizer = build_tokenizer("chatml")
     tokenizer.chat_template = (
@@ -340,7 +342,9 @@ def test_a_template_that_renders_the_last_answer_differently(build_tokenizer):
     )
     rows = tokenized(tokenizer, {"messages": chat(*THREE[:4])})
     assert [scored_runs(tokenizer, row) for row in rows] == [[f"(thought){text}<|im_end|>"] for text in THREE[1:4:2]]
-    assert [row["prompt_ids"] for row in rows] == [fed(tokenizer, chat(*THREE[:turns])) for turns in (1, 3)]
+    assert [row["prompt_ids"] for row in rows] == [
+        generation_prompt(tokenizer, chat(*THREE[:turns])) for turns in (1, 3)
+    ]
 
 
 def test_a_prompt_that_is_not_a_prefix_names_the_row(build_tokenizer):
@@ -390,7 +394,7 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(build_tokenizer):
         prepare_sft(Dataset.from_list(rows), tokenizer, TokenizeSettings(max_length=4))
 
 
-def test_comparisons_from_a_prepared_conversation(build_tokenizer):
+def test_a_prepared_conversation_becomes_a_comparison(build_tokenizer):
     from simpo.packing.layout import PackedBatch
     from simpo.training.batches import ComparisonRows, comparisons_of
 

@@ -128,7 +128,7 @@ def test_a_prompt_missing_from_the_messages_is_counted(chatml):
 
 
 @pytest.mark.parametrize(
-    ("how", "suspect", "fine"),
+    ("how", "suspicious", "clean"),
     [
         (prepare, PAIR | {"chosen": f"{QUESTION} Oh", "rejected": f" {QUESTION}"}, PAIR | {"chosen": QUESTION}),
         (prepare, PAIR | {"prompt": [turn("user", " ")]}, PAIR),
@@ -142,8 +142,8 @@ def test_a_prompt_missing_from_the_messages_is_counted(chatml):
         (prepare_sft, {"messages": talk(QUESTION, f"{QUESTION} Paris.")}, {"messages": talk("Hi", "Hi there.")}),
     ],
 )
-def test_suspicious_rows_are_used_and_counted(chatml, how, suspect, fine):
-    found = report(chatml, suspect, fine, how=how)
+def test_suspicious_rows_are_used_and_counted(chatml, how, suspicious, clean):
+    found = report(chatml, suspicious, clean, how=how)
     assert (found.used, list(found.suspect.values())) == (2, [1])
     assert dict(found.metrics())["data/train/suspect"] == 1
 

@@ -50,7 +50,7 @@ BEFORE = [1, 1, 0, 1, 0, 0, 1, 1]
 AFTER = [1, 0, 0, 1, 1, 0, 1, 0]
 
 
-def test_metrics_by_task_metric_and_filter():
+def test_results_have_one_metric_per_task_metric_and_filter():
     scores = read_scores(output(BEFORE))
     assert set(scores) == {
         "mmlu/acc",

@@ -114,7 +114,7 @@ def test_a_request_shows_both_answers_in_the_drawn_order():
     assert prompt.request("a", "1", "2", weighted=False).top_logprobs is None
 
 
-def test_a_custom_prompt(tmp_path):
+def test_a_custom_prompt_is_used(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text('Which? {"q": """{instruction}"""} {output_1} or {output_2} {else}')
     request = PairwisePrompt(file).request("Q", "A", "A", weighted=True)
@@ -156,7 +156,7 @@ ROW = {"instruction": "a", "output": "1"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([ROW, ROW], r"outputs.json\[1\]: instruction 'a' occurs twice, first at outputs.json\[0\]"),
         ([{"instruction": "a"}], r"outputs.json\[0\]: no 'output'; the row has instruction"),
@@ -165,9 +165,9 @@ ROW = {"instruction": "a", "output": "1"}
         ([ROW, {"instruction": "c", "output": "1"}], r"1 of 2 answers are to questions that are not in.*'c'"),
     ],
 )
-def test_outputs_not_from_the_benchmark_are_rejected(tmp_path, rows, said):
+def test_outputs_not_from_the_benchmark_are_rejected(tmp_path, rows, message):
     reference = read_reference(write(tmp_path / "reference.json", [ROW, ROW | {"instruction": "b"}]))
-    with pytest.raises(SimpoError, match=said):
+    with pytest.raises(SimpoError, match=message):
         read_outputs(write(tmp_path / "outputs.json", rows), reference)
 
 
@@ -178,7 +178,7 @@ def test_a_preference_must_be_between_1_and_2(tmp_path, value):
         read_annotations(write(tmp_path / "rows.json", rows))
 
 
-def test_baselines_from_files(tmp_path):
+def test_baselines_are_read_from_files(tmp_path):
     gamed = "model,index,std_delta_len,instruction_difficulty,not_gamed_baseline,preference\n"
     gamed += "verbose,0,-1.0,0.5,False,0.8\nverbose,1,0.25,-2.0,False,0.1\n"
     (tmp_path / "gamed.csv").write_text(gamed)
@@ -206,12 +206,12 @@ def test_difficulties_for_other_instructions_are_rejected_or_reported(tmp_path):
         "index,std_delta_len,instruction_difficulty,preference\n0,1.0,0.5,0.8\n1,0.2,-2.0,0.1\n"
     )
     settings = AlpacaEvalSettings(annotations=tmp_path / "gamed.csv", output_dir=tmp_path, gamed=tmp_path / "gamed.csv")
-    said = []
-    assert len(settings.length_control(2, said.append).difficulties) == 2 and not said
-    settings.length_control(1, said.append)
-    assert len(said) == 1 and "by position" in said[0]
+    notes = []
+    assert len(settings.length_control(2, notes.append).difficulties) == 2 and not notes
+    settings.length_control(1, notes.append)
+    assert len(notes) == 1 and "by position" in notes[0]
     with pytest.raises(SimpoError, match="3 instructions, but difficulties for 2 only"):
-        settings.length_control(3, said.append)
+        settings.length_control(3, notes.append)
 
 
 def test_missing_and_empty_answers_are_counted():
@@ -221,16 +221,16 @@ def test_missing_and_empty_answers_are_counted():
             QUESTIONS, ["ours", "", " ", "abcdef"], [2.0, 1.0, math.nan, 1.5], strict=False
         )
     ]
-    said = []
+    notes = []
     metrics = {
-        metric.name.removeprefix("alpaca_eval/"): metric for metric in leaderboard_metrics(found, None, said.append)
+        metric.name.removeprefix("alpaca_eval/"): metric for metric in leaderboard_metrics(found, None, notes.append)
     }
     assert metrics["win_rate"].value == pytest.approx(50) and metrics["win_rate"].n == 3
     assert metrics["without_preference"].value == 1 and metrics["empty_answers"].value == 2
     assert metrics["avg_length"].value == int((4 + 0 + 1 + 6) / 4) == 2
     assert "length_controlled_winrate" not in metrics
-    assert [line.split()[1] for line in said] == ["1", "2"]
-    (nothing, *_) = leaderboard_metrics(found[2:3], None, said.append)
+    assert [line.split()[1] for line in notes] == ["1", "2"]
+    (nothing, *_) = leaderboard_metrics(found[2:3], None, notes.append)
     assert (nothing.name, nothing.value, nothing.n) == ("alpaca_eval/win_rate", None, 0)
 
 

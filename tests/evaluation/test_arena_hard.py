@@ -58,7 +58,7 @@ def test_battles_count_from_the_models_side():
     assert battles("A>B", None, "v0.1") == [0] and battles(None, None, "v0.1") == []
 
 
-def drawn(rng, prompts, lean):
+def simulated_battles(rng, prompts, lean):
     """Simulate weighted battles for prompts that favor the model by ``lean`` on average, each to a different degree."""
     won = rng.uniform(size=(prompts, 2)) < expit(rng.normal(lean, 1.0, size=(prompts, 1)))
     strong = rng.uniform(size=(prompts, 2)) < 0.4
@@ -71,7 +71,7 @@ def drawn(rng, prompts, lean):
 def test_the_mean_equals_bradley_terry():
     """Several models against one baseline; strengths from unpenalized logistic regression."""
     rng = np.random.default_rng(0)
-    boards = [drawn(rng, 60, lean) for lean in (-1.0, 0.2, 2.0)]
+    boards = [simulated_battles(rng, 60, lean) for lean in (-1.0, 0.2, 2.0)]
     worths = [np.concatenate(board) for board in boards]
     models = np.repeat(np.arange(3), [len(found) for found in worths])
     x = np.column_stack([np.eye(3)[models], -np.ones(len(models))])  # the last one is the baseline
@@ -88,7 +88,7 @@ def test_the_mean_equals_bradley_terry():
 
 
 def test_bootstrap_intervals_are_percentiles_of_resampled_means():
-    board = drawn(np.random.default_rng(1), 40, 0.3)
+    board = simulated_battles(np.random.default_rng(1), 40, 0.3)
     worths = np.concatenate(board)
     means = worths[np.random.default_rng(7).integers(len(worths), size=(100, len(worths)))].mean(axis=1)
     old, new = bootstrap_score(board, "v0.1", seed=7), bootstrap_score(board, "v2", seed=7)
@@ -97,11 +97,11 @@ def test_bootstrap_intervals_are_percentiles_of_resampled_means():
     assert (old.value, new.value) == pytest.approx((100 * worths.mean(), 100 * means.mean()))
 
 
-def test_coverage_of_both_intervals():
+def test_only_the_interval_over_prompts_has_its_coverage():
     """Resampling prompts covers 95%; resampling battles cannot, because the battles of a prompt are correlated."""
     rng = np.random.default_rng(2)
     truth = 100 * expit(np.random.default_rng(3).normal(0.4, 1.0, size=1_000_000)).mean()
-    boards = [drawn(rng, 120, 0.4) for _ in range(1000)]
+    boards = [simulated_battles(rng, 120, 0.4) for _ in range(1000)]
     over_prompts = [score_over_prompts(board) for board in boards]
     assert 930 <= sum(found.low <= truth <= found.high for found in over_prompts) <= 970
     over_battles = [bootstrap_score(board, "v0.1", seed=run) for run, board in enumerate(boards[:300])]
@@ -211,15 +211,15 @@ def test_a_baseline_other_than_the_categorys_is_reported(tmp_path):
     for model in ("o3-mini-2025-01-31", "gemini-2.0-flash-001"):
         files[model] = tmp_path / f"{model}.jsonl"
         write_rows(files[model], [ArenaHard.answer_row(one, Answer(model, (one.key,))) for one in questions])
-    o3, gemini, said = *files.values(), []
-    found = attach_baselines(questions, [o3], said.append)
+    o3, gemini, notes = *files.values(), []
+    found = attach_baselines(questions, [o3], notes.append)
     assert [one.baseline.model for one in found] == ["o3-mini-2025-01-31"] * 2
-    assert len(said) == 1 and "creative_writing is o3-mini-2025-01-31" in said[0]
-    found = attach_baselines(questions, [gemini, o3], said.append)
+    assert len(notes) == 1 and "creative_writing is o3-mini-2025-01-31" in notes[0]
+    found = attach_baselines(questions, [gemini, o3], notes.append)
     expected = [("o3-mini-2025-01-31", "a"), ("gemini-2.0-flash-001", "b")]
-    assert [(one.baseline.model, one.baseline.text) for one in found] == expected and len(said) == 1
+    assert [(one.baseline.model, one.baseline.text) for one in found] == expected and len(notes) == 1
     with pytest.raises(SimpoError, match=r"^baseline: .*gemini-2.0-flash-001"):
-        attach_baselines(questions, [o3, o3], said.append)
+        attach_baselines(questions, [o3, o3], notes.append)
 
 
 def test_metrics_by_category_and_what_is_excluded():
@@ -230,19 +230,19 @@ def test_metrics_by_category_and_what_is_excluded():
         Judgment(question, Answer("mine", ("text" * 2,)), ("", ""), found)
         for question, found in zip(questions, verdicts, strict=True)
     ]
-    said = []
-    metrics = {metric.name: metric for metric in category_metrics(judgments, "v0.1", said.append)}
+    notes = []
+    metrics = {metric.name: metric for metric in category_metrics(judgments, "v0.1", notes.append)}
     assert metrics["arena_hard/math/score"].value == pytest.approx(100 * (1 + 1 + 0.5 + 0.5 + 1) / 5)
     assert metrics["arena_hard/coding/score"].value == pytest.approx(100 * 1 / 8)
-    assert metrics["arena_hard/math/games_without_verdict"].value == 1 and len(said) == 1
-    newer = {metric.name: metric for metric in category_metrics(judgments, "v2", said.append)}
+    assert metrics["arena_hard/math/games_without_verdict"].value == 1 and len(notes) == 1
+    newer = {metric.name: metric for metric in category_metrics(judgments, "v2", notes.append)}
     assert newer["arena_hard/math/score_over_prompts"].value == pytest.approx(75)
-    (nothing, missing) = category_metrics(judgments[2:3], "v2", said.append)
+    (nothing, missing) = category_metrics(judgments[2:3], "v2", notes.append)
     assert (nothing.value, nothing.n, missing.value) == (None, 0, 1)
     assert newer["arena_hard/math/score"].n == 2 and newer["arena_hard/math/avg_length"].value == 8
 
 
-def test_prompts_of_both_versions(tmp_path):
+def test_both_versions_have_their_prompts(tmp_path):
     shipped = ArenaPrompt(None)
     plain = shipped.request(asked("a", "math", "Q"), "one", "two", "v0.1")
     assert [message["role"] for message in plain.messages] == ["system", "user"] and plain.temperature == 0

@@ -11,7 +11,7 @@ from simpo.generation.engine import Sampled
 GOOD = AnswerStatistics(length=20.0, end_of_turn_rate=0.9, distinct_2=0.95)
 
 
-def test_statistics_by_hand():
+def test_statistics_match_values_by_hand():
     answers = [
         Sampled([7, 8, 7, 8, 7], finished=False, logp=None),  # bigrams 78 87 78 87: two of four are distinct
         Sampled([4, 5, 2], finished=True, logp=None),  # bigrams 45 52: two of two
@@ -54,5 +54,5 @@ def test_distinct_2_matches_its_definition():
         ),
     ],
 )
-def test_signs_of_collapse(now, start, expected_length, signs):
+def test_signs_of_collapse_are_detected(now, start, expected_length, signs):
     assert signs_of_collapse(now, start, expected_length) == signs

@@ -69,7 +69,7 @@ def test_both_file_formats_identify_the_same_prompts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"text": "x"}, "id: expected text"),
         ({"id": "x", "prompt": "p"}, "responses: expected"),
@@ -82,11 +82,11 @@ def test_both_file_formats_identify_the_same_prompts(tmp_path):
         ({"id": "first", "prompt": "p", "responses": ["a"]}, "'first' occurs twice, first at answers.jsonl:1"),
     ],
 )
-def test_files_without_answers_are_rejected(tmp_path, row, said):
+def test_files_without_answers_are_rejected(tmp_path, row, message):
     path = tmp_path / "answers.jsonl"
     first = {"id": "first", "prompt": "p", "responses": ["a"]}
     path.write_text(json.dumps(first) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(SimpoError, match=said) as raised:
+    with pytest.raises(SimpoError, match=message) as raised:
         read_answer_file(path)
     assert str(raised.value).startswith("answers.jsonl:2: ")
 
@@ -97,7 +97,7 @@ def test_a_prompt_may_be_a_single_message(tmp_path):
     assert read_answer_file(tmp_path / "answers.jsonl")["x"]["prompt"] == [message]
 
 
-def test_metrics_of_both_models():
+def test_metrics_of_both_models_match_values_by_hand():
     """Worked out by hand: two prompts with two answers each."""
 
     def side(*answers, finished=(True, True)):

@@ -15,13 +15,13 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tests.forked import run_ranks
 from tests.servers.chat_server import ChatServer, Raw, completion
+from tests.training_runs import killed_after_step
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo import cli
 from simpo.evaluation.during_training import max_evaluations
 from simpo.generation.engine import TransformersEngine
-from simpo.training import run as workflow
 from simpo.training.preference import PreferenceConfig, PreferenceTrainer
 from simpo.world.pairs import make_prompts, write_model, write_pairs
 from simpo.world.questions import judge
@@ -171,31 +171,10 @@ def test_generations_do_not_change_training(uninterrupted, world, tmp_path, monk
     assert not generations(logged(tmp_path / "without"))
 
 
-class Killed(BaseException):
-    """Stands in for a killed process."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
-
-
-def test_a_killed_run_reuses_the_start_models_answers(uninterrupted, world, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_reuses_the_start_models_answers(uninterrupted, world, tmp_path, capsys):
     output = tmp_path / "run"
-    train = workflow.PackedTrainer.train
-
-    def killed(self, *args, **kwargs):
-        self.add_callback(KillAt(EVERY + 1))
-        return train(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(workflow.PackedTrainer, "train", killed)
-        with pytest.raises(Killed):
-            cli.main(options(world, output))
+    with killed_after_step(EVERY + 1):
+        cli.main(options(world, output))
     start = output / "generations/start.jsonl"
     written = start.stat().st_mtime_ns
     assert cli.main(options(world, output)) == 0
@@ -224,7 +203,7 @@ def prefer_later(body):
 
 
 @pytest.mark.parametrize(("answer", "verdicts"), [(prefer_later, True), (lambda body: completion("?"), False)])
-def test_a_judge_behind_a_server(uninterrupted, world, tmp_path, monkeypatch, caplog, answer, verdicts):
+def test_a_judge_behind_a_server_gives_win_rates(uninterrupted, world, tmp_path, monkeypatch, caplog, answer, verdicts):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with ChatServer(answer) as server:
         judged = {"eval_judge": "api", "eval_judge_url": server.url, "eval_judge_model": "tiny", "max_steps": EVERY}
@@ -287,9 +266,9 @@ def test_number_of_evaluations_in_a_run(changes, expected, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def terse(world, tmp_path_factory):
+def terse_model(world, tmp_path_factory):
     """The model after ``simpo sft``: it answers "Yes." to everything and stops."""
-    output = tmp_path_factory.mktemp("terse") / "run"
+    output = tmp_path_factory.mktemp("terse_model") / "run"
     held_out = output.parent / "held_out.jsonl"  # training rows with the last one changed: not all may be training rows
     held_out.write_text((world / "sft.jsonl").read_text().rstrip()[::-1].replace(".seY", "!seY", 1)[::-1])
     changes = {"dataset_name": world / "sft.jsonl", "num_train_epochs": 4, "save_strategy": "no"}
@@ -297,22 +276,22 @@ def terse(world, tmp_path_factory):
     return output
 
 
-def test_fine_tuning_is_evaluated_too(terse):
-    *_, last = generations(logged(terse))
-    length = len(AutoTokenizer.from_pretrained(terse)("Yes.").input_ids) + 1
+def test_fine_tuning_is_evaluated_too(terse_model):
+    *_, last = generations(logged(terse_model))
+    length = len(AutoTokenizer.from_pretrained(terse_model)("Yes.").input_ids) + 1
     assert (last["eval_generations/end_of_turn_rate"], last["eval_generations/length"]) == (1, length)
-    assert {row["responses"][0] for row in answers(terse)[f"step-{4 * STEPS}"]} == {"Yes."}
-    assert "have collapsed" not in (terse / "log.txt").read_text()
+    assert {row["responses"][0] for row in answers(terse_model)[f"step-{4 * STEPS}"]} == {"Yes."}
+    assert "have collapsed" not in (terse_model / "log.txt").read_text()
 
 
-def test_a_collapse_is_reported(terse, world, tmp_path, caplog):
-    ruinous = {"model_name_or_path": terse, "learning_rate": 0.5, "warmup_steps": 0, "save_strategy": "no"}
+def test_a_collapse_is_reported(terse_model, world, tmp_path, caplog):
+    ruinous = {"model_name_or_path": terse_model, "learning_rate": 0.5, "warmup_steps": 0, "save_strategy": "no"}
     assert cli.main(options(world, tmp_path / "run", **(ruinous | SHORT))) == 0
-    said = [record.message for record in caplog.records if "have collapsed" in record.message]
-    assert said
-    assert all("end_of_turn_rate 1 -> 0" in line and "learning rate" in line and "0.5" in line for line in said)
-    assert all("\n" not in line for line in said)
-    assert said[-1] in (tmp_path / "run/log.txt").read_text()
+    warnings = [record.message for record in caplog.records if "have collapsed" in record.message]
+    assert warnings
+    assert all("end_of_turn_rate 1 -> 0" in line and "learning rate" in line and "0.5" in line for line in warnings)
+    assert all("\n" not in line for line in warnings)
+    assert warnings[-1] in (tmp_path / "run/log.txt").read_text()
 
 
 MISTAKES = [
@@ -366,25 +345,25 @@ def test_sharded_models_give_the_same_answers(world, tmp_path):
         assert [row["response_ids"] for row in first[name]] == [row["response_ids"] for row in second[name]]
 
 
-@pytest.mark.parametrize(("changes", "said"), MISTAKES)
-def test_mistakes_give_a_one_line_error_and_write_nothing(world, tmp_path, capsys, changes, said):
+@pytest.mark.parametrize(("changes", "expected"), MISTAKES)
+def test_mistakes_give_a_one_line_error_and_write_nothing(world, tmp_path, capsys, changes, expected):
     assert cli.main(options(world, tmp_path / "run", **changes)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("simpo: error: ")
-    assert all(word in message for word in said), message
+    assert all(word in message for word in expected), message
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [("Who are you?", "exact: prompt"), ("?" * LONGEST, f"no held-out prompt has at most {LONGEST} tokens")],
 )
-def test_unusable_prompts_stop_the_run_before_training(world, tmp_path, capsys, prompt, said):
+def test_unusable_prompts_stop_the_run_before_training(world, tmp_path, capsys, prompt, message):
     row = {"prompt": prompt, "chosen": "No.", "rejected": "?"}
     (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
     given = options(world, tmp_path / "run", eval_dataset_name=tmp_path / "other.jsonl")
     assert cli.main(given) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

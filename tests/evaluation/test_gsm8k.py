@@ -33,7 +33,7 @@ def test_the_number_a_text_ends_with(text, number):
     assert found == (None if number is None else Decimal(number))
 
 
-def test_problems_from_a_file(tmp_path):
+def test_problems_are_read_from_a_file(tmp_path):
     rows = [{"question": f"q{number}", "answer": f"#### {number}"} for number in range(4)]
     file = tmp_path / "test.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

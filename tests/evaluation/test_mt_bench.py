@@ -35,9 +35,9 @@ def test_averages_match_their_definition():
         for (number, category), scores in given.items()
         for turn, score in enumerate(scores, start=1)
     ]
-    said = []
-    found = {metric.name.removeprefix("mt_bench/"): metric for metric in rating_metrics(ratings, said.append)}
-    assert len(said) == 1 and "1 of 6" in said[0]
+    notes = []
+    found = {metric.name.removeprefix("mt_bench/"): metric for metric in rating_metrics(ratings, notes.append)}
+    assert len(notes) == 1 and "1 of 6" in notes[0]
     assert found["turn_1"].value == pytest.approx((8 + 6 + 10) / 3)
     assert found["turn_2"].value == pytest.approx((4 + 9) / 2)
     assert found["average"].value == pytest.approx((8 + 4 + 6 + 10 + 9) / 5)
@@ -45,7 +45,7 @@ def test_averages_match_their_definition():
     assert found["writing"].value == pytest.approx(9.5)
     assert (found["average"].n, found["turn_2"].n, found["without_rating"].value) == (3, 2, 1)
     assert found["average"].low < found["average"].value < found["average"].high
-    (nothing, missing) = rating_metrics(ratings[3:4], said.append)
+    (nothing, missing) = rating_metrics(ratings[3:4], notes.append)
     assert (nothing.value, nothing.n, missing.value) == (None, 0, 1)
 
 
@@ -86,7 +86,7 @@ def test_files_can_be_written_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([{"question_id": 81, "choices": [{"turns": ["a"]}]}], r"answers.jsonl:1: turns: expected 2 texts, got 1"),
         ([{"question_id": 81, "choices": []}], "choices: expected a list with an answer"),
@@ -95,9 +95,9 @@ def test_files_can_be_written_and_read_back(tmp_path):
         ([{"question_id": 81, "choices": [{"turns": ["a", "b"]}]}] * 2, "question_id '81' occurs twice"),
     ],
 )
-def test_answers_not_from_the_benchmark_are_rejected(tmp_path, rows, said):
+def test_answers_not_from_the_benchmark_are_rejected(tmp_path, rows, message):
     questions = read_questions(lines(tmp_path / "question.jsonl", QUESTIONS), None)
-    with pytest.raises(SimpoError, match=said):
+    with pytest.raises(SimpoError, match=message):
         read(lines(tmp_path / "answers.jsonl", rows), questions)
 
 
@@ -113,7 +113,7 @@ def test_the_judge_sees_the_turns_and_the_reference(tmp_path):
     assert guided.temperature == 0 and "r1" in prompts.request(math, answer, 1).messages[1]["content"]
 
 
-def test_custom_prompts(tmp_path):
+def test_custom_prompts_are_used(tmp_path):
     file = tmp_path / "judge_prompts.jsonl"
     file.write_text('{"name": "single-v1", "system_prompt": "s", "prompt_template": "{question}{answer}"}\n')
     with pytest.raises(SimpoError, match="the judge prompt single-v1-multi-turn is missing"):

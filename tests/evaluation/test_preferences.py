@@ -133,7 +133,7 @@ def test_agreement_matches_its_definition():
     assert found["ties/one"].value == pytest.approx(1 / 6)
 
 
-def test_three_judges_one_of_them_without_any_verdict():
+def test_a_judge_without_any_verdict_has_no_rates_or_agreement():
     found = {m.name: m for m in preference_metrics(judged([1, 0], [0, 1], [np.nan, np.nan]), seed=0)}
     assert {name for name in found if name.startswith("kappa/")} == {
         "kappa/one+two",

@@ -7,7 +7,7 @@ import pytest
 from simpo.evaluation.runner import published_rows, published_table
 
 
-def test_results_stated_by_the_paper_and_its_repository():
+def test_results_are_those_of_the_paper_and_its_repository():
     headings, rows = published_rows("alpaca_eval")
     assert headings == ["setting", "method", "model", "LC win rate", "win rate", "length"]
     found = {(row[0], row[1]): row[3:] for row in rows}
@@ -21,7 +21,7 @@ def test_results_stated_by_the_paper_and_its_repository():
     assert all(0 <= float(cell) <= 100 for row in rows for cell in row[3:5] if cell)
 
 
-def test_mt_bench_in_the_papers_main_table_and_ablation():
+def test_mt_bench_results_are_those_of_the_papers_tables():
     headings, rows = published_rows("mt_bench")
     assert headings[3:] == ["judge GPT-4 Turbo", "judge GPT-4"]
     found = {(row[0], row[1]): row[3:] for row in rows}

@@ -214,7 +214,7 @@ TIED = {"id": "tied:1", "subset": "Ties", "prompt": "p", "chosen": ["a", "e"], "
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({**GOOD, "subset": "Maths"}, r"test\.jsonl:2: subset: expected one of Factuality, .*Ties, got 'Maths'"),
         ({**GOOD, "chosen": ["a", "b"]}, r"test\.jsonl:2: chosen: .*one .* 2"),
@@ -230,12 +230,12 @@ TIED = {"id": "tied:1", "subset": "Ties", "prompt": "p", "chosen": ["a", "e"], "
         ([TIED, TIED], r"test\.jsonl:3: id tied:1 .*twice.*test\.jsonl:2"),
     ],
 )
-def test_mistakes_give_a_one_line_error(write_reward_model, tmp_path, capsys, row, said):
+def test_mistakes_give_a_one_line_error(write_reward_model, tmp_path, capsys, row, message):
     data = write(tmp_path / "test.jsonl", [GOOD, *(row if isinstance(row, list) else [row])])
     assert main(command(tmp_path, data, tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
-    assert re.search(said, error), error
+    assert re.search(message, error), error
 
 
 def test_a_row_that_does_not_fit_the_model_is_reported(write_reward_model, tmp_path, capsys):

@@ -35,7 +35,7 @@ STATES = [
 CHOSEN = [("train", 0.5)]  # without SIMPO_FUZZ
 
 
-def harm(path: Path, kind: str, *, keep_time: bool) -> bool:
+def damage_file(path: Path, kind: str, *, keep_time: bool) -> bool:
     """Damage a file; return whether it changed."""
     content, times = path.read_bytes(), path.stat()
     if HARM[kind] is None:
@@ -70,7 +70,7 @@ def test_damaged_files_are_detected_rebuilt_or_rejected(kind, share, chat_world,
         shutil.rmtree(here)
         shutil.copytree(kept, here)
         verify = share is None and (number + number // len(HARM)) % 2 == 1
-        if not harm(here / name, how, keep_time=verify):
+        if not damage_file(here / name, how, keep_time=verify):
             continue
         try:
             ended = end(*argv, *(["--verify"] if verify else []))

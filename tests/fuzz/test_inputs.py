@@ -41,7 +41,7 @@ def write(path, table):
 
 
 @fuzz(5, 3000, table=st.lists(rows, min_size=1, max_size=20))
-def test_arbitrary_rows(workshop, scratch, table):
+def test_arbitrary_rows_never_crash_inspect(workshop, scratch, table):
     with scratch() as folder:
         end("inspect", "model", write(folder / "rows.jsonl", table))
 
@@ -68,7 +68,7 @@ def test_text_rows_become_their_own_tokens(workshop, scratch, row):
 
 
 @fuzz(6, 2000, file=files)
-def test_arbitrary_files(workshop, scratch, file):
+def test_arbitrary_files_never_crash_inspect(workshop, scratch, file):
     suffix, content = file
     with scratch() as folder:
         path = folder / f"data.{suffix}"
@@ -82,7 +82,7 @@ def test_arbitrary_files(workshop, scratch, file):
     command=st.sampled_from(["sample", "annotate", "pair", "compare"]),
     table=st.lists(rows, min_size=1, max_size=4),
 )
-def test_arbitrary_rows_for_other_commands(workshop, scratch, command, table):
+def test_arbitrary_rows_never_crash_other_commands(workshop, scratch, command, table):
     with scratch() as folder:
         path, out = write(folder / "rows.jsonl", table), folder / "out"
         if command == "sample":
@@ -114,7 +114,7 @@ ANNOTATIONS = [VERDICT | {"generator_1": "a", "generator_2": "b", "preference": 
     ),
     damage=damages,
 )
-def test_damaged_result_files(workshop, scratch, changed, damage):
+def test_damaged_result_files_never_crash_a_command(workshop, scratch, changed, damage):
     command, table = changed
     with scratch() as folder:
         out = folder / "out"
@@ -156,7 +156,7 @@ recipe_of_command = st.sampled_from(list(KEYS)).flatmap(
 
 
 @fuzz(8, 2500, drawn=recipe_of_command)
-def test_arbitrary_recipes(workshop, scratch, drawn):
+def test_arbitrary_recipes_never_crash_a_command(workshop, scratch, drawn):
     command, text = drawn
     with scratch() as folder:
         path = folder / "recipe.yaml"
@@ -170,7 +170,7 @@ SHIPPED = sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 
 
 @fuzz(2, 500, path=st.sampled_from(SHIPPED), damage=damages)
-def test_damaged_recipes(workshop, scratch, path, damage):
+def test_damaged_recipes_never_crash_a_command(workshop, scratch, path, damage):
     with scratch() as folder:
         recipe = folder / "recipe.yaml"
         recipe.write_bytes(damage(path.read_bytes()))
@@ -245,7 +245,7 @@ def command_lines(draw):
 
 
 @fuzz(8, 1500, line=command_lines())
-def test_arbitrary_command_lines(workshop, line):
+def test_arbitrary_command_lines_never_crash(workshop, line):
     end(*line)
 
 
@@ -268,7 +268,7 @@ options = st.lists(
 
 
 @fuzz(1, 500, chosen=options, held_out=st.booleans())
-def test_arbitrary_training_settings(workshop, scratch, chosen, held_out):
+def test_arbitrary_training_settings_never_crash(workshop, scratch, chosen, held_out):
     paths = {"output_dir", "logging_dir", "reference_cache", "hub_model_id", "push_to_hub"}
     words = [f"--{key}={value}" for key, value in chosen if key not in paths]
     eval_words = ["--eval_dataset_name", "test.jsonl"] if held_out else []
@@ -277,12 +277,12 @@ def test_arbitrary_training_settings(workshop, scratch, chosen, held_out):
 
 
 @fuzz(4, 100, template=templates)
-def test_arbitrary_templates(workshop, template):
+def test_arbitrary_templates_never_crash(workshop, template):
     end("inspect", "model", "pairs.jsonl", "--chat_template", template or " ")
 
 
 @fuzz(8, 7000, reply=replies)
-def test_arbitrary_server_replies(workshop, reply):
+def test_arbitrary_server_replies_never_crash_the_client(workshop, reply):
     status, headers, body = reply
     with ChatServer(lambda request: Raw(status, body, headers)) as server:
         client = ChatClient(Endpoint(server.url, "tiny", attempts=2, timeout=5), None)
@@ -292,10 +292,10 @@ def test_arbitrary_server_replies(workshop, reply):
         assert isinstance(answer, ChatReply) and isinstance(answer.text, str)
 
 
-@fuzz(2, 500, said=verdicts, command=st.sampled_from(["annotate", "compare"]))
-def test_arbitrary_verdicts(workshop, scratch, said, command):
+@fuzz(2, 500, reply=verdicts, command=st.sampled_from(["annotate", "compare"]))
+def test_arbitrary_verdicts_never_crash_a_command(workshop, scratch, reply, command):
     judge = ["--judge_model", "tiny", "--yes", "--output_dir"]
-    with scratch() as folder, ChatServer(lambda request: completion(said)) as server:
+    with scratch() as folder, ChatServer(lambda request: completion(reply)) as server:
         common = ["--judge_url", server.url, "--cache", folder / "cache", *judge, folder / "out"]
         if command == "annotate":
             end("annotate", "responses.jsonl", "--annotator", "api", *common)
@@ -307,7 +307,7 @@ MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 
 @fuzz(3, 60, name=st.sampled_from(MODEL_FILES), damage=damages, data=st.data())
-def test_damaged_models(workshop, scratch, name, damage, data):
+def test_damaged_models_never_crash_a_command(workshop, scratch, name, damage, data):
     with scratch() as folder:
         model = folder / "model"
         shutil.copytree(workshop / "model", model)

@@ -104,8 +104,8 @@ def test_the_checkpoints_sampling_settings_are_reported_and_not_used(make_model,
     own = model.generation_config
     own.update(repetition_penalty=5.0, min_p=0.4, suppress_tokens=[3], temperature=9.0)
     engine = TransformersEngine(model, tokenizer)
-    said = [record.getMessage() for record in caplog.records if record.name == "simpo.generation.engine"]
-    assert len(said) == 1 and "repetition_penalty 5.0" in said[0] and "temperature" not in said[0]
+    logged = [record.getMessage() for record in caplog.records if record.name == "simpo.generation.engine"]
+    assert len(logged) == 1 and "repetition_penalty 5.0" in logged[0] and "temperature" not in logged[0]
     assert set(ignored_settings(own)) == {"repetition_penalty 5.0", "min_p 0.4", "suppress_tokens [3]"}
     assert engine.generate(PROMPTS, settings(), seed=5) == plain
     assert model.generation_config is own and model.training
@@ -184,9 +184,9 @@ def test_answers_equal_those_of_each_prompt_alone(name, changes, tokenizer, capl
         found = engine.generate(MIXED, settings(**changes), seed=5)
         assert engine.generate(MIXED, settings(**changes), seed=5) == found
     if together is not None:
-        said = [record.message for record in caplog.records if type(model).__name__ in record.message]
-        assert len(said) == 1
-        assert ("of equal length" if together == "equal" else "one at a time") in said[0]
+        logged = [record.message for record in caplog.records if type(model).__name__ in record.message]
+        assert len(logged) == 1
+        assert ("of equal length" if together == "equal" else "one at a time") in logged[0]
     for prompt, sampled in zip(MIXED, found, strict=True):
         alone = copy.deepcopy(untouched)
         # force the sampled tokens, so that log-probabilities refer to the same tokens

@@ -71,13 +71,13 @@ def begin(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_write_the_same_files_as_one(chat_world, alone, tmp_path, monkeypatch):
     begin(chat_world, tmp_path / "begun", monkeypatch)
     done = run_ranks(2, answer_thrice, tmp_path, options(chat_world), folder=tmp_path, timeout=100)
-    said = done.stdout
+    output = done.stdout
     for rank in (0, 1):
-        assert f"process {rank}: together ended with 0 after 6 chunks" in said, done.stderr
-    assert "process 0: begun ended with 0 after 4 chunks" in said
-    assert "process 1: begun ended with 0 after 3 chunks" in said
-    assert said.count("continuing: 20 of 48 responses") == 1
-    assert said.count(f"responses: {tmp_path}/together/responses.jsonl") == 1  # by one process only
+        assert f"process {rank}: together ended with 0 after 6 chunks" in output, done.stderr
+    assert "process 0: begun ended with 0 after 4 chunks" in output
+    assert "process 1: begun ended with 0 after 3 chunks" in output
+    assert output.count("continuing: 20 of 48 responses") == 1
+    assert output.count(f"responses: {tmp_path}/together/responses.jsonl") == 1  # by one process only
     assert bytes_of(tmp_path / "together") == bytes_of(tmp_path / "begun") == bytes_of(alone)
     assert not list((tmp_path / "together").glob(".chunks-*"))
 

@@ -73,10 +73,10 @@ def test_received_answers_are_kept(prompts, capsys):
         first = len(server.bodies)
         left = iter(range(5))
 
-        def tired(body):
+        def refuse_eventually(body):
             return completion(f"answer {body['seed']}") if next(left, None) is not None else Raw(403)
 
-        server._answer = tired
+        server._answer = refuse_eventually
         assert main(command(server, prompts, "--n=2", "--yes", "--concurrency=1")) == 2
         printed = capsys.readouterr().err
         assert "403" in printed and printed.count("\n") == 1
@@ -93,7 +93,7 @@ def test_received_answers_are_kept(prompts, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--top_k=5"], "top_k: is not supported by OpenAI-compatible servers"),
         (["--chat_template=none"], "chat_template: the server applies its own"),
@@ -105,11 +105,11 @@ def test_received_answers_are_kept(prompts, capsys):
         (["--engine=transformers"], "base_url: engine transformers does not use it"),
     ],
 )
-def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(options, said, prompts, capsys):
+def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(options, message, prompts, capsys):
     with ChatServer(lambda body: completion("never")) as server:
         assert main(command(server, prompts, *options, "--yes")) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.count("\n") == 1 and "secret" not in printed
+    assert message in printed and printed.count("\n") == 1 and "secret" not in printed
     assert not (prompts.parent / "out").exists() and not server.bodies
 
 

@@ -119,20 +119,20 @@ def test_answers_that_mention_reasoning_tags_are_left_alone(text):
 
 def test_reasoning_in_answers_is_counted_and_reported():
     texts = ["<think>a</think> one", "two", "<think>never", "x</think>three"]
-    said = []
+    notes = []
     for strip, expected in ((True, ["one", "two", "", "three"]), (False, texts)):
         show = ThinkingFilter(strip)
         assert [show(text) for text in texts] == expected
-        found = {metric.name: (metric.value, metric.n) for metric in show.metrics("x/", said.append)}
+        found = {metric.name: (metric.value, metric.n) for metric in show.metrics("x/", notes.append)}
         assert found == {
             "x/answers_with_thinking": (3, 4),
             "x/answers_without_end_of_thinking": (1, 4),
             "x/answers_stripped_of_thinking": (3 * strip, 4),
         }
-    assert len(said) == 2 and all("3 of 4 answers" in line for line in said) and "--strip_thinking" in said[1]
+    assert len(notes) == 2 and all("3 of 4 answers" in line for line in notes) and "--strip_thinking" in notes[1]
     show = ThinkingFilter(False)
     show("plain")
-    assert show.metrics("x/", said.append) == [] and len(said) == 2
+    assert show.metrics("x/", notes.append) == [] and len(notes) == 2
 
 
 def test_special_tokens_that_mark_reasoning_are_kept_in_sampled_texts():

@@ -151,7 +151,7 @@ def test_a_missing_vllm_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"max_model_length": 9}, "engine_args: vLLM 0.0 has no 'max_model_length'; did you mean max_model_len?"),
         ({"dtype": "float16"}, "engine_args: dtype is set by simpo"),
@@ -159,8 +159,8 @@ def test_a_missing_vllm_is_reported(monkeypatch):
         ({"tensor_parallel_size": 16}, "'tensor_parallel_size': 16.*Engine core initialization failed"),
     ],
 )
-def test_unusable_engine_arguments_give_a_one_line_error(vllm, given, said):
-    with pytest.raises(SimpoError, match=said) as raised:
+def test_unusable_engine_arguments_give_a_one_line_error(vllm, given, message):
+    with pytest.raises(SimpoError, match=message) as raised:
         VllmEngine(ModelArguments("some/model", dtype="bfloat16"), [STOP], given)
     assert "\n" not in str(raised.value)
 
@@ -195,7 +195,7 @@ def test_the_commands_engine_arguments_reach_vllm_and_the_record(vllm, chat_worl
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--max_model_len=64"], "max_model_len: engine transformers does not use it"),
         (["--engine_args", "enforce_eager=true"], "engine_args: engine transformers does not use it"),
@@ -204,8 +204,8 @@ def test_the_commands_engine_arguments_reach_vllm_and_the_record(vllm, chat_worl
         (["--engine=vllm", "--max_model_len=64", "--engine_args", "max_model_len=8"], "max_model_len is given twice"),
     ],
 )
-def test_invalid_engine_arguments_are_rejected(options, said, vllm, chat_world, tmp_path, capsys):
+def test_invalid_engine_arguments_are_rejected(options, message, vllm, chat_world, tmp_path, capsys):
     assert sample(chat_world, tmp_path, *options) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.count("\n") == 1
+    assert message in printed and printed.count("\n") == 1
     assert not (tmp_path / "out").exists()

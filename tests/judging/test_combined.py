@@ -45,8 +45,8 @@ def test_scores_that_hardly_differ_count_as_equal():
     assert normalize([0.0] * 8 + [5e-324], "zscore") == [0.0] * 9  # their standard deviation rounds to 0
 
 
-@pytest.mark.parametrize("how", ["none", "zscore", "rank"])
-def test_scores_are_weighted_sums_of_per_prompt_normalized_scores(how):
+@pytest.mark.parametrize("normalization", ["none", "zscore", "rank"])
+def test_scores_are_weighted_sums_of_per_prompt_normalized_scores(normalization):
     """For prompts of different sizes, alone and together, and annotators in any order."""
     texts = [f"t{k}" for k in range(9)]
     tables = {
@@ -55,20 +55,20 @@ def test_scores_are_weighted_sums_of_per_prompt_normalized_scores(how):
     }
     weights = {"a": 0.5, "b": 2.0, "c": 0.1}
     rows = [Answers("p", "?", texts[:4]), Answers("q", "?", texts[4:]), Answers("r", "?", texts[:1])]
-    scorer = CombinedScorer(tables, weights, how)
+    scorer = CombinedScorer(tables, weights, normalization)
     found = scorer.score(rows)
     for row, combined in zip(rows, found, strict=True):
         naive = np.zeros(len(row.responses))
         for name, table in tables.items():
             own = np.array([table.scores[text] for text in row.responses])
-            if how == "zscore":
+            if normalization == "zscore":
                 own = (own - own.mean()) / own.std(ddof=1) if len(own) > 1 else np.zeros(1)
-            elif how == "rank":
+            elif normalization == "rank":
                 own = (rankdata(own) - 1) / (len(own) - 1) if len(own) > 1 else np.full(1, 0.5)
             naive += weights[name] * own
         assert combined == pytest.approx(naive, abs=1e-12)
         assert scorer.score([row]) == [combined]
-    turned = CombinedScorer(dict(reversed(tables.items())), weights, how)
+    turned = CombinedScorer(dict(reversed(tables.items())), weights, normalization)
     assert turned.score(rows) == found
 
 
@@ -100,7 +100,7 @@ def test_the_identity_covers_everything_that_affects_the_scores():
 
 
 @pytest.mark.parametrize(
-    ("annotator", "how", "named"),
+    ("annotator", "normalization", "message"),
     [
         ({}, None, "annotator"),
         ({"exact": 0.0}, None, "exact"),
@@ -112,6 +112,6 @@ def test_the_identity_covers_everything_that_affects_the_scores():
         ({"exact": 1.0, "api": 1.0}, None, "judge_url"),
     ],
 )
-def test_mistakes_are_reported_by_name(annotator, how, named):
-    with pytest.raises(SimpoError, match=named):
-        make_annotator(annotator, JudgeOptions(), how)
+def test_mistakes_are_reported_by_name(annotator, normalization, message):
+    with pytest.raises(SimpoError, match=message):
+        make_annotator(annotator, JudgeOptions(), normalization)

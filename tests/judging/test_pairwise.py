@@ -50,13 +50,13 @@ def test_every_pair_is_sent_in_both_orders():
     assert judge.first_shown_wins == [0.5 if pair.a != pair.b else None for pair in PAIRS]
 
 
-@pytest.mark.parametrize("favorite", ["A", "B"])
-def test_a_judge_that_prefers_a_position_produces_ties(favorite):
-    with ChatServer(lambda body: completion(f"[[{favorite}]]")) as server:
+@pytest.mark.parametrize("preferred", ["A", "B"])
+def test_a_judge_that_prefers_a_position_produces_ties(preferred):
+    with ChatServer(lambda body: completion(f"[[{preferred}]]")) as server:
         judge = judge_at(server)
         assert judge.compare(PAIRS) == [0.5] * 4
     assert judge.conflicting == 3
-    assert judge.first_shown_wins == [float(favorite == "A") if pair.a != pair.b else None for pair in PAIRS]
+    assert judge.first_shown_wins == [float(preferred == "A") if pair.a != pair.b else None for pair in PAIRS]
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_a_function_scores_answers(functions):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("mine:broken", "prompt p: ZeroDivisionError"),
         ("mine:nothing", "prompt p: TypeError"),
@@ -267,8 +267,8 @@ def test_a_function_scores_answers(functions):
         ("nowhere:f", "cannot import 'nowhere'"),
     ],
 )
-def test_unusable_functions_are_rejected(functions, name, said):
-    with pytest.raises(SimpoError, match=said):
+def test_unusable_functions_are_rejected(functions, name, message):
+    with pytest.raises(SimpoError, match=message):
         make_judge(f"function:{name}", functions).compare([Pair("p", "q", ("a", "b"))])
 
 
@@ -299,15 +299,15 @@ def test_an_answer_in_several_pairs_is_scored_once():
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"),
+    ("scores", "message"),
     [
         ([[1.0] * 4, [1.0]], "2 lists of scores for 3 prompts"),
         ([[1.0, 2.0], [1.0], [1.0, 2.0]], "prompt p: 2 scores for 4 responses"),
         ([[1.0] * 4, [float("inf")], [1.0, 2.0]], "prompt q: expected finite scores"),
     ],
 )
-def test_scores_are_validated(scores, said):
-    with pytest.raises(SimpoError, match=f"mine: {said}"):
+def test_scores_are_validated(scores, message):
+    with pytest.raises(SimpoError, match=f"mine: {message}"):
         check_scores(scores, ROWS, "mine")
 
 

@@ -37,7 +37,7 @@ def _is_clean(page: Page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth && !window.hacked")
 
 
-def test_fifty_pairs_by_keyboard_alone(browser: Browser, page_of):
+def test_fifty_pairs_can_be_judged_by_keyboard_alone(browser: Browser, page_of):
     served = page_of(make_items(50))
     served.start()
     page = browser.open(served.url)

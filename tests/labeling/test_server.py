@@ -194,7 +194,7 @@ def test_mistakes_give_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_from_page_to_preferences(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_command_goes_from_page_to_preferences(tmp_path: Path, capsys: pytest.CaptureFixture):
     a, b = (_rows(tmp_path / f"{name}.jsonl", [[f"{name}{n}"] for n in range(3)]) for name in "ab")
     with closing(listen(0)) as free:
         port = free.getsockname()[1]

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from tests.training_runs import killed_after_step
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from simpo import cli, score_responses
@@ -14,7 +15,6 @@ from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch
 from simpo.packing.model import policy_logprobs, state_of
-from simpo.training import run as workflow
 
 bnb = pytest.importorskip("bitsandbytes")
 ADAPTER = "adapter_model.safetensors"
@@ -107,29 +107,17 @@ def options(world, output, objective) -> list[str]:
     return ["train", *(f"--{key}={value}" for key, value in given.items())]
 
 
-class Killed(BaseException):
-    """Stands in for a killed process."""
-
-
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
-def test_a_run_is_resumed_merged_sampled_and_loaded_by_peft(objective, world, tmp_path, monkeypatch, capsys):
-    through, output = tmp_path / "through", tmp_path / "run"
-    assert cli.main(options(world, through, objective)) == 0
-    metrics = {one["name"]: one for one in json.loads((through / "results.json").read_text())["metrics"]}
+def test_a_run_is_resumed_merged_sampled_and_loaded_by_peft(objective, world, tmp_path, capsys):
+    uninterrupted, output = tmp_path / "uninterrupted", tmp_path / "run"
+    assert cli.main(options(world, uninterrupted, objective)) == 0
+    metrics = {one["name"]: one for one in json.loads((uninterrupted / "results.json").read_text())["metrics"]}
     if objective == "dpo":
         assert metrics["train/loss"]["value"] < 0.693
-    train = workflow.PackedTrainer.training_step
-
-    def deadly(self, *args):
-        if self.state.global_step == 2:
-            raise Killed
-        return train(self, *args)
-
-    with monkeypatch.context() as patches, pytest.raises(Killed):
-        patches.setattr(workflow.PackedTrainer, "training_step", deadly)
+    with killed_after_step(2):
         cli.main(options(world, output, objective))
     assert cli.main(options(world, output, objective)) == 0
-    assert (output / ADAPTER).read_bytes() == (through / ADAPTER).read_bytes()
+    assert (output / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()
     merged = tmp_path / "merged"
     assert cli.main(["merge", str(output), f"--output_dir={merged}"]) == 0
     base = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)

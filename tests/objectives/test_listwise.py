@@ -47,7 +47,7 @@ def test_rankings_match_the_naive_likelihood(name, responses):
     assert (gradient[[1, 4, 8]] > 0).all()
 
 
-def test_a_ranking_worked_out_by_hand():
+def test_a_ranking_matches_its_likelihood_by_hand():
     """Rewards ln 6, ln 3 and ln 1: 6/10 * 3/4 = 0.45."""
     logp = torch.tensor([math.log(6), math.log(3), 0.0], dtype=torch.float64) - 10
     y = Responses(logp, torch.ones(3, dtype=torch.float64), torch.full((3,), -10.0, dtype=torch.float64))

@@ -90,7 +90,7 @@ def test_the_clip_fraction_counts_tokens_without_a_gradient(rollout):
     assert row.clipped(rollout).double().mean() == pytest.approx(share.item())
 
 
-def test_advantages_for_each_baseline():
+def test_advantages_match_each_baseline():
     rewards = torch.tensor([1.0, 4.0, 2.5, -1.0, 0.5, 0.25], dtype=torch.float64)
     group = torch.tensor(GROUP)
     assert advantages(rewards, group, "batch").tolist() == pytest.approx((rewards - rewards.mean()).tolist(), abs=1e-12)
@@ -118,7 +118,7 @@ def test_a_single_response_has_no_group_baseline(baseline):
         advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), baseline)
 
 
-def test_kl_estimators_and_their_gradients():
+def test_kl_estimators_and_their_gradients_match_the_exact_kl():
     """Over a whole distribution: k1 and k3 give the exact value, and k2 as a loss gives the exact gradient."""
     generator = torch.Generator().manual_seed(0)
     logits, ref_logits = torch.randn(2, 50, generator=generator, dtype=torch.float64)

@@ -41,7 +41,7 @@ def naive_advantages(rewards, values, discount, lam):
 
 
 @pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
-def test_generalized_advantage_estimation(discount, lam):
+def test_generalized_advantages_match_the_definition(discount, lam):
     rewards, values = draw(2, len(SEGMENT))
     found, returns = gae(rewards, values, SEGMENT, discount=discount, lam=lam)
     assert found.tolist() == pytest.approx(naive_advantages(rewards, values, discount, lam), rel=1e-12, abs=1e-12)
@@ -91,7 +91,7 @@ def test_whitening_can_keep_the_mean():
     assert whiten(values, keep_mean=True).tolist() == pytest.approx(expected)
 
 
-def test_the_clipped_value_loss_and_its_gradient():
+def test_the_clipped_value_loss_and_its_gradient_match_the_definition():
     old, returns = torch.zeros(5), torch.tensor([1.0, 1.0, -1.0, 0.1, math.nan])
     values = torch.tensor([0.5, 0.1, 0.5, 0.05, 3.0], requires_grad=True)
     found = value_loss(values, old, returns, clip=0.2)
@@ -100,7 +100,7 @@ def test_the_clipped_value_loss_and_its_gradient():
     assert gradient.tolist() == pytest.approx([0.0, -0.9, 1.5, -0.05, 0.0])
 
 
-def test_explained_variance():
+def test_explained_variance_matches_its_definition():
     returns = torch.tensor([1.0, 2.0, 4.0, 9.0, math.nan], dtype=torch.float64)
     values = torch.tensor([1.5, 1.5, 4.5, 8.0, 100.0], dtype=torch.float64)
     errors = [-0.5, 0.5, -0.5, 1.0]

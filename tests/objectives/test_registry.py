@@ -76,7 +76,7 @@ def test_reference_free_objectives_ignore_the_reference(name):
     assert torch.equal(row.loss(plain, plain), row.loss(referenced, referenced))
 
 
-def test_simpos_defaults():
+def test_simpos_defaults_are_fixed():
     assert SIMPO.resolve({}) == {"beta": 2.0, "gamma_beta_ratio": 0.5, "link": "sigmoid", "label_smoothing": 0.0}
     assert SIMPO.resolve({"beta": 10, "link": "hinge"}) == SIMPO.resolve({}) | {"beta": 10, "link": "hinge"}
 

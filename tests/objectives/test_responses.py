@@ -69,7 +69,7 @@ def test_orpo_gradients_of_certain_responses_are_finite(dtype):
             assert gradients[0][0].item() == pytest.approx(-0.5 * math.exp(exact_log_odds(-2.0)[0]), rel=1e-4)
 
 
-def test_avg_and_ratio():
+def test_avg_and_ratio_match_their_definitions():
     logp = torch.tensor([-6.0, -1.0], dtype=torch.float64, requires_grad=True)
     y = Responses(logp, torch.tensor([4.0, 3.0], dtype=torch.float64), torch.tensor([-5.0, -3.0], dtype=torch.float64))
     assert y.avg.tolist() == pytest.approx([-1.5, -1 / 3], rel=1e-15)
@@ -79,7 +79,7 @@ def test_avg_and_ratio():
     assert torch.autograd.grad(y.ratio.sum(), logp)[0].tolist() == [1.0, 1.0]
 
 
-def test_integer_lengths():
+def test_lengths_may_be_integers():
     assert Responses(torch.tensor([-6.0]), torch.tensor([4])).avg.item() == -1.5
 
 

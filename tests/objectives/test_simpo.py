@@ -25,7 +25,7 @@ def responses(*averages: float, lengths=(3, 7, 250)) -> Responses:
     return Responses((torch.tensor(averages, dtype=torch.float64) * length).requires_grad_(), length)
 
 
-def test_the_worked_example():
+def test_the_worked_example_is_reproduced():
     """Eight tokens at beta 2 give the reward -0.6436; rewards -0.5 and -1.2 with gamma 0.5 give the loss 0.598."""
     tokens = torch.tensor([0.7, 0.8, 0.9, 0.6, 0.5, 0.9, 0.8, 0.7], dtype=torch.float64)
     y = Responses(tokens.log().sum()[None], torch.tensor([8.0]))

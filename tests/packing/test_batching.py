@@ -105,7 +105,7 @@ def test_every_rank_computes_the_same_plan(world_size):
     assert np.random.get_state()[1].tolist() == state
 
 
-def test_row_orders():
+def test_row_orders_follow_the_seed_and_the_epoch():
     lengths = np.arange(1, 101)
     plan = StepPlan(packed(lengths), 4, 1000, seed=7)
     orders = [plan.order(epoch).tolist() for epoch in range(3)]
@@ -118,7 +118,7 @@ def test_row_orders():
 @pytest.mark.parametrize(
     ("rows", "drop", "steps"), [(8, False, 2), (9, False, 3), (9, True, 2), (3, False, 1), (3, True, 0)]
 )
-def test_number_of_steps_per_epoch(rows, drop, steps):
+def test_an_epoch_has_the_expected_number_of_steps(rows, drop, steps):
     plan = StepPlan(packed(np.ones(rows)), 4, 10, drop_last=drop)
     assert plan.steps == steps
     parts = [plan.step(plan.order(0), number).micro_batches for number in range(steps)]
@@ -161,7 +161,7 @@ def tokens(path: str, rows: list[tuple[int, list[int]]]) -> int:
 @pytest.mark.parametrize("path", ["padded", "cached"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(10))
-def test_plans_of_padded_batches(seed, world_size, path):
+def test_plans_of_padded_batches_count_padding(seed, world_size, path):
     """Padding counts towards the budget, every row is trained once, and all ranks make the same number of forwards."""
     draw = np.random.default_rng(seed)
     rows = [

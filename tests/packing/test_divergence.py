@@ -76,7 +76,7 @@ def test_kl_matches_its_definition(head, frozen, chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_gradcheck(chunk):
+def test_gradients_pass_gradcheck(chunk):
     style = HEADS["all"]
     policy, reference = tensors(0, rows=4, **style), tensors(1, rows=4, **style)
 

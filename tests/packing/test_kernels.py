@@ -227,7 +227,7 @@ def test_a_wrong_kernel_is_rejected_and_reported_once(kernel, named, dtype, capl
         (torch.bfloat16, {"dropout": 0.1}, None),
     ],
 )
-def test_kernel_choice_by_dtype_and_style(dtype, style, expected, monkeypatch):
+def test_the_kernel_depends_on_dtype_and_style(dtype, style, expected, monkeypatch):
     assert kernels.choose_kernel(*inputs(2, dtype), AttentionStyle(SCALE, **style)) is None  # on a CPU
     monkeypatch.setattr(kernels, "_DEVICE", "cpu")
     monkeypatch.setattr(kernels, "_is_correct", lambda *_: True)

@@ -48,7 +48,7 @@ SEEDS = pytest.mark.parametrize("seed", range(20))
 
 
 @SEEDS
-def test_tokens_positions_and_parts(seed):
+def test_tokens_positions_and_parts_match_the_derivation(seed):
     comparisons = random_batch(seed)
     batch = PackedBatch.build(comparisons)
     layout = batch.layout
@@ -157,7 +157,7 @@ def test_moving_or_probing_a_batch_keeps_its_contents(comparisons):
     assert probing.layout.spans == batch.layout.spans
 
 
-def test_a_layout_written_out_by_hand():
+def test_the_layout_matches_one_written_by_hand():
     layout = AttentionLayout((Span(2, (1, 3)), Span(1, (2,))))
     assert layout.index.positions.tolist() == [0, 1, 2, 2, 3, 4, 0, 1, 2]
     assert layout.index.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8]
@@ -187,7 +187,7 @@ def test_masks_of_the_wrong_shape_are_rejected_by_name(scored, named):
         TokenizedComparison([1], [[2], [3, 4]], scored)
 
 
-def test_lengths_of_a_comparison():
+def test_lengths_of_a_comparison_are_counted():
     comparison = TokenizedComparison([1, 2, 3], [[4], [5, 6], [7, 8, 9, 10]])
     assert comparison.packed_length == 3 + 1 + 2 + 4
     padded = PaddedRows.unpack(PackedBatch.build([comparison])).input_ids

@@ -68,7 +68,7 @@ def test_log_probabilities_equal_log_softmax(head, chunk, frozen):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("head", HEADS)
-def test_gradcheck(head, chunk):
+def test_gradients_pass_gradcheck(head, chunk):
     tensors, targets, style = inputs(**HEADS[head])
 
     def function(*values):

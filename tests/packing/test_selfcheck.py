@@ -222,7 +222,7 @@ class StrictLlama(hf.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "path", "because"),
+    ("kind", "base", "path", "reason"),
     [
         (ForgetfulLlama, "llama", "cached", "2 attention calls in 3 layers"),
         (WindowlessMistral, "mistral", "cached", "sliding windows"),
@@ -232,12 +232,12 @@ class StrictLlama(hf.LlamaForCausalLM):
     ],
 )
 def test_models_that_ignore_part_of_the_layout_lose_the_packed_path(
-    kind, base, path, because, make_model, comparisons, naive_logprobs, float64_everywhere
+    kind, base, path, reason, make_model, comparisons, naive_logprobs, float64_everywhere
 ):
     model = make_model(base, kind=kind)
     assert_exact(model, comparisons, naive_logprobs)
     assert state_of(model).path == path
-    assert because in state_of(model).reasons[0]
+    assert reason in state_of(model).reasons[0]
 
 
 def test_a_missing_window_is_detected_even_if_the_sample_is_shorter(make_model, random_comparisons):
@@ -250,13 +250,13 @@ def test_a_missing_window_is_detected_even_if_the_sample_is_shorter(make_model, 
 # ---- deep half-precision models whose own rounding exceeds the tolerance ----
 
 
-def deep(kind=hf.LlamaForCausalLM, loudness=2.5):
-    """Build 32 layers in bf16; ``loudness`` multiplies the logits, and thus all rounding errors."""
+def deep(kind=hf.LlamaForCausalLM, logit_scale=2.5):
+    """Build 32 layers in bf16; ``logit_scale`` multiplies the logits, and thus all rounding errors."""
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = kind(hf.LlamaConfig(vocab_size=1003, num_hidden_layers=32, initializer_range=0.12, **sizes)).bfloat16()
     with torch.no_grad():
-        model.lm_head.weight.mul_(loudness)
+        model.lm_head.weight.mul_(logit_scale)
     return model.eval()
 
 
@@ -280,7 +280,7 @@ def test_an_error_is_detected_despite_a_deep_models_rounding(kind, random_compar
 
 def test_the_rounding_estimate_matches_a_change_in_the_order_of_operations(random_comparisons):
     """It is slightly larger than the difference between the model's own two attention implementations."""
-    model = deep(loudness=1)
+    model = deep(logit_scale=1)
     batch = PackedBatch.build(random_comparisons((60, (61, 39)), (5, (12, 30))))
     prepare_policy(model)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_the_rounding_estimate_matches_a_change_in_the_order_of_operations(rando
 # ---- output layers that are not just a matrix product ----
 
 
-class LoudLlama(hf.LlamaForCausalLM):
+class ScaledLogitsLlama(hf.LlamaForCausalLM):
     """Multiplies its logits by a factor that is not in the configuration."""
 
     def forward(self, *args, **kwargs):
@@ -318,7 +318,7 @@ class ShiftedLlama(hf.LlamaForCausalLM):
         self.lm_head.__class__ = _ShiftedLinear
 
 
-@pytest.mark.parametrize("kind", [LoudLlama, ShiftedLlama])
+@pytest.mark.parametrize("kind", [ScaledLogitsLlama, ShiftedLlama])
 def test_an_unusual_output_layer_is_not_fused(
     kind, make_model, comparisons, naive_logprobs, caplog, float64_everywhere
 ):
@@ -334,7 +334,7 @@ def test_an_unusual_output_layer_is_right_on_a_requested_path(
     path, make_model, comparisons, naive_logprobs, float64_everywhere
 ):
     """``path`` only decides how comparisons are laid out."""
-    model = make_model("llama", kind=LoudLlama)
+    model = make_model("llama", kind=ScaledLogitsLlama)
     expected = naive_logprobs(model, comparisons)
     found = policy_logprobs(model, PackedBatch.build(comparisons), path=path)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -369,7 +369,7 @@ def test_a_rejected_model_gets_its_own_attention_back(own, make_model):
 
 def test_a_compiled_model_keeps_the_check_of_the_original(make_model, comparisons, naive_logprobs, float64_everywhere):
     """``torch_compile: true`` wraps the model; what the check learned about the output layer must not be lost."""
-    model = make_model("llama", kind=LoudLlama)
+    model = make_model("llama", kind=ScaledLogitsLlama)
     expected = naive_logprobs(model, comparisons)
     batch = PackedBatch.build(comparisons)
     choose_path(model, batch)
@@ -434,7 +434,7 @@ def test_quantized_weights_are_judged_by_their_compute_dtype(computes, path, mak
 # ---- models whose rows depend on other rows in the batch ----
 
 
-class _ByTheLongest(LlamaRotaryEmbedding):
+class _LongestRowRotaryEmbedding(LlamaRotaryEmbedding):
     """Computes frequencies from the longest row in a forward, which the configuration does not reveal."""
 
     def forward(self, x, position_ids):
@@ -445,13 +445,13 @@ class _ByTheLongest(LlamaRotaryEmbedding):
 class LongestLlama(hf.LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
-        self.model.rotary_emb = _ByTheLongest(config)
+        self.model.rotary_emb = _LongestRowRotaryEmbedding(config)
 
 
 class LongestClassifier(hf.LlamaForSequenceClassification):
     def __init__(self, config):
         super().__init__(config)
-        self.model.rotary_emb = _ByTheLongest(config)
+        self.model.rotary_emb = _LongestRowRotaryEmbedding(config)
 
 
 @pytest.mark.parametrize("path", ["auto", "padded"])

@@ -493,7 +493,7 @@ def test_logging_handlers_of_the_calling_program_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage_it", "named"),
+    ("damage", "named"),
     [
         (lambda path: (path / "model.safetensors").unlink(), "model.safetensors: missing"),
         (lambda path: os.truncate(path / "model.safetensors", 3), "model.safetensors: 3 bytes"),
@@ -503,14 +503,14 @@ def test_logging_handlers_of_the_calling_program_are_left_alone(tmp_path):
         (lambda path: (path / "results.json").write_text(""), "results.json: 0 bytes"),
     ],
 )
-def test_a_damaged_finished_run_is_not_reported_as_finished(tmp_path, damage_it, named):
+def test_a_damaged_finished_run_is_not_reported_as_finished(tmp_path, damage, named):
     path = tmp_path / "out"
     with begin(path) as run:
         (path / "model.safetensors").write_bytes(b"weights")
         run.complete(lambda: [Metric("loss", 1.0)])
     with begin(path) as run:
         assert run.finished
-    damage_it(path)
+    damage(path)
     with pytest.raises(SimpoError, match=re.escape(named)):
         begin(path)
 

@@ -54,7 +54,7 @@ def _flip(path):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "fault"),
+    ("damage", "fault"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:512]), "512 bytes instead of 2,048"),
         (lambda path: path.write_bytes(b""), "0 bytes instead of 2,048"),
@@ -64,8 +64,8 @@ def _flip(path):
         (lambda path: (path.unlink(), path.mkdir()), "missing"),
     ],
 )
-def test_damage_is_reported(folder, break_it, fault):
-    break_it(folder / "model.safetensors")
+def test_damage_is_reported(folder, damage, fault):
+    damage(folder / "model.safetensors")
     assert find_damage(folder) == f"model.safetensors: {fault}"
 
 
@@ -107,13 +107,13 @@ def test_a_full_disk_leaves_the_earlier_manifest(small_disk):
     assert find_damage(small_disk) is None
 
 
-@pytest.mark.parametrize("damage_it", [_flip, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("damage", [_flip, lambda path: path.write_bytes(b""), Path.unlink])
 @pytest.mark.parametrize("name", ["scores.json", ".scores.json.sha256"])
-def test_a_file_that_differs_from_its_digest_is_damaged(tmp_path, name, damage_it, caplog):
+def test_a_file_that_differs_from_its_digest_is_damaged(tmp_path, name, damage, caplog):
     path = tmp_path / "scores.json"
     path.write_text('{"score": 0.25}')
     write_digest(path)
     assert is_intact(path) and not caplog.text
-    damage_it(tmp_path / name)
+    damage(tmp_path / name)
     assert not is_intact(path)
     assert ("scores.json is damaged" in caplog.text) == path.exists()

@@ -12,13 +12,13 @@ import torch
 from datasets import load_dataset
 from peft import PeftModel
 from tests.sampled import sampled
+from tests.training_runs import killed_after_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo import OBJECTIVES, PreferenceConfig, PreferenceTrainer, TokenizedComparison, cli, score_responses
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.settings import ModelArguments
 from simpo.runs.terminal import printable
-from simpo.training import run as workflow
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 ADAPTER = "adapter_model.safetensors"
@@ -69,23 +69,11 @@ def test_a_run_saves_an_adapter_that_peft_can_load(uninterrupted, chat_world):
             torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-class Killed(BaseException):
-    """Stands in for a killed process."""
-
-
 @pytest.mark.parametrize("step", [0, 2])
-def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_world, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_world, tmp_path):
     """Even when killed before the first checkpoint: the new adapter is initialized from the seed."""
-    train = workflow.PackedTrainer.training_step
-
-    def deadly(self, *args):
-        if self.state.global_step == step:
-            raise Killed
-        return train(self, *args)
-
     output, world = tmp_path / "run", chat_world
-    with monkeypatch.context() as patches, pytest.raises(Killed):
-        patches.setattr(workflow.PackedTrainer, "training_step", deadly)
+    with killed_after_step(step):
         cli.main(options(world, output, eval_dataset_name=world / "test.jsonl"))
     assert cli.main(options(world, output, eval_dataset_name=world / "test.jsonl")) == 0
     assert (output / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()

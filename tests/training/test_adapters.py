@@ -143,10 +143,10 @@ def test_the_packed_path_matches_the_naive_forward(
 def test_an_adapter_that_cannot_be_merged_gives_one_warning(bases, caplog, recwarn):
     """The warning is ours; peft's own warnings are suppressed."""
     base = bases("llama", tie_word_embeddings=True)
-    for given, said in (({"lora_modules_to_save": ["lm_head"]}, 1), ({"lora_target_modules": ["q_proj"]}, 0)):
+    for given, warnings in (({"lora_modules_to_save": ["lm_head"]}, 1), ({"lora_target_modules": ["q_proj"]}, 0)):
         caplog.clear()
         load_model(arguments(base, **given))
-        assert caplog.text.count("which share their weights in this model: it can be used, but not merged") == said
+        assert caplog.text.count("which share their weights in this model: it can be used, but not merged") == warnings
     assert not [warning for warning in recwarn if "tie" in str(warning.message)]
 
 
@@ -311,7 +311,7 @@ def fewer_weights(folder, bases):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (another_base, "the adapter belongs to another model than .* is unexpected"),
         (wider_base, r"the adapter belongs to another model than .* has shape \[.*\] instead of \[.*\]"),
@@ -324,9 +324,9 @@ def fewer_weights(folder, bases):
         (fewer_weights, "the adapter belongs to another model than .* is missing"),
     ],
 )
-def test_an_unusable_adapter_gives_a_one_line_error(spoil, message, bases, tmp_path):
+def test_an_unusable_adapter_gives_a_one_line_error(damage, message, bases, tmp_path):
     folder = save(adapted(bases("llama"), lora_target_modules=["q_proj"]), tmp_path / "adapter")
-    spoil(folder, bases)
+    damage(folder, bases)
     with pytest.raises(SimpoError, match=message) as error:
         load_model(ModelArguments(str(folder)))
     assert "\n" not in str(error.value)

@@ -137,7 +137,7 @@ def done(make_model, pairs, tmp_path_factory):
     ended = run_ranks(2, train_in_two, folder, folder=folder, timeout=300)
     assert ended.codes == [0, 0], ended.stderr
 
-    def of(name):
+    def ranks_of(name):
         if name in ALONE:
             return [train(name, ALONE[name], folder, 1)]
         return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(2)]
@@ -146,8 +146,8 @@ def done(make_model, pairs, tmp_path_factory):
         steps = [list(chain(*shares)) for shares in zip(*(rank["batches"] for rank in ranks), strict=True)]
         return list(naive(model, rows["sft" if "sft" in name else "rows"], steps, supervised="sft" in name))
 
-    of.expected = expected
-    return of
+    ranks_of.expected = expected
+    return ranks_of
 
 
 @pytest.mark.parametrize("name", [*ALONE, *IN_TWO])

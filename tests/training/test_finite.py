@@ -33,7 +33,7 @@ class _BadGradient(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def plant(model, kind):
+def poison(model, kind):
     """Make the poisoned token's embedding, or the gradient that flows back through it, NaN."""
 
     def hook(module, arguments, output):
@@ -63,7 +63,7 @@ def test_the_row_is_named_and_the_weights_are_unchanged(kind, path, max_grad_nor
         forward_path=path,
         max_grad_norm=max_grad_norm,
     )
-    plant(model, kind)
+    poison(model, kind)
     with pytest.raises(SimpoError, match=rf"step 2: the {kind} is not finite; rows: made up:5; nothing was updated"):
         trainer.train()
     assert trainer.state.global_step == 1

@@ -34,7 +34,7 @@ def test_rankings_can_be_partly_right():
     assert ("eval_rewards/accuracies/p_value", None) not in found
 
 
-def test_metrics_for_single_responses():
+def test_single_responses_have_their_own_metrics():
     before = {"loss": [1.0, 2.0, 3.0, 4.0], "rewards/chosen": [0, NAN, 0, NAN], "rewards/rejected": [NAN, 0, NAN, 0]}
     after = before | {"rewards/chosen": [2.0, NAN, 1.0, NAN], "rewards/rejected": [NAN, 1.0, NAN, 1.5]}
     found = metrics(before, after)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique2"}
 
 
-class Waits(TorchDispatchMode):
+class SynchronizationCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.found = Counter()
@@ -29,9 +29,9 @@ def test_there_is_no_synchronization_inside_a_step(objective, make_trainer, make
     trainer.create_optimizer()
     (step,) = trainer.get_train_dataloader()
     assert len(step["micro_batches"]) == 4
-    with Waits() as waits:
+    with SynchronizationCounter() as waits:
         trainer.training_step(trainer.model, step)
     assert not waits.found
-    with Waits() as waits:
+    with SynchronizationCounter() as waits:
         assert trainer.model(input_ids=torch.tensor([[3, 4]])).logits.sum().item()
     assert waits.found == {"aten::_local_scalar_dense": 1}  # proves that the counter works

@@ -13,22 +13,17 @@ import transformers as hf
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.forked import run_ranks
+from tests.training_runs import killed_after_step
 from tests.vision import FAMILIES, following, make_vision_model, picture
-from transformers import TrainerCallback
 
 from simpo import PreferenceConfig, PreferenceTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, cli
 from simpo.data.rows import as_dataset
 from simpo.errors import SimpoError
-from simpo.training import run as workflow
 from simpo.training.batches import image_reader
 from simpo.training.reference import with_mismatched
 
 QUESTION = "what is in the picture?"
 ROWS = 16
-
-
-class Killed(BaseException):
-    """Stands in for a killed process."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +105,7 @@ def text(content: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_training_from_files_to_a_saved_model(kind, world, tmp_path):
+def test_training_goes_from_files_to_a_saved_model(kind, world, tmp_path):
     """The vision tower is trained, and the saved model and processor reproduce the reported results."""
     output = tmp_path / "out"
     assert cli.main(options(world, kind, output, "--objective=simpo", "--max_steps=3")) == 0
@@ -134,7 +129,7 @@ def test_training_from_files_to_a_saved_model(kind, world, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_reward_training_from_files_to_a_saved_model(adapter, world, tmp_path):
+def test_reward_training_goes_from_files_to_a_saved_model(adapter, world, tmp_path):
     """Starts from a language model; the saved model gives the reported scores in plain transformers."""
     output = tmp_path / "out"
     more = ["--use_peft=true", "--lora_r=4", "--lora_dropout=0"] if adapter else []
@@ -180,7 +175,7 @@ def test_reward_training_on_text_updates_the_score_layer(world, tmp_path):
     assert not torch.equal(model.score.weight, before)
 
 
-def test_answers_to_images_before_and_after_training(world, tmp_path):
+def test_answers_to_images_are_generated_before_and_after_training(world, tmp_path):
     """Greedy answers from the start and the trained model to held-out prompts, most of them with images."""
     output = tmp_path / "out"
     more = ["--max_steps=2", "--eval_generations=6", "--eval_strategy=steps", "--eval_steps=2", "--max_length=80"]
@@ -213,23 +208,11 @@ def test_judges_reject_rows_with_images(world, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_identical_weights(world, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_identical_weights(world, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = ["--objective=dpo", "--max_steps=5"]
     assert cli.main(options(world, "llava", whole, *settings)) == 0
-    train = workflow.PackedTrainer.train
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise Killed
-
-    def interrupted(self, *args, **kwargs):
-        self.add_callback(Kill())
-        return train(self, *args, **kwargs)
-
-    with monkeypatch.context() as patches, pytest.raises(Killed):
-        patches.setattr(workflow.PackedTrainer, "train", interrupted)
+    with killed_after_step(3):
         cli.main(options(world, "llava", killed, *settings))
     assert (killed / "checkpoint-2" / "processor_config.json").is_file()
     assert cli.main(options(world, "llava", killed, *settings)) == 0

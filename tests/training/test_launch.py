@@ -42,7 +42,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def afterwards(folder: Path, arguments: list[str]) -> int:
+def rerun_and_fail(folder: Path, arguments: list[str]) -> int:
     """Rerun a finished run, a run whose ranks have different recipes, and a run whose disk is full at a checkpoint."""
     rank, calls, tokenize = os.environ["RANK"], [], Tokenization.__call__
 
@@ -154,7 +154,7 @@ def test_two_processes_share_one_run(chat_world, tmp_path):
     assert answers[0] == answers[1]
     assert len(answers[0]["start.jsonl"]) == 3
 
-    after = run_ranks(2, afterwards, tmp_path, given, folder=tmp_path, timeout=100)
+    after = run_ranks(2, rerun_and_fail, tmp_path, given, folder=tmp_path, timeout=100)
     tokenized = dict(re.findall(r"rank (\d): finished 0 other 2 tokenized (\d+)", after.stdout))
     assert int(tokenized["0"]) > 0
     assert int(tokenized["1"]) == 0  # loaded from the cache

@@ -11,29 +11,29 @@ from simpo.training.callbacks import LogLines, MetricsFile, log_as_lines
 
 
 def test_every_log_is_one_line_with_the_remaining_time(make_trainer, make_model, pairs):
-    said = []
+    lines = []
     trainer = make_trainer(
         pairs(12),
         eval_dataset=pairs(3),
-        callbacks=[LogLines(said.append)],
+        callbacks=[LogLines(lines.append)],
         per_device_train_batch_size=2,
         logging_steps=2,
         eval_strategy="epoch",
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    starts = [line.partition(":")[0] for line in said]
+    starts = [line.partition(":")[0] for line in lines]
     assert [start.split(", about")[0] for start in starts] == [
         "step 2 of 6", "step 4 of 6", "step 6 of 6", "step 6 of 6", "step 6 of 6",
     ]  # fmt: skip
     assert [" left" in start for start in starts] == [True, True, False, False, False]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for line, entry in zip(said, logs, strict=False):
+    for line, entry in zip(lines, logs, strict=False):
         assert f"loss {entry['loss']:.4g}, grad_norm {entry['grad_norm']:.4g}" in line
         assert f"rewards/margins {entry['rewards/margins']:.4g}" in line
-    assert "eval_loss" in said[3]
-    assert "train_loss" in said[4]
-    assert not any("per_second" in line or "runtime" in line for line in said)
+    assert "eval_loss" in lines[3]
+    assert "train_loss" in lines[4]
+    assert not any("per_second" in line or "runtime" in line for line in lines)
 
 
 def test_on_a_terminal_lines_replace_dictionaries(make_trainer, pairs, capsys):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.training.test_objectives import assert_alike, taken, train, train_naively
+from tests.training.test_objectives import assert_alike, select, train, train_naively
 from torch.nn import functional as F
 
 from simpo import OBJECTIVES, Responses, SimpoError
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def halves(y: Responses) -> tuple[Responses, Responses]:
-    return taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2))
+    return select(y, slice(0, None, 2)), select(y, slice(1, None, 2))
 
 
 def with_running_shift(rows, model, naive_responses, weights=None):
@@ -119,7 +119,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(budget, make_trainer, make_m
     assert_alike(train(make_trainer, rows, model, **settings), train_naively(rows, model, naive_responses, loss))
 
 
-def test_kto_reference_point_in_a_mixture(make_trainer, make_model, pairs, naive_responses):
+def test_ktos_reference_point_matches_the_definition_in_a_mixture(make_trainer, make_model, pairs, naive_responses):
     rows, model = pairs(4), make_model("gpt2")
 
     def loss(y: Responses, mismatched: Responses):
@@ -147,7 +147,7 @@ def test_hyperparameters_apply_to_their_parts():
     assert Mixture.of({"simpo": 1}).anchor(Responses(*torch.ones(2, 3))) is None
 
 
-def test_mixtures_in_a_recipe_and_on_the_command_line(tmp_path):
+def test_mixtures_can_be_given_in_a_recipe_or_on_the_command_line(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("objective: {dpo: 0.8, bco: 0.2}\nuse_cpu: true\nreport_to: none\n")
     (config,) = parse_settings([str(path)], (PreferenceConfig,))

@@ -157,7 +157,7 @@ def test_an_adapter_is_added_to_the_language_model_only(modules, write, chat_wor
 
 
 @pytest.mark.slow
-def test_two_processes_with_activation_checkpointing(write, chat_world, tmp_path):
+def test_two_processes_train_with_activation_checkpointing(write, chat_world, tmp_path):
     """DDP waits for a gradient of every trained parameter and cannot detect unused ones under checkpointing."""
     settings = ["--gradient_checkpointing=true", "--ddp_backend=gloo", "--report_to=none"]
     both = options(chat_world, write(gemma3), tmp_path / "two", "--per_device_train_batch_size=4", *settings)

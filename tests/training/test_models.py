@@ -190,7 +190,7 @@ def rows_of(*shapes, token=5) -> Dataset:
         (hf.Gemma3TextConfig(max_position_embeddings=50), 50),  # its RoPE settings differ by layer type
     ],
 )
-def test_number_of_positions(config, positions):
+def test_the_number_of_positions_comes_from_the_configuration(config, positions):
     assert Limits.of(config).positions == positions
 
 

@@ -21,7 +21,7 @@ MAX_LENGTH = 2048
 RATE = 1e-3
 
 
-def taken(y: Responses, index) -> Responses:
+def select(y: Responses, index) -> Responses:
     return Responses(y.logp[index], y.length[index], None if y.ref_logp is None else y.ref_logp[index])
 
 
@@ -76,7 +76,7 @@ def pair_loss(name: str):
     row = OBJECTIVES[name]
 
     def loss(y: Responses, mismatched: Responses):
-        return row.loss(taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2)), **context(row, mismatched)).mean()
+        return row.loss(select(y, slice(0, None, 2)), select(y, slice(1, None, 2)), **context(row, mismatched)).mean()
 
     return loss
 
@@ -141,10 +141,10 @@ def test_a_ranking_is_the_mean_over_its_ordered_pairs(name, rankings, make_train
         for start, couples in zip(starts, ordered, strict=True):
             better, worse = ([start + couple[side] for couple in couples] for side in (0, 1))
             if name.startswith("listwise"):
-                losses.append(plackett_luce(row.reward(taken(y, slice(start, None))), couples))
+                losses.append(plackett_luce(row.reward(select(y, slice(start, None))), couples))
                 continue
-            losses.append(row.pair(taken(y, better), taken(y, worse), **values).mean())
-            anchor = row.anchor(taken(y, [start]))
+            losses.append(row.pair(select(y, better), select(y, worse), **values).mean())
+            anchor = row.anchor(select(y, [start]))
             if anchor is not None:
                 losses[-1] = losses[-1] + anchor[0]
         return torch.stack(losses).mean()
@@ -220,7 +220,7 @@ def test_single_responses_train_by_the_formula(judged, make_trainer, make_model,
 
 def test_single_responses_have_their_own_metrics(judged, make_trainer, make_model, naive_responses):
     label, other = np.array(judged["label"][:]), make_model("gpt2", std=0.2)
-    rows = moved(judged, other, naive_responses)
+    rows = with_other_reference(judged, other, naive_responses)
     trainer = make_trainer(rows, objective="kto", learning_rate=0.0, per_device_train_batch_size=6, logging_steps=1)
     y = naive_responses(trainer.model, rows["prompt_ids"][:], rows["response_ids"][:]).logp.detach().numpy()
     rewards = 0.1 * (y - np.array(rows[REF_LOGPS][:])[:, 0])
@@ -236,7 +236,7 @@ def test_single_responses_have_their_own_metrics(judged, make_trainer, make_mode
         assert "rewards/margins" not in figures
 
 
-def moved(rows: Dataset, reference, naive_responses) -> Dataset:
+def with_other_reference(rows: Dataset, reference, naive_responses) -> Dataset:
     """Return ``rows`` with another reference's log-probabilities, so that the first reference point is not 0."""
     rows = with_mismatched(rows, MAX_LENGTH, "")
     prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
@@ -253,7 +253,7 @@ def test_the_reference_point_covers_the_whole_step(budget, make_trainer, make_mo
     model, reference = make_model("gpt2", std=0.2), make_model("gpt2")
     rows = pairs(4)
     shorter = with_mismatched(rows, MAX_LENGTH, "").map(lambda row: {MISMATCHED_IDS: row[MISMATCHED_IDS][:3]})
-    rows = moved(shorter, reference, naive_responses)
+    rows = with_other_reference(shorter, reference, naive_responses)
     prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
     other = naive_responses(model, prompts, [[ids] for ids in rows[MISMATCHED_IDS]]).logp
     ratio = (other - torch.tensor(rows[MISMATCHED_REF_LOGP][:], dtype=torch.float64)).mean()
@@ -267,7 +267,7 @@ def test_the_reference_point_covers_the_whole_step(budget, make_trainer, make_mo
     ref_logp = torch.tensor([logp for logps in rows[REF_LOGPS] for logp in logps], dtype=torch.float64)
     y = replace(naive_responses(model, prompts, responses), ref_logp=ref_logp)
     expected = (
-        OBJECTIVES["kto"].loss(taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2)), z_ref=0.1 * ratio).mean()
+        OBJECTIVES["kto"].loss(select(y, slice(0, None, 2)), select(y, slice(1, None, 2)), z_ref=0.1 * ratio).mean()
     )
     trainer.train()
     assert count == [{1000: 1, 40: 2, 20: 4}[budget]]
@@ -275,9 +275,9 @@ def test_the_reference_point_covers_the_whole_step(budget, make_trainer, make_mo
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-9)
 
 
-def test_a_step_of_one_pair(make_trainer, make_model, pairs, naive_responses):
+def test_a_step_can_have_a_single_pair(make_trainer, make_model, pairs, naive_responses):
     rows, model, reference = pairs(3), make_model("gpt2", std=0.2), make_model("gpt2")
-    rows = moved(rows, reference, naive_responses)
+    rows = with_other_reference(rows, reference, naive_responses)
     trainer = make_trainer(
         rows, model=model, objective="kto", per_device_train_batch_size=1, learning_rate=0.0, logging_steps=1
     )
@@ -297,7 +297,7 @@ def test_a_step_of_one_pair(make_trainer, make_model, pairs, naive_responses):
 
 def test_held_out_rows_share_one_reference_point(make_trainer, make_model, pairs, naive_responses):
     """It does not depend on the evaluation batch size."""
-    rows = moved(pairs(7), make_model("gpt2", std=0.2), naive_responses)
+    rows = with_other_reference(pairs(7), make_model("gpt2", std=0.2), naive_responses)
     found = [
         make_trainer(pairs(2), objective="kto", per_device_eval_batch_size=size).score_rows(rows)["loss"]
         for size in (1, 3, 7)
@@ -407,7 +407,7 @@ def test_wpo_weights_match_the_definition(settings, budget, make_trainer, make_m
         ref_logp = naive_responses(model, prompts, responses).logp
     for _ in range(2):
         y = replace(naive_responses(policy, prompts, responses), ref_logp=ref_logp)
-        w, l = taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2))  # noqa: E741
+        w, l = select(y, slice(0, None, 2)), select(y, slice(1, None, 2))  # noqa: E741
         aligned = naive_alignments(policy, rows)
         weights = (aligned[::2].exp() * aligned[1::2].exp()).clamp(max=1)
         assert weights.min() < 0.9

@@ -155,7 +155,7 @@ def test_ratios_are_1_until_the_first_update(online, name):
     assert second["policy/ratio"] != 1 and second["rollout/staleness"] == 1
 
 
-def test_logged_rollout_metrics(online, tmp_path):
+def test_logged_rollout_metrics_are_means_over_prompts(online, tmp_path):
     """Means over the step's prompts, recomputed from the answers in the rollout file."""
     watch = Watch()
     online(max_steps=1, callbacks=[watch], logging_steps=1, temperature=0.001, prompts=4).train()
@@ -322,11 +322,11 @@ def test_prompts_with_equal_scores_are_counted(objective, online):
 
 
 def test_answers_without_a_score_are_counted_and_have_no_gradient(online, tmp_path):
-    def partly(answered):
+    def score_some(answered):
         return [[None, math.nan, *scores[2:]] for scores in annotate(answered)]
 
     watch = Watch()
-    trainer = online(annotator=partly, max_missing_scores=0.25, max_steps=1, callbacks=[watch], logging_steps=1)
+    trainer = online(annotator=score_some, max_missing_scores=0.25, max_steps=1, callbacks=[watch], logging_steps=1)
     trainer.train()
     assert watch.logs[0]["rollout/missing_scores"] == 0.25
     (rows,) = [trainer.step_rows]
@@ -335,14 +335,14 @@ def test_answers_without_a_score_are_counted_and_have_no_gradient(online, tmp_pa
         assert record["scores"][:2] == [None, None]
         assert not any(row["advantages"][:first_two]) and any(row["advantages"][first_two:])
     with pytest.raises(SimpoError, match=r"rollout 0: no score for 8 of 32 .*max_missing_scores 0\.1.*train_dataset\["):
-        online(annotator=partly, output_dir=str(tmp_path / "other")).train()
+        online(annotator=score_some, output_dir=str(tmp_path / "other")).train()
 
 
 def test_the_gold_annotator_runs_last_and_is_named_in_its_errors(online):
     """It does not run on answers if the annotator leaves too many of them unscored."""
     asked = []
 
-    def silent(answered):
+    def score_nothing(answered):
         asked.append("annotator")
         return [[None] * len(one.texts) for one in answered]
 
@@ -356,7 +356,7 @@ def test_the_gold_annotator_runs_last_and_is_named_in_its_errors(online):
         return trainer
 
     with pytest.raises(SimpoError, match=r"^annotator: rollout 0: no score for 32 of 32"):
-        judged_by(silent).train()
+        judged_by(score_nothing).train()
     assert asked == ["annotator"]
     with pytest.raises(SimpoError, match=r"^gold_annotator: rollout 0: "):
         judged_by(annotate).train()

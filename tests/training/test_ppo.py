@@ -309,13 +309,13 @@ def test_a_reward_model_that_cannot_read_the_policys_tokens_is_rejected(ppo, cha
 def test_the_value_loss_covers_only_answers_with_a_score(ppo, tmp_path):
     """Three of eight answers per prompt have a score, and none for the last prompt; initial values are 0."""
 
-    def partly(answered):
+    def score_some(answered):
         *most, last = annotate(answered)
         return [*([None] * 5 + scores[5:] for scores in most), [None] * len(last)]
 
     compare = Compare(tmp_path / "run", None)
     settings = {"max_missing_scores": 1.0, "max_steps": 1, "logging_steps": 1}
-    compare.trainer = trainer = ppo(annotator=partly, callbacks=[compare], **settings)
+    compare.trainer = trainer = ppo(annotator=score_some, callbacks=[compare], **settings)
     trainer.train()
     losses = []
     for row in training_rows(rollout(tmp_path / "run"), trainer.args):
@@ -365,11 +365,11 @@ def settings(tmp_path):
 def test_answers_without_a_score_train_neither_policy_nor_value_function(settings):
     values = [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]
     args = settings(whiten_rewards=True)
-    (partly,) = training_rows([record(scores=[None, 1.0, 2.0], values=values)], args)
+    (score_some,) = training_rows([record(scores=[None, 1.0, 2.0], values=values)], args)
     (known,) = training_rows([record(scores=[1.0, 2.0], values=values[1:])], args)
-    assert partly["advantages"][:2] == [0, 0] and all(math.isnan(value) for value in partly["returns"][:2])
-    assert partly["advantages"][2:] == pytest.approx(known["advantages"]) and any(known["advantages"])
-    assert partly["returns"][2:] == pytest.approx(known["returns"])
+    assert score_some["advantages"][:2] == [0, 0] and all(math.isnan(value) for value in score_some["returns"][:2])
+    assert score_some["advantages"][2:] == pytest.approx(known["advantages"]) and any(known["advantages"])
+    assert score_some["returns"][2:] == pytest.approx(known["returns"])
 
 
 def test_kl_coef_and_score_scale_continue_from_the_previous_rollout(settings):

@@ -127,7 +127,7 @@ ALONE = [
 ]
 
 
-class ByTheLongest(LlamaRotaryEmbedding):
+class LongestRowRotaryEmbedding(LlamaRotaryEmbedding):
     """Computes frequencies from the longest row in a forward; nothing in the configuration says so."""
 
     def forward(self, x, position_ids):
@@ -175,7 +175,9 @@ def run(job: Job, folder: Path, world: int) -> dict[str, Any]:
             trainer_type(fully_shard(model), args, rows)
         return {}
     if job.name == "fsdp-2-alone":
-        model.model.rotary_emb = ByTheLongest(hf.LlamaConfig(**{key: model.config.to_dict()[key] for key in SHAPE}))
+        model.model.rotary_emb = LongestRowRotaryEmbedding(
+            hf.LlamaConfig(**{key: model.config.to_dict()[key] for key in SHAPE})
+        )
         with pytest.raises(SimpoError, match=r"fsdp: .* a separate forward pass"):
             trainer_type(model, args, rows)
         return {}
@@ -270,14 +272,14 @@ def done(make_model, pairs, random_comparisons, as_dataset, tmp_path_factory):
         assert ended.codes == [0] * world, ended.stderr
     found = {job.name: [run(job, folder, 1)] for job in ALONE}
 
-    def of(name: str) -> list[dict[str, Any]]:
+    def ranks_of(name: str) -> list[dict[str, Any]]:
         if name not in found:
             files = sorted(folder.glob(f"{name}.?.pt"))
             found[name] = [torch.load(file, weights_only=False) for file in files]
         return found[name]
 
-    of.folder = folder
-    return of
+    ranks_of.folder = folder
+    return ranks_of
 
 
 def with_values(rows):

@@ -103,11 +103,22 @@ def test_a_cache_folder_without_its_fingerprint_is_not_used(counted, pairs, make
 
 
 def test_the_fingerprint_covers_everything_that_affects_the_policy(make_model):
-    def of(precision="no", **changes):
+    def fingerprint(precision="no", **changes):
         return policy_fingerprint(make_model("gpt2", **changes), precision)
 
-    assert of() == of()
-    assert len({of(), of("bf16"), of(dtype=torch.float32), of(std=0.2), of(activation_function="relu")}) == 5
+    assert fingerprint() == fingerprint()
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint("bf16"),
+                fingerprint(dtype=torch.float32),
+                fingerprint(std=0.2),
+                fingerprint(activation_function="relu"),
+            }
+        )
+        == 5
+    )
     model = make_model("gpt2")
     before = policy_fingerprint(model, "no")
     with torch.no_grad():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training_runs import Killed
 from transformers import TrainerCallback
 
 from simpo import cli
@@ -29,7 +30,7 @@ LIMIT = {"save_total_limit": 2}
 _TIMES = ("runtime", "per_second", "preparation_time")
 
 
-class At(TrainerCallback):
+class AfterStep(TrainerCallback):
     """Calls ``action`` after ``step`` optimizer steps."""
 
     def __init__(self, step, action):
@@ -40,20 +41,16 @@ class At(TrainerCallback):
             self.action()
 
 
-class Killed(BaseException):
-    """Stands in for a killed process."""
-
-
 def die():
     raise Killed
 
 
-def plan(patches: pytest.MonkeyPatch, step, action):
+def run_after_step(patches: pytest.MonkeyPatch, step, action):
     """Make the next run call ``action`` after that step."""
     train = workflow.PackedTrainer.train
 
     def watched(self, *args, **kwargs):
-        self.add_callback(At(step, action))
+        self.add_callback(AfterStep(step, action))
         return train(self, *args, **kwargs)
 
     patches.setattr(workflow.PackedTrainer, "train", watched)
@@ -61,9 +58,9 @@ def plan(patches: pytest.MonkeyPatch, step, action):
 
 
 @pytest.fixture
-def at(monkeypatch):
-    """``at(step, action)``: the next run calls ``action`` after that step."""
-    return functools.partial(plan, monkeypatch)
+def after_step(monkeypatch):
+    """``after_step(step, action)``: the next run calls ``action`` after that step."""
+    return functools.partial(run_after_step, monkeypatch)
 
 
 def options(world, output, **changes):
@@ -115,7 +112,7 @@ def killed_once(chat_world, tmp_path_factory):
     """A run that was killed after its seventh step."""
     output = tmp_path_factory.mktemp("killed") / "run"
     with pytest.MonkeyPatch.context() as patches, pytest.raises(Killed):
-        plan(patches, 7, die)
+        run_after_step(patches, 7, die)
         cli.main(options(chat_world, output, **LIMIT))
     return output
 
@@ -144,10 +141,10 @@ def test_a_run_writes_all_of_its_files(uninterrupted, chat_world):
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 12])
-def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_world, at, tmp_path):
+def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_world, after_step, tmp_path):
     """Killed before the first checkpoint, within both epochs, at an epoch's end, and after the last step."""
     output = tmp_path / "run"
-    patches = at(step, die)
+    patches = after_step(step, die)
     with pytest.raises(Killed):
         cli.main(options(chat_world, output))
     patches.undo()
@@ -197,7 +194,7 @@ def of_kind(world: Path, kind: str, output: Path) -> list[str]:
     return [command, *options(world, output, **changes | data)[1:]]
 
 
-def doomed(name, original):
+def dying_at_the_last_step(name, original):
     """Return ``original``, except that it dies on the last step; earlier checkpoints and scores are written."""
 
     def call(*args, **kwargs):
@@ -216,7 +213,7 @@ def test_a_run_killed_after_its_last_step_takes_no_more_steps(kind, chat_world, 
     assert cli.main(of_kind(chat_world, kind, uninterrupted)) == 0
     for place, name in ENDING if kind == "simpo" else ENDING[2:5:2]:  # for other kinds only the scores and the results
         with monkeypatch.context() as patches:
-            patches.setattr(place, name, doomed(name, getattr(place, name)))
+            patches.setattr(place, name, dying_at_the_last_step(name, getattr(place, name)))
             with pytest.raises(Killed):
                 cli.main(of_kind(chat_world, kind, output))
     assert cli.main(of_kind(chat_world, kind, output)) == 0
@@ -230,10 +227,12 @@ def test_a_run_killed_after_its_last_step_takes_no_more_steps(kind, chat_world, 
 
 
 @pytest.mark.parametrize("name", ["held_out_after.jsonl", "examples_after.jsonl"])
-def test_a_failure_while_scoring_the_trained_model_keeps_that_model(name, uninterrupted, chat_world, at, tmp_path):
+def test_a_failure_while_scoring_the_trained_model_keeps_that_model(
+    name, uninterrupted, chat_world, after_step, tmp_path
+):
     """A folder blocks the place of a file; once it is removed, the run ends with the same files as any other."""
     output = tmp_path / "run"
-    patches = at(12, (output / name).mkdir)
+    patches = after_step(12, (output / name).mkdir)
     assert cli.main(options(chat_world, output)) == 2
     patches.undo()
     assert same_weights(output, uninterrupted)
@@ -281,7 +280,9 @@ def test_the_saved_weights_are_the_evaluation_weights(held_out, chat_world, tmp_
 
 
 @pytest.mark.parametrize("asked", [{"max_steps": 4}, {"max_steps": 3}])
-def test_resuming_from_the_last_step_or_beyond(asked, uninterrupted, chat_world, tmp_path, capsys):
+def test_resuming_from_the_last_step_trains_nothing_and_beyond_it_is_an_error(
+    asked, uninterrupted, chat_world, tmp_path, capsys
+):
     """After the last step, nothing is trained; a checkpoint beyond it cannot belong to this run."""
     named = {"resume_from_checkpoint": uninterrupted / "checkpoint-4", "num_train_epochs": None}
     output = tmp_path / "run"
@@ -296,10 +297,10 @@ def test_resuming_from_the_last_step_or_beyond(asked, uninterrupted, chat_world,
 
 
 @pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: the last one, and the one before
-def test_a_signal_at_the_last_step_loses_no_evaluation(step, chat_world, at, tmp_path):
+def test_a_signal_at_the_last_step_loses_no_evaluation(step, chat_world, after_step, tmp_path):
     changes = {"max_steps": step + 1, "num_train_epochs": None, "eval_strategy": "epoch"}
     assert cli.main(options(chat_world, tmp_path / "uninterrupted", **changes)) == 0
-    patches = at(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    patches = after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 143
     patches.undo()
     assert cli.main(options(chat_world, tmp_path / "run", **changes)) == 0
@@ -309,9 +310,9 @@ def test_a_signal_at_the_last_step_loses_no_evaluation(step, chat_world, at, tmp
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("step", [3, 5])  # the handler acts on the step after: within an epoch, and at its end
-def test_a_signal_saves_and_stops(signum, code, step, uninterrupted, chat_world, at, tmp_path, capsys):
+def test_a_signal_saves_and_stops(signum, code, step, uninterrupted, chat_world, after_step, tmp_path, capsys):
     output = tmp_path / "run"
-    patches = at(step, lambda: os.kill(os.getpid(), signum))
+    patches = after_step(step, lambda: os.kill(os.getpid(), signum))
     changes = {"save_strategy": "no"}
     assert cli.main(options(chat_world, output, **changes)) == code
     patches.undo()
@@ -452,8 +453,8 @@ def test_a_finished_run_says_so_and_is_left_alone(chat_world, uninterrupted, tmp
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert changed <= {"log.txt", ".lock", ".lock.pid"}
     report = output / "report.html"
-    for spoil in (report.unlink, lambda: os.utime(report, ns=(0, 0))):  # deleted, or older than the end of the run
-        spoil()
+    for damage in (report.unlink, lambda: os.utime(report, ns=(0, 0))):  # deleted, or older than the end of the run
+        damage()
         assert cli.main(options(chat_world, output)) == 0
         assert report.stat().st_mtime_ns >= (output / "run.json").stat().st_mtime_ns
         assert str(report) in capsys.readouterr().out
@@ -477,7 +478,7 @@ def test_resuming_without_a_checkpoint_is_an_error(make_trainer, pairs):
         make_trainer(pairs(4)).train(resume_from_checkpoint=True)
 
 
-def test_a_full_disk_while_saving(chat_world, uninterrupted, make_disk, capsys):
+def test_a_full_disk_while_saving_damages_nothing(chat_world, uninterrupted, make_disk, capsys):
     """On a full disk, the previous checkpoint survives and the error is one line; with space again, the run goes on."""
     disk = make_disk("1m")
     output, ballast = disk / "run", disk / "ballast"
@@ -520,8 +521,8 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rew
 BEST |= {"load_best_model_at_end": "true", "greater_is_better": "false", "save_total_limit": 1}
 
 
-def test_the_best_checkpoint_is_found_in_a_moved_folder(chat_world, at, tmp_path, monkeypatch):
-    patches = at(7, die)
+def test_the_best_checkpoint_is_found_in_a_moved_folder(chat_world, after_step, tmp_path, monkeypatch):
+    patches = after_step(7, die)
     with pytest.raises(Killed):
         cli.main(options(chat_world, tmp_path / "before", **BEST))
     patches.undo()
@@ -535,10 +536,10 @@ def test_the_best_checkpoint_is_found_in_a_moved_folder(chat_world, at, tmp_path
 
 
 @pytest.mark.parametrize("changes", [BEST, BEST | {"save_strategy": "best", "load_best_model_at_end": "false"}])
-def test_checkpoints_reported_as_saved_exist(changes, chat_world, at, tmp_path, capsys):
+def test_checkpoints_reported_as_saved_exist(changes, chat_world, after_step, tmp_path, capsys):
     """Also with a limit of one plus the best, and if only the best is saved."""
     output = tmp_path / "run"
-    patches = at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    patches = after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(options(chat_world, output, **changes)) == 143
     patches.undo()
     assert "saved at step 4" in capsys.readouterr().err

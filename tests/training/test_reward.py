@@ -11,13 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from tests.training_runs import GradientRecorder
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2ForSequenceClassification,
-    TrainerCallback,
 )
 
 from simpo import SimpoError, cli
@@ -62,14 +62,6 @@ def make_reward_trainer(tmp_path, make_model):
     return make
 
 
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
 def naive_pairs(model, row):
     """Return the rewards of every ordered pair in a row and the differences of their scores."""
     rewards = []
@@ -110,7 +102,7 @@ CASES = [
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [500, 45])
 def test_losses_and_gradients_match_the_definition(settings, terms, path, budget, make_reward_trainer, rankings):
-    gradients = Gradients()
+    gradients = GradientRecorder()
     trainer = make_reward_trainer(
         rankings,
         callbacks=[gradients],
@@ -132,18 +124,18 @@ def test_losses_and_gradients_match_the_definition(settings, terms, path, budget
     assert gradients.steps[0]["score.weight"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("margin", "noted"), [("none", True), ("column", False)])
-def test_an_unused_margin_is_reported(margin, noted, rankings, tmp_path):
+@pytest.mark.parametrize(("margin", "is_reported"), [("none", True), ("column", False)])
+def test_an_unused_margin_is_reported(margin, is_reported, rankings, tmp_path):
     args = RewardConfig(**QUIET, output_dir=str(tmp_path), margin=margin)
     prepared = RewardTrainer.prepare(rankings.select([0, 2]), None, args, "train")
-    assert any("the margin column is not used" in notice for notice in prepared.report.notices) == noted
+    assert any("the margin column is not used" in notice for notice in prepared.report.notices) == is_reported
     plain = RewardTrainer.prepare(
         rankings.remove_columns("extra"), None, RewardConfig(**QUIET, output_dir=str(tmp_path)), "train"
     )
     assert not any("margin" in notice for notice in plain.report.notices)
 
 
-def test_margins_from_a_column(make_reward_trainer, rankings):
+def test_margins_can_come_from_a_column(make_reward_trainer, rankings):
     pairs = rankings.select([0, 2])
     trainer = make_reward_trainer(pairs, margin="column", max_steps=1, logging_steps=1, per_device_train_batch_size=2)
     expected = naive_loss(trainer.model, pairs, margin=lambda row, _: json.loads(row["extra"])["margin"])
@@ -169,7 +161,7 @@ def test_held_out_scores_cover_every_pair(make_reward_trainer, rankings):
 
 
 @pytest.mark.parametrize(
-    ("rows", "margin", "extra", "said"),
+    ("rows", "margin", "extra", "message"),
     [
         ([0], "column", {}, "made up:0: margin: column needs a number in the column margin"),
         ([0], "column", {"margin": "much"}, "needs a number in the column margin"),
@@ -179,9 +171,9 @@ def test_held_out_scores_cover_every_pair(make_reward_trainer, rankings):
         ([1], "column", {"margin": 1}, "more than two responses; use scores"),
     ],
 )
-def test_missing_margins_are_reported(rows, margin, extra, said, make_reward_trainer, rankings):
+def test_missing_margins_are_reported(rows, margin, extra, message, make_reward_trainer, rankings):
     rows = rankings.select(rows).map(lambda _: {"extra": json.dumps(extra)})
-    with pytest.raises(SimpoError, match=said):
+    with pytest.raises(SimpoError, match=message):
         make_reward_trainer(rows, margin=margin)
 
 
@@ -200,11 +192,11 @@ def test_untrainable_models_and_rows_are_rejected(make_model, make_reward_traine
     feedback = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "label": [True]})
     with pytest.raises(SimpoError, match="reward models need comparisons, but these rows are labeled"):
         RewardTrainer.prepare(feedback, None, RewardConfig(str(tmp_path), use_cpu=True), "train")
-    for settings, said in (
+    for settings, message in (
         ({"truncation": "paper"}, "truncation: 'paper'"),
         ({"center_rewards_coefficient": -1.0}, "center_rewards_coefficient: must be at least 0"),
     ):
-        with pytest.raises(SimpoError, match=said):
+        with pytest.raises(SimpoError, match=message):
             RewardConfig(str(tmp_path), use_cpu=True, **settings)
 
 
@@ -282,8 +274,8 @@ def test_a_finished_run_is_left_alone_and_a_reward_model_can_be_trained_further(
     assert "finished" in capsys.readouterr().out
     assert (trained / "model.safetensors").read_bytes() == before
     further = train_reward("--model_name_or_path", str(trained), "--max_steps", "1")
-    said = capsys.readouterr().out
-    assert "random score head" not in said and "LOAD REPORT" not in said
+    printed = capsys.readouterr().out
+    assert "random score head" not in printed and "LOAD REPORT" not in printed
     assert read_results(further / "results.json").command == "reward"
 
 
@@ -302,7 +294,7 @@ def test_an_adapter_includes_its_score_head(chat_world, train_reward, tmp_path):
     assert "text-classification" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_loading(chat_world, trained, caplog, tmp_path, monkeypatch):
+def test_which_models_load_as_reward_models(chat_world, trained, caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # as commands set it
     language_model = ModelArguments(str(chat_world / "model"))
     with pytest.raises(SimpoError, match=r"is not a reward model: its files contain no score\.weight"):

@@ -43,7 +43,7 @@ def pairs():
     return rng.normal(0.7, 2.0, (200, 1)), rng.integers(-3, 4, (200, 1)).astype(float)
 
 
-def test_metrics_for_pairs(pairs):
+def test_pair_metrics_match_naive_loops(pairs):
     margins, lengths = pairs
     found = figures(margins, lengths)
     error, bins = naive_calibration(margins[:, 0].tolist())
@@ -68,7 +68,7 @@ def test_metrics_for_pairs(pairs):
         assert metric.low < metric.value < metric.high
 
 
-def test_metrics_for_rankings(pairs):
+def test_ranking_metrics_match_naive_loops(pairs):
     """Pairs within a row are resampled together: the same values with wider intervals."""
     margins, lengths = (np.repeat(values, 3, axis=1) for values in pairs)
     margins[:50, 1:] = lengths[:50, 1:] = np.nan
@@ -86,7 +86,7 @@ def test_metrics_for_rankings(pairs):
     assert longer.high - longer.low > 1.4 * (pooled.high - pooled.low)
 
 
-def test_calibration_of_a_good_and_an_overconfident_model():
+def test_calibration_error_tells_a_good_model_from_an_overconfident_one():
     """Confidence that matches accuracy has no error; confidence of 0.99 with half the answers right has a large one."""
     p = 0.8
     margins = np.full((1000, 1), math.log(p / (1 - p)))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset, List, Value
-from tests.training.test_objectives import assert_alike, context, taken, train, train_naively
+from tests.training.test_objectives import assert_alike, context, select, train, train_naively
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
@@ -35,7 +35,7 @@ def with_columns(rows: Dataset, **columns) -> Dataset:
 
 
 def halves(y: Responses) -> tuple[Responses, Responses]:
-    return taken(y, slice(0, None, 2)), taken(y, slice(1, None, 2))
+    return select(y, slice(0, None, 2)), select(y, slice(1, None, 2))
 
 
 @pytest.mark.parametrize("budget", [ONE, TWO, FOUR])

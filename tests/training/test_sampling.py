@@ -165,14 +165,14 @@ def test_an_adapter_is_merged_into_a_copy(recipe, chat_world, monkeypatch):
     assert differs(weights("memory", name), weights("out", name)) < 1e-3
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_one_of_two_processes_runs_the_engine(recipe, how, tmp_path):
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_one_of_two_processes_runs_the_engine(recipe, parallelism, tmp_path):
     """It gets all prompts of a rollout and complete weights; both processes train like one with weights in memory."""
     shared = {"optim": "sgd", "learning_rate": 0.1, "sync_every": 1, "save_strategy": "no"}
     assert main(recipe(**shared, engine="transformers", output_dir="memory")) == 0
     layers = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "GPT2Block"}, "ddp_backend": "gloo"}
-    arguments = recipe(**shared | (layers if how == "fsdp" else {}), per_device_train_batch_size=2)
-    found = run_ranks(2, sharded if how == "fsdp" else main, arguments, folder=tmp_path)
+    arguments = recipe(**shared | (layers if parallelism == "fsdp" else {}), per_device_train_batch_size=2)
+    found = run_ranks(2, sharded if parallelism == "fsdp" else main, arguments, folder=tmp_path)
     assert found.codes == [0, 0], found.stderr
     asked = [line.split(maxsplit=2) for line in Path("asked.txt").read_text().splitlines()]
     assert len({process for process, _, _ in asked}) == 1 and [int(count) for _, count, _ in asked] == [16] * 6

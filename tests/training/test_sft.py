@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tests.training_runs import GradientRecorder
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from simpo import PreferenceTrainer, SFTConfig, SFTTrainer, SimpoError, cli
 from simpo.runs.results import read_results
@@ -66,20 +67,12 @@ def naive_loss(model, rows) -> torch.Tensor:
     return total / count
 
 
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [500, 60])
 def test_gradients_and_logs_match_the_definition(masked, path, budget, make_sft, make_model, conversations):
     """Every step of an epoch, including the smaller last one; with learning rate 0 all start from the same weights."""
-    rows, gradients = conversations(10, masked=masked), Gradients()
+    rows, gradients = conversations(10, masked=masked), GradientRecorder()
     trainer = make_sft(
         rows,
         callbacks=[gradients],
@@ -115,7 +108,7 @@ def test_evaluation_is_the_mean_over_tokens(make_sft, make_model, conversations)
 
 @pytest.mark.parametrize("view", [lambda rows: rows, lambda rows: rows.select([5, 2, 2]), lambda rows: rows.shuffle(1)])
 @pytest.mark.parametrize("masked", [True, False])
-def test_number_of_scored_tokens(masked, view, conversations):
+def test_scored_tokens_are_counted(masked, view, conversations):
     rows = view(conversations(8, masked=masked))
     expected = [sum(row["scored"][0]) if masked else len(row["response_ids"][0]) for row in rows]
     np.testing.assert_array_equal(scored_tokens(rows), expected)
@@ -137,7 +130,7 @@ def test_packed_training_gives_the_same_weights_as_plain_training(make_sft, make
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=name)
 
 
-def test_sft_command(chat_world, tmp_path, capsys):
+def test_the_command_trains_on_conversations_and_completions(chat_world, tmp_path, capsys):
     """Conversations and prompt-completion rows in one file; the loss falls, and a card and results are written."""
     rows = [json.loads(line) for line in (chat_world / "sft.jsonl").read_text().splitlines()]
     chat = [

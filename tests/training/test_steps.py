@@ -9,20 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from tests.training_runs import GradientRecorder
 
 from simpo.errors import SimpoError
 from simpo.training.batches import response_counts, row_sizes
-
-
-class Gradients(TrainerCallback):
-    """Records copies of the gradients just before each optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 class CountingSGD(torch.optim.SGD):
@@ -61,7 +51,7 @@ def flat(step: list[list[int]]) -> list[int]:
 
 
 def first_gradients(make_trainer, rows, *, model, **settings):
-    gradients = Gradients()
+    gradients = GradientRecorder()
     trainer = make_trainer(rows, model=copy.deepcopy(model), callbacks=[gradients], max_steps=1, **settings)
     seen, backwards = watch(trainer)
     trainer.train()
@@ -103,7 +93,7 @@ def test_the_gradient_does_not_depend_on_the_split(split, make_trainer, pairs, m
 def test_accumulation_is_equivalent_to_batch_size(per_device, accumulation, make_trainer, pairs, model, naive_losses):
     """However 8 pairs per step are configured: the same rows, gradients, loss and number of steps."""
     rows = pairs(20)
-    gradients = Gradients()
+    gradients = GradientRecorder()
     trainer = make_trainer(
         rows,
         model=copy.deepcopy(model),
@@ -177,7 +167,7 @@ EPOCHS = {
 
 @pytest.mark.parametrize("case", EPOCHS)
 @pytest.mark.parametrize("budget", [40, 1000])
-def test_steps_rows_and_backward_calls(case, budget, make_trainer, make_model, pairs):
+def test_steps_rows_and_backward_calls_are_counted(case, budget, make_trainer, make_model, pairs):
     settings, count, steps = EPOCHS[case]
     model = make_model("gpt2", torch.float32)
     optimizer = CountingSGD(model.parameters(), lr=1e-3)
@@ -249,7 +239,7 @@ def test_no_forward_exceeds_max_batch_tokens(make_trainer, make_model, random_co
 
 
 @pytest.mark.parametrize("view", ["whole", "selected", "shuffled", "sliced"])
-def test_row_lengths(view, random_comparisons, as_dataset):
+def test_row_lengths_are_exact(view, random_comparisons, as_dataset):
     """Also for a view of a dataset, whose Arrow table has other rows or an offset."""
     rows = as_dataset(random_comparisons((9, (3, 7)), (1, (1, 4, 2)), (20, (2, 5)), (3, (6,)), (4, (1, 1))))
     rows = {

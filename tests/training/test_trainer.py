@@ -57,7 +57,7 @@ def test_evaluation_averages_every_row_exactly_once(batch_size, budget, path, ma
         assert found[f"eval_{name}"] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6), name
 
 
-def test_evaluation_on_several_datasets(make_trainer, pairs, naive_pairs):
+def test_several_datasets_can_be_evaluated(make_trainer, pairs, naive_pairs):
     data = {"one": pairs(5, seed=1), "two": pairs(3, seed=2)}
     trainer = make_trainer(None, eval_dataset=data, per_device_eval_batch_size=2)
     found = trainer.evaluate()
@@ -197,17 +197,20 @@ def test_training_lowers_the_loss(path, make_trainer, make_model, pairs):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox", "bloom", "falcon"])
-@pytest.mark.parametrize("off", [True, False])
-def test_disable_dropout_makes_training_deterministic(name, off, make_trainer, make_model, pairs):
+@pytest.mark.parametrize("disabled", [True, False])
+def test_disable_dropout_makes_training_deterministic(name, disabled, make_trainer, make_model, pairs):
     rows = pairs(4)
     trainer = make_trainer(
-        rows, model=make_model(name, torch.float32, dropout=0.3), disable_dropout=off, per_device_train_batch_size=4
+        rows,
+        model=make_model(name, torch.float32, dropout=0.3),
+        disable_dropout=disabled,
+        per_device_train_batch_size=4,
     )
     (batch,) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
     trainer.model.train()
     with torch.no_grad():
         first, second = (trainer.compute_loss(trainer.model, batch).item() for _ in range(2))
-    assert (first == second) == off
+    assert (first == second) == disabled
 
 
 def test_disable_dropout_reaches_every_module(make_model):

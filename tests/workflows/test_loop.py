@@ -208,7 +208,7 @@ def test_a_servers_cost_is_confirmed_once(world, chat_world, tmp_path, monkeypat
     assert metrics(tmp_path / "out")["round-1/win_rate/api", None].n == 8
 
 
-def test_several_annotators_in_a_loop(world, chat_world, monkeypatch, capsys):
+def test_several_annotators_make_pairs_and_judge_rounds(world, chat_world, monkeypatch, capsys):
     """Their weighted scores make the pairs, and each of them judges the round."""
     monkeypatch.chdir(world)
     recipe = yaml.safe_load(Path("loop.yaml").read_text())
@@ -230,7 +230,7 @@ def test_several_annotators_in_a_loop(world, chat_world, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--round=3"], "unknown key; did you mean rounds?"),
         (["--rounds=0"], "rounds: "),
@@ -274,7 +274,9 @@ def test_several_annotators_in_a_loop(world, chat_world, monkeypatch, capsys):
         (["--judges=api", "--judge_url=http://127.0.0.1:9/v1", "--judge_model=m"], "--yes"),
     ],
 )
-def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(options, said, world, chat_world, monkeypatch, capsys):
+def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(
+    options, message, world, chat_world, monkeypatch, capsys
+):
     """Nothing has been computed, either."""
     monkeypatch.chdir(world)
     monkeypatch.setenv("XDG_CACHE_HOME", str(world))
@@ -282,7 +284,7 @@ def test_mistakes_give_a_one_line_error_and_leave_nothing_behind(options, said, 
     Path("empty.jsonl").touch()
     assert main(["loop", "loop.yaml", "--output_dir", "never", *options]) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.count("\n") == 1
+    assert message in printed and printed.count("\n") == 1
     assert not Path("never").exists()
 
 

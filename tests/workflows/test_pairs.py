@@ -36,7 +36,7 @@ def made(records, **settings):
     return [(row["id"], row["chosen"], row["rejected"]) for row in rows], dict(report.dropped)
 
 
-def test_best_against_worst():
+def test_best_worst_pairs_use_the_first_of_tied_answers():
     """Among equally good or equally bad answers, the first one is used."""
     found = made(
         [
@@ -101,7 +101,7 @@ def test_all_pairs_match_a_naive_enumeration(limits):
             assert row["chosen_score"] > row["rejected_score"]
 
 
-def test_best_against_random():
+def test_best_random_pairs_draw_any_worse_answer():
     """Over seeds, every worse answer occurs; a given seed always draws the same one, whatever prompts come before."""
     one = record(7, ("a", 1), ("best", 9), ("b", 2), ("c", 9), ("d", 3))
     drawn = {made([one], pairs="best_random", seed=seed)[0][0][2] for seed in range(40)}
@@ -176,7 +176,7 @@ def test_the_command_writes_training_rows(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "no rows"),
         ('{"id": "0", "prompt": "p", "responses": ["a"], "scores": [1]}\n', "fewer than two different answers"),
@@ -199,12 +199,12 @@ def test_the_command_writes_training_rows(tmp_path, capsys):
         ("{]\n{}\n", "not a JSON object"),
     ],
 )
-def test_unusable_input_gives_a_one_line_error(content, said, tmp_path, capsys):
+def test_unusable_input_gives_a_one_line_error(content, message, tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     file.write_text(content)
     assert main(["pair", str(file), "--output_dir", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
-    assert said in printed
+    assert message in printed
     assert str(file) in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "out").exists()

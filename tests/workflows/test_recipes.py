@@ -136,7 +136,7 @@ def test_the_command_writes_a_new_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (["--objective", "simpoo", "--setting", "gemma2"], "did you mean simpo?"),
         (["--objective", "dpo", "--setting", "lama3-base"], "did you mean llama3-base?"),
@@ -144,8 +144,8 @@ def test_the_command_writes_a_new_file(tmp_path, capsys):
         (["--objective", "dpo"], "--setting"),
     ],
 )
-def test_mistakes_give_a_one_line_error(given, said, capsys):
+def test_mistakes_give_a_one_line_error(given, message, capsys):
     assert main(["recipe", *given]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error

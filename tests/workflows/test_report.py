@@ -35,13 +35,13 @@ def printed(folder, results: dict[str, tuple[float, float, float]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("others", "further"),
+    ("others", "is_suggested"),
     [
         ((0.5, 0.4, 0.6), True),
         ((0.65, 0.55, 0.75), False),  # within the best trial's interval, so which one is best may be chance
     ],
 )
-def test_a_best_value_at_the_edge_suggests_looking_further(others, further, tmp_path, capsys):
+def test_a_best_value_at_the_edge_suggests_looking_further(others, is_suggested, tmp_path, capsys):
     text = printed(tmp_path, {"1e-6": (0.7, 0.6, 0.8), "3e-6": others, "1e-5": others})
-    assert ("learning_rate: the best value, 1e-6, is the smallest tried; try smaller ones, too" in text) == further
-    assert ("2 of the other 2 finished trials lie within the best one's interval" in text) == (not further)
+    assert ("learning_rate: the best value, 1e-6, is the smallest tried; try smaller ones, too" in text) == is_suggested
+    assert ("2 of the other 2 finished trials lie within the best one's interval" in text) == (not is_suggested)

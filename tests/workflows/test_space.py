@@ -53,7 +53,7 @@ def test_values_at_the_end_of_an_axis_are_recognized(given, value, end):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"learning_rat": "1,2"}, "learning_rat: unknown key; did you mean learning_rate?"),
         ({"output_dir": "a,b"}, "output_dir"),
@@ -65,6 +65,6 @@ def test_values_at_the_end_of_an_axis_are_recognized(given, value, end):
         ({"objective": "1..2"}, "cannot be a range"),
     ],
 )
-def test_mistakes_are_reported(given, said):
-    with pytest.raises(SimpoError, match=said.replace("?", r"\?")):
+def test_mistakes_are_reported(given, message):
+    with pytest.raises(SimpoError, match=message.replace("?", r"\?")):
         axes(**given)

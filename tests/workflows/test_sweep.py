@@ -249,7 +249,7 @@ def test_a_process_without_trials_left_leaves_the_results_to_the_last_one(world,
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ([], "nothing to vary"),
         (["--learning_rat", "1e-3,1e-4"], "learning_rat: unknown key; did you mean learning_rate?"),
@@ -269,12 +269,12 @@ def test_a_process_without_trials_left_leaves_the_results_to_the_last_one(world,
         (["--beta", "1,4", "--dataset_name", "missing.jsonl"], "missing.jsonl"),
     ],
 )
-def test_mistakes_give_a_one_line_error_before_anything_runs(world, tmp_path, capsys, more, said):
+def test_mistakes_give_a_one_line_error_before_anything_runs(world, tmp_path, capsys, more, message):
     output = tmp_path / "sweep"
     assert main(["sweep", str(world / "recipe.yaml"), "--output_dir", str(output), *more]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
     assert not list(output.glob("trials/[0-9]*"))
 
 

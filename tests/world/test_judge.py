@@ -121,9 +121,11 @@ def test_other_wordings_of_the_same_answer_are_accepted(answer):
     assert correct("Sort 10, 9, 2.", answer)
 
 
-@pytest.mark.parametrize("dog", ["The word dog is d o g.", "The word dog is spelled d-o-g.", "the word dog is d, o, g"])
-def test_other_spellings_of_a_word_are_accepted(dog):
-    assert judge("Spell dog and sun.", f"{dog.removesuffix('.')}. The word sun is spelled s u n.") > 9
+@pytest.mark.parametrize(
+    "answer", ["The word dog is d o g.", "The word dog is spelled d-o-g.", "the word dog is d, o, g"]
+)
+def test_other_spellings_of_a_word_are_accepted(answer):
+    assert judge("Spell dog and sun.", f"{answer.removesuffix('.')}. The word sun is spelled s u n.") > 9
 
 
 def test_a_conversations_question_is_its_last_message():
