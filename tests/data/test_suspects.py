@@ -269,15 +269,16 @@ def test_a_role_whose_content_the_template_omits_makes_a_bad_row(chatml):
         report(chatml, PAIR | {"prompt": [turn("note", "Paris is a capital."), turn("user", "Which one?")]})
 
 
+@pytest.mark.parametrize("role", ["bot", ""])
 @pytest.mark.parametrize("how", [prepare, prepare_sft, prepare_feedback])
-def test_unknown_roles_make_bad_rows(chatml, how):
-    row = PAIR | {"completion": "Paris.", "label": True, "prompt": [turn("bot", "Hi"), turn("user", "And?")]}
+def test_unknown_roles_make_bad_rows(chatml, how, role):
+    row = PAIR | {"completion": "Paris.", "label": True, "prompt": [turn(role, "Hi"), turn("user", "And?")]}
     if how is prepare_sft:
         row = {"messages": [*row["prompt"], turn("assistant", "Paris.")]}
-    with pytest.raises(SimpoError, match="the role 'bot'"):
+    with pytest.raises(SimpoError, match=f"the role '{role}'"):
         report(chatml, row, how=how)
     if how is prepare:
-        with pytest.raises(SimpoError, match="the role 'bot'"):
+        with pytest.raises(SimpoError, match=f"the role '{role}'"):
             prepare_prompts(as_dataset([{"prompt": row["prompt"]}], "rows"), chatml)
 
 

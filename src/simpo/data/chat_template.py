@@ -219,7 +219,7 @@ class ChatTemplate:
                 )
             if self._writes_date(prompt):
                 has_date = "date_string" in self.variables
-                advice = "; set chat_template_kwargs: {date_string: ...} to fix the date" if has_date else ""
+                advice = "; set chat_template_kwargs: {date_string: ...} to pin the date" if has_date else ""
                 sentences.append(f"the chat template writes the current date into prompts{advice}")
         if end.tail.strip() and end.text not in end.tail:
             sentences.append(
@@ -240,7 +240,7 @@ class ChatTemplate:
     def has_system_role(self) -> bool:
         """Whether it renders a system message."""
         first, second, _ = _SENTINELS
-        text = self._try_render([{"role": "system", "content": first}, *_user_turn(second)], parts=self._in_parts)
+        text = self._try_render([{"role": "system", "content": first}, *_user_turn(second)], parts=self._needs_parts)
         return first in text and second in text
 
     @cached_property
@@ -254,7 +254,7 @@ class ChatTemplate:
     @cached_property
     def renders_tool_calls(self) -> bool:
         """Whether it renders tool calls."""
-        return self._call_form is not None
+        return self._tool_call_format is not None
 
     @cached_property
     def reasoning_key(self) -> str | None:
@@ -267,7 +267,7 @@ class ChatTemplate:
         return None
 
     @cached_property
-    def _in_parts(self) -> bool:
+    def _needs_parts(self) -> bool:
         """Whether it accepts content only as a list of parts, as the templates of some vision models do."""
         first, second, _ = _SENTINELS
         messages = [*_user_turn(first), {"role": "assistant", "content": second}]
@@ -283,7 +283,7 @@ class ChatTemplate:
             return ""
 
     @cached_property
-    def _call_form(self) -> tuple[bool, dict[str, Any]] | None:
+    def _tool_call_format(self) -> tuple[bool, dict[str, Any]] | None:
         """Whether tool arguments are JSON text, and what stands for absent content; None if calls are not rendered."""
         first, second, third = _SENTINELS
         for as_text in (False, True):
@@ -303,17 +303,17 @@ class ChatTemplate:
         if reasoning and self.reasoning_key is not None and self.reasoning_key not in message:
             rest = {key: value for key, value in message.items() if key not in REASONING}
             message = {**rest, self.reasoning_key: reasoning}
-        message = self.with_arguments(message)
-        if "tool_calls" in message and not message["content"] and self._call_form is not None:
+        message = self.adapt_arguments(message)
+        if "tool_calls" in message and not message["content"] and self._tool_call_format is not None:
             rest = {key: value for key, value in message.items() if key != "content"}
-            message = {**rest, **self._call_form[1]}
-        return _as_parts(message) if self._in_parts or (images and IMAGE in message["content"]) else message
+            message = {**rest, **self._tool_call_format[1]}
+        return _as_parts(message) if self._needs_parts or (images and IMAGE in message["content"]) else message
 
-    def with_arguments(self, message: Message) -> Message:
+    def adapt_arguments(self, message: Message) -> Message:
         """Convert a message's tool arguments to objects or JSON text, whichever the template expects."""
-        if "tool_calls" not in message or self._call_form is None:
+        if "tool_calls" not in message or self._tool_call_format is None:
             return message
-        as_text, _ = self._call_form
+        as_text, _ = self._tool_call_format
         calls = []
         for call in message["tool_calls"]:
             arguments = call["function"]["arguments"]

@@ -42,8 +42,8 @@ class Encoder:
         added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: not item[1].special)
         structural = _structural_tokens(tokenizer)
         self._added = {token.content: (token_id, token) for token_id, token in added if token.content in structural}
-        self._unsplit = {token.content for _, token in added if token.content in structural and not token.special}
-        self._swallowing = {token_id for token_id, token in self._added.values() if token.rstrip}
+        self._not_special = {token.content for _, token in added if token.content in structural and not token.special}
+        self._strips_following = {token_id for token_id, token in self._added.values() if token.rstrip}
         self.literal = LiteralText(structural, exempt=_texts_tested_by_template(tokenizer))
         bos = tokenizer.bos_token_id
         self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
@@ -104,7 +104,7 @@ class Encoder:
         ``whole`` holds the ids of the prompt and this text encoded together; ``marker``, if any, marks special-token
         text in it.
         """
-        swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._swallowing
+        swallowed = bool(prompt) and text[:1].isspace() and prompt[-1] in self._strips_following
         if whole[: len(prompt)] == prompt and not swallowed:
             return list(whole[len(prompt) :])
         if marker is None:
@@ -136,7 +136,7 @@ class Encoder:
         return self._encode_one(text, split_special=split_special)
 
     def _encode_one(self, text: str, *, split_special: bool) -> list[int]:
-        if split_special and any(token in text for token in self._unsplit):
+        if split_special and any(token in text for token in self._not_special):
             return self._literal_backend.encode(text, add_special_tokens=False).ids
         return self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=split_special, verbose=False
@@ -190,12 +190,12 @@ class LiteralText:
         if isinstance(value, str):
             pattern = self._not_in_answers if role == "assistant" else self.pattern
 
-            def marked(match: re.Match[str]) -> str:
+            def replacement(match: re.Match[str]) -> str:
                 if role == "user" and match[0] in self._exempt and (match.start() == 0 or match.end() == len(value)):
                     return match[0]
                 return f"{marker}{self._numbers[match[0]]}{marker}"
 
-            return pattern.sub(marked, value)
+            return pattern.sub(replacement, value)
         if isinstance(value, Mapping):
             return {self.mark(key, marker): self.mark(item, marker) for key, item in value.items()}
         if isinstance(value, list):

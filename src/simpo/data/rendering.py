@@ -219,7 +219,7 @@ class Renderer:
         if self._insert_system and opening[0]["role"] != "system":
             opening = [{"role": "system", "content": ""}, *opening]
         size = len(opening)
-        messages = [template.with_arguments(self._strip_end_of_turn(message)) for message in (*opening, *following)]
+        messages = [template.adapt_arguments(self._strip_end_of_turn(message)) for message in (*opening, *following)]
         for message in messages[size:]:
             content = message["content"]
             opens = self._whole_answers and "</think>" in template.source and content.lstrip().startswith("<think>")

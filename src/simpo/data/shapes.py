@@ -358,7 +358,7 @@ def _read_answer(row: Row) -> str | None:
 
 
 def _read_label(row: Row) -> str | None:
-    """Convert LLaMA-Factory's feedback: rename the label, and split off the last answer, which it judges."""
+    """Convert LLaMA-Factory's feedback: rename the label, and split off the last answer, which the label judges."""
     if row.get("label") is None and read_label(row.get("kto_tag")) is not None:
         row["label"] = row.pop("kto_tag")
     messages = row.get("messages")

@@ -126,9 +126,9 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
 
 def _load_files(files: list[Path], folder: Path, split: str) -> Dataset:
     if not files:
-        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-        has = f"it has the folders {inside}" if inside else f"supported are {_SUPPORTED}"
-        raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {has}")
+        folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        hint = f"it has the folders {folders}" if folders else f"supported are {_SUPPORTED}"
+        raise SimpoError(f"{folder}: no data files in this folder for split {split!r}; {hint}")
     return concatenate(list(map(_load_file, files)))
 
 
