@@ -28,7 +28,6 @@ _RENAMED: dict[str, str] = {theirs: ours for ours, names in _KEYS["renamed"].ite
 _VALUES: dict[str, dict[str, Mapping[str, Any]]] = _KEYS["values"]
 _ADVICE: dict[str, str] = {key: entry["remedy"] for entry in _KEYS["advice"] for key in entry["keys"]}
 
-
 # Names for the same setting, newest first. The others are translated to the first one that is a field.
 _SYNONYMS = (
     ("model_name_or_path", "model"),
