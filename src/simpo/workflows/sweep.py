@@ -336,7 +336,7 @@ def print_table(
     notes = [*_remarks(ranked, axes)]
     notes += [f"trial {one.number} failed: {one.user_attrs['reason']}" for one in trials if "reason" in one.user_attrs]
     if repeated := ", ".join(str(trial.number) for trial in trials if "same_as" in trial.user_attrs):
-        notes.append(f"not run, because they repeat an earlier trial's values: trials {repeated}")
+        notes.append(f"trials with the values of an earlier one, not run again: {repeated}")
     for note in notes:
         console.print(Text(note), soft_wrap=True)
 
