@@ -317,7 +317,7 @@ def test_trls_own_script_runs(name, model_folder, rows, tmp_path, monkeypatch):
         ("DPO", {"sync_ref_model": True}, "sync_ref_model: not supported"),
         ("DPO", {"f_divergence_type": "forward_kl", "loss_type": "ipo"}, "f_divergence_type: 'forward_kl'"),
         ("DPO", {"loss_type": ["sigmoid", "sigmoid"]}, "loss_type: 'sigmoid' is given twice"),
-        ("DPO", {"sft_weight": 0.1}, "sft_weight: not a key of DPOConfig; add 'sft' to loss_type"),
+        ("DPO", {"sft_weight": 0.1}, "sft_weight: not a key of DPOConfig; add sft to loss_type"),
         (
             "DPO",
             {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},

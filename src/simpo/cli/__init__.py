@@ -48,9 +48,7 @@ def _overview() -> str:
     lines += ["", "common options:"]
     lines += [f"  {_VERIFY:<10} Hash all files of a finished run before reporting it as finished."]
     lines += [f"  {_JSON:<10} Print the command's results to stdout as JSON, and everything else to stderr."]
-    lines += [
-        f"  {PLAN_FIRST:<10} With train, sft, reward or online: check that the run fits this machine before training."
-    ]
+    lines += [f"  {PLAN_FIRST:<10} With train, sft, reward or online: check first that the run fits this machine."]
     return "\n".join(lines)
 
 

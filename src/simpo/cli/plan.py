@@ -43,9 +43,8 @@ def plan(argv: list[str]) -> None:
     options = reversed(split_options(argv)[1])
     command = next((values[0] for name, values in options if name == "command" and values), "train")
     config, *others = _RECIPES.get(command, _RECIPES["train"])
-    planned = type(
-        "Planned", (config,), {"_check_optimizer": lambda self: None}
-    )  # its package need not be installed here
+    # The optimizer's package need not be installed here.
+    planned = type("Planned", (config,), {"_check_optimizer": lambda self: None})
     types = (ModelArguments, DataArguments, planned, PlanSettings, *others)
     *parts, settings = parse_settings(argv, types, command="plan", about=plan.__doc__, replaces=REPLACES)[:4]
     if settings.command != command:

@@ -116,9 +116,7 @@ class DPOConfig(_ReferenceKeys):
         """Translate TRL's losses and hyperparameters into objectives and their hyperparameters."""
         sft_weight = weights.pop(_SFT, 0.0)
         if self.sft_weight not in (0.0, sft_weight):
-            raise SimpoError(
-                "sft_weight: not a key of DPOConfig; add 'sft' to loss_type and its weight to loss_weights"
-            )
+            raise SimpoError("sft_weight: not a key of DPOConfig; add sft to loss_type, its weight to loss_weights")
         self.sft_weight = sft_weight
         mixture = {_OBJECTIVES[name]: weight for name, weight in weights.items()}
         if not mixture:
@@ -189,10 +187,7 @@ class DPOTrainer(PortedPreferenceTrainer):
 
 
 class KTOTrainer(PortedPreferenceTrainer):
-    """TRL's ``KTOTrainer``, with the same arguments in the same order and a :class:`KTOConfig`.
-
-    Pairs are split into single responses.
-    """
+    """TRL's ``KTOTrainer``, with the same arguments in the same order and a :class:`KTOConfig`. Splits pairs."""
 
     config_class = KTOConfig
     arguments = _WITH_REFERENCE

@@ -56,9 +56,7 @@ class PairSettings:
     """
 
     pairs: PairKind = setting("best_worst", "Which answers to a prompt to pair; ranking puts all of them in one row.")
-    min_gap: float = setting(
-        0.0, "Minimum score difference within a pair, or between a ranking's best and worst.", least=0
-    )
+    min_gap: float = setting(0.0, "Minimum score gap in a pair, or between a ranking's best and worst.", least=0)
     max_length_ratio: float | None = setting(
         None, "Maximum ratio of the longer to the shorter answer, in characters (default: no limit).", least=1
     )
