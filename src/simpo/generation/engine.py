@@ -247,7 +247,7 @@ def _padding_limit(model: PreTrainedModel) -> float:
     config = causal_lm(model).config.get_text_config()
     limits = [getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)]
     if rule is not None:
-        limits += [*rule.borders, rule.growth, getattr(config, "original_max_position_embeddings", None)]
+        limits += [*rule.thresholds, rule.dynamic_above, getattr(config, "original_max_position_embeddings", None)]
     return min((limit for limit in limits if limit), default=float("inf"))
 
 
