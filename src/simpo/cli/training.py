@@ -94,7 +94,7 @@ def parse(argv: list[str], config_type: type, *more: type, command: str = "", ab
 def require_output_dir(config: Any) -> None:
     """Raise :class:`SimpoError` unless the user named an output folder."""
     if config.output_dir == _DEFAULT_OUTPUT_DIR:
-        raise SimpoError("output_dir is missing: set it in the recipe or with --output_dir")
+        raise SimpoError("output_dir is missing: give it in the recipe or as --output_dir")
 
 
 def make_job(parts: Sequence[Any], argv: list[str], callbacks: Sequence[RunCallback] = ()) -> TrainingJob:

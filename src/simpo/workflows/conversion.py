@@ -433,7 +433,7 @@ def _add_defaults(
 
     ``loss_lost`` means that the recipe's loss has no counterpart; it is not replaced by a default objective.
     """
-    values, gaps, default = conversion.values, conversion.gaps, f"default of {toolkit.name}"
+    values, gaps, default = conversion.values, conversion.gaps, f"{toolkit.name}'s default"
     if conversion.command == "train" and loss_lost:
         gaps.append("objective is missing: add it")
     elif conversion.command == "train" and "objective" not in values and toolkit is _HANDBOOK:
