@@ -20,13 +20,13 @@ SAMPLE = {
     "fuyu": "not built",
 }
 _CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
-of_the_tested_version = pytest.mark.skipif(
+requires_the_tested_version = pytest.mark.skipif(
     f"transformers=={transformers.__version__}" not in _CONSTRAINTS.read_text().splitlines(),
-    reason="the page is made with the tested version of transformers",
+    reason="the page is generated with the tested version of transformers",
 )
 
 
-@of_the_tested_version
+@requires_the_tested_version
 @pytest.mark.parametrize(("name", "path"), SAMPLE.items())
 def test_the_page_agrees_with_a_recomputed_row(name, path):
     found = architectures.examine(name)
@@ -38,7 +38,7 @@ def test_the_page_agrees_with_a_recomputed_row(name, path):
         assert found.gradients <= 1e-4
 
 
-@of_the_tested_version
+@requires_the_tested_version
 def test_the_page_lists_every_architecture_within_tolerance():
     rows = architectures.published_rows()
     assert set(rows) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -50,7 +50,7 @@ def test_the_page_lists_every_architecture_within_tolerance():
         assert path == "packed" or note, row
 
 
-@of_the_tested_version
+@requires_the_tested_version
 def test_named_rows_are_written_into_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(architectures, "PAGE", tmp_path / "models.md")
     architectures.main(["qwen3", "--write"])

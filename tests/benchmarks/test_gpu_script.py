@@ -37,7 +37,7 @@ def test_a_dry_run_passes_and_claims_nothing_about_cuda(tmp_path) -> None:
     assert all(line.startswith("skipped: ") for line in skipped)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests behavior without a GPU")
 def test_without_a_gpu_it_exits_with_code_2(tmp_path) -> None:
     done = run("cuda", tmp_path)
     assert done.returncode == 2

@@ -139,7 +139,7 @@ def lines(*rows):
             lines({"chosen": ANSWER, "rejected": OTHER}),
             {"chat_template": "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"},
             ["data.jsonl:1", "not a prefix"],
-            id="prompt no prefix",
+            id="prompt not a prefix",
         ),
         pytest.param(lines(GOOD), {"max_batch_tokens": 3}, ["max_batch_tokens", "row 0"], id="budget too small"),
         pytest.param(lines(GOOD), {"model_name_or_path": "./nowhere"}, ["model_name_or_path"], id="no model"),
@@ -148,22 +148,22 @@ def lines(*rows):
             lines(GOOD), {"max_steps": -1, "num_train_epochs": 0}, ["num_train_epochs", "above 0"], id="no epochs"
         ),
         pytest.param(lines(GOOD), {"weight_decay": -1}, ["weight_decay", "at least 0"], id="growing weights"),
-        pytest.param(lines(GOOD), {"adam_beta1": 2}, ["impossible", "Invalid beta"], id="refused by the optimizer"),
+        pytest.param(lines(GOOD), {"adam_beta1": 2}, ["impossible", "Invalid beta"], id="rejected by the optimizer"),
         pytest.param(lines(GOOD), {"optim": "galore_adamw"}, ["impossible", "galore_torch"], id="no such package"),
         pytest.param(
-            lines(GOOD), {"lr_scheduler_kwargs": '{"x": 1}'}, ["impossible", "'x'"], id="refused by the schedule"
+            lines(GOOD), {"lr_scheduler_kwargs": '{"x": 1}'}, ["impossible", "'x'"], id="rejected by the schedule"
         ),
         pytest.param(
             lines(GOOD),
             {"torch_compile": True, "torch_compile_backend": "nonsense"},
             ["impossible", "NONSENSE"],
-            id="refused by accelerate",
+            id="rejected by accelerate",
         ),
         pytest.param(
             lines(GOOD),
             {"gradient_checkpointing_kwargs": '{"x": 1}'},
             ["gradient_checkpointing_kwargs", "'x'", "use_reentrant"],
-            id="refused by torch's checkpoint",
+            id="rejected by torch's checkpoint",
         ),
         pytest.param(
             lines(GOOD),

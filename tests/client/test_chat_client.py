@@ -106,11 +106,11 @@ FAULTS = {
     "408": Raw(408),
     "truncated JSON": Raw(200, HALF),
     "torn connection": Raw(200, HALF, torn=True),
-    "no JSON": Raw(200, b"<html>"),
+    "not JSON": Raw(200, b"<html>"),
     "NaN": Raw(200, b'{"choices": NaN}'),
     "no choices": Raw(200, b'{"choices": []}'),
     "a list": Raw(200, b"[]"),
-    "content that is no text": Raw(200, b'{"choices": [{"message": {"content": 7}}]}'),
+    "content that is not text": Raw(200, b'{"choices": [{"message": {"content": 7}}]}'),
     "error with status 200": Raw(200, b'{"error": {"message": "provider down"}}'),
     "stalled": Raw(200, HALF, stall=1.0),
 }

@@ -103,7 +103,7 @@ def build(name: str) -> PreTrainedTokenizerFast:
     if name == "tiny-english":
         folder = SHARED / "models" / "tiny-english"
         if not folder.is_dir():
-            pytest.skip("shared models are not here")
+            pytest.skip("the shared models are not available")
         return AutoTokenizer.from_pretrained(folder)
     if name == "chatml":  # no BOS; the template writes a line break after the end of turn
         return PreTrainedTokenizerFast(

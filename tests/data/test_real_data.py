@@ -18,7 +18,7 @@ DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 PREFERENCES = DATA / "preferences"
 DEMONSTRATIONS = DATA / "sft" / "alpacaeval_sft.jsonl.gz"
 
-pytestmark = pytest.mark.skipif(not PREFERENCES.is_dir(), reason="shared data are not here")
+pytestmark = pytest.mark.skipif(not PREFERENCES.is_dir(), reason="the shared data is not available")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_prompts_and_answers_match_rendering_whole_conversations(tokenizer):
         assert json.loads(found["extra"])["chosen_model"] == row["chosen_model"]
 
 
-@pytest.mark.skipif(not DEMONSTRATIONS.is_file(), reason="shared data are not here")
+@pytest.mark.skipif(not DEMONSTRATIONS.is_file(), reason="the shared data is not available")
 def test_demonstrations_match_rendering_whole_conversations(tokenizer):
     rows = load_rows(str(DEMONSTRATIONS), split="train").select(range(0, 12000, 12))
     prepared = prepare_sft(rows, tokenizer, TokenizeSettings(max_length=1024))

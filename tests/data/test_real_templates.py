@@ -28,7 +28,7 @@ from simpo.data.tokenizing import Comparisons, Conversations
 SPEC = importlib.util.find_spec("trl")
 FOLDER = Path(SPEC.origin).parent / "chat_templates" if SPEC and SPEC.origin else Path("absent")
 TEMPLATES = sorted(path for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
-pytestmark = pytest.mark.skipif(not TEMPLATES, reason="TRL's chat templates are not here")
+pytestmark = pytest.mark.skipif(not TEMPLATES, reason="TRL's chat templates are not available")
 
 TOKEN = re.compile(r"<[|｜]?/?[A-Za-z][\w▁./|｜-]*[|｜]?>|\[/?[A-Z][A-Z_]+\]|</s>|\[gMASK\]")  # noqa: RUF001
 # In Qwen's, GLM's and other tokenizers, the model's own markup is not special.

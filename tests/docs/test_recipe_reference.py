@@ -29,7 +29,7 @@ def reference():
     return module
 
 
-@pytest.mark.skipif(not _TESTED, reason="the page is made with the tested version of transformers, whose keys it lists")
+@pytest.mark.skipif(not _TESTED, reason="the page lists the keys of the tested version of transformers")
 def test_the_page_is_up_to_date(reference):
     current = reference.PAGE.read_text(encoding="utf-8") == reference.page()
     assert current, "docs/recipe-reference.md is not what the code declares; run: python docs/recipe_reference.py"

@@ -39,18 +39,22 @@ def test_distinct_2_matches_its_definition():
         pytest.param(GOOD, GOOD, 20, [], id="as before"),
         pytest.param(AnswerStatistics(39, 0.5, 0.5), GOOD, 5, [], id="within all bounds"),
         pytest.param(AnswerStatistics(41, 0.9, 0.95), GOOD, 5, ["length 20 -> 41"], id="more than twice as long"),
-        pytest.param(AnswerStatistics(41, 0.9, 0.95), GOOD, 25, [], id="as long as the held-out responses ask for"),
-        pytest.param(AnswerStatistics(20, 0.4, 0.95), GOOD, 20, ["end_of_turn_rate 0.9 -> 0.4"], id="half do not end"),
-        pytest.param(AnswerStatistics(20, 0.0, 1), AnswerStatistics(20, 0.25, 1), 20, [], id="an end fewer of four"),
+        pytest.param(AnswerStatistics(41, 0.9, 0.95), GOOD, 25, [], id="no longer than twice the held-out responses"),
+        pytest.param(
+            AnswerStatistics(20, 0.4, 0.95), GOOD, 20, ["end_of_turn_rate 0.9 -> 0.4"], id="half are unfinished"
+        ),
+        pytest.param(
+            AnswerStatistics(20, 0.0, 1), AnswerStatistics(20, 0.25, 1), 20, [], id="one more of four unfinished"
+        ),
         pytest.param(AnswerStatistics(20, 0.9, 0.47), GOOD, 20, ["distinct_2 0.95 -> 0.47"], id="half are repeated"),
         pytest.param(AnswerStatistics(1, 1, math.nan), GOOD, 20, [], id="no two tokens"),
-        pytest.param(GOOD, AnswerStatistics(64, 0.0, 0.1), 20, [], id="a start that could not answer"),
+        pytest.param(GOOD, AnswerStatistics(64, 0.0, 0.1), 20, [], id="a start model that cannot answer"),
         pytest.param(
             AnswerStatistics(64, 0.0, 0.05),
             GOOD,
             20,
             ["end_of_turn_rate 0.9 -> 0", "length 20 -> 64", "distinct_2 0.95 -> 0.05"],
-            id="all at once",
+            id="all signs together",
         ),
     ],
 )

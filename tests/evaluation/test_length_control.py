@@ -25,7 +25,7 @@ from simpo.evaluation.preferences import (
 )
 
 _DATA = Path(__file__).resolve().parents[2] / "../shared/data/alpaca_eval"
-published = pytest.mark.skipif(not _DATA.is_dir(), reason="the leaderboard's data is not here")
+published = pytest.mark.skipif(not _DATA.is_dir(), reason="the leaderboard's data is not available")
 
 
 def test_win_rates_match_their_definition():

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from simpo.packing.logprobs import Head, fused_entropy, fused_kl, fused_log_collision
 
 ROWS, WIDTH, VOCABULARY = 7, 8, 37
-CHUNKS = {"a row at a time": 1, "three rows": 3 * VOCABULARY * 8, "all rows": None}
+CHUNKS = {"one row at a time": 1, "three rows": 3 * VOCABULARY * 8, "all rows": None}
 HEADS = {
     "plain": {},
     "bias": {"bias": True},

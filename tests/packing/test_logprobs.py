@@ -8,7 +8,7 @@ import torch
 from simpo.packing.logprobs import Head, fused_logprobs
 
 ROWS, WIDTH, VOCABULARY = 7, 8, 37
-CHUNKS = {"a row at a time": 1, "three rows": 3 * VOCABULARY * 8, "kept logits": None}
+CHUNKS = {"one row at a time": 1, "three rows": 3 * VOCABULARY * 8, "kept logits": None}
 HEADS = {
     "plain": {},
     "bias": {"bias": True},

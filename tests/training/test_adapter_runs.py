@@ -130,7 +130,7 @@ def test_sft_preference_training_and_sampling_chain_on_one_adapter(chat_world, t
 def real_pairs(tmp_path_factory):
     """Four short real pairs as a text dataset."""
     if not SHARED.is_dir():
-        pytest.skip("shared data are not here")
+        pytest.skip("the shared data is not available")
     pairs = str(SHARED / "data/preferences/alpacaeval_balanced_test.jsonl.gz")
     rows = load_dataset("json", data_files=pairs, split="train", cache_dir=tmp_path_factory.mktemp("cache"))
     return rows.filter(lambda row: len(row["chosen"]) + len(row["rejected"]) < 300).shuffle(seed=0).select(range(4))

@@ -56,7 +56,7 @@ print("trained:", tokens)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the process's memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's memory limits")
 def test_the_recommended_setting_fits(tmp_path):
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, "130", "8000", str(tmp_path)]

@@ -41,7 +41,7 @@ print("resident:", json.dumps(resident))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory as Linux tells it")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from Linux's /proc")
 def test_memory_does_not_grow(tmp_path):
     fixed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment = os.environ | fixed | {"OMP_NUM_THREADS": "1"}

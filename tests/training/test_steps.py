@@ -157,7 +157,7 @@ EPOCHS = {
     "max steps beyond an epoch": ({"max_steps": 5}, 10, [4, 4, 2, 4, 4]),
     "half an epoch": ({"num_train_epochs": 0.5}, 16, [4, 4]),
     "a worker": ({"dataloader_num_workers": 1, "num_train_epochs": 2}, 10, [4, 4, 2, 4, 4, 2]),
-    "a worker that stays": (
+    "a persistent worker": (
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "num_train_epochs": 2},
         10,
         [4, 4, 2, 4, 4, 2],
