@@ -205,19 +205,21 @@ def test_bootstrap_resamples_whole_items():
     """The bootstrap of a ratio by its definition: every resample draws whole items."""
     sums = np.random.default_rng(0).random((20, 2))
     rng = np.random.default_rng(7)
-    figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(300)]
+    resampled = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(300)]
     found = bootstrap_interval(sums, ratio, seed=7, resamples=300)
     assert found.value == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum(), rel=1e-12)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025, 0.975])), rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), rel=1e-12)
 
 
 def test_bootstrap_of_a_family_holds_jointly():
     """Bonferroni by its definition; in 95% of cases all six means of normal values are inside their intervals."""
     sums = np.random.default_rng(0).random((20, 2))
     rng = np.random.default_rng(7)
-    figures = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(6 * 300)]
+    resampled = [ratio(sums[rng.integers(0, 20, 20)].sum(0)) for _ in range(6 * 300)]
     found = bootstrap_interval(sums, ratio, seed=7, resamples=300, family=6)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025 / 6, 1 - 0.025 / 6])), rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(
+        tuple(np.quantile(resampled, [0.025 / 6, 1 - 0.025 / 6])), rel=1e-12
+    )
     assert "6" in found.method
     values = np.random.default_rng(1).normal(size=400)
     found = bootstrap_interval(np.column_stack([values, np.ones(400)]), ratio, seed=0, family=6)

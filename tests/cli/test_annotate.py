@@ -53,7 +53,7 @@ def command(folder, annotator, *options, output="out"):
     return ["annotate", str(folder / "sampled"), "--annotator", annotator, f"--output_dir={folder / output}", *options]
 
 
-def figures(folder):
+def read_metrics(folder):
     return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
 
 
@@ -74,7 +74,7 @@ def test_the_exact_judge_scores_answers(sampled, capsys):
         answers = combinations(zip(row["responses"], row["scores"], strict=True), 2)
         clear = [(len(a) > len(b)) == (x > y) for (a, x), (b, y) in answers if len(a) != len(b) and x != y]
         wins += [sum(clear) / len(clear)] if clear else []
-    measured = figures(sampled / "out")
+    measured = read_metrics(sampled / "out")
     assert measured["annotate/longer_wins"].value == pytest.approx(sum(wins) / len(wins))
     assert measured["annotate/best_score"].value == pytest.approx(sum(max(row["scores"]) for row in found) / 12)
     assert (measured["annotate/unscored"].value, measured["annotate/score/p50"].n) == (0, 48)
@@ -152,7 +152,7 @@ def test_a_pairwise_judge_scores_answers(sampled):
     # silver: lost to gold, beat bronze, tied with itself
     assert row["scores"] == [1.0, 0.5, 0.0, None, 0.5]
     assert (sampled / "out/annotated.jsonl").read_bytes() == (sampled / "again/annotated.jsonl").read_bytes()
-    assert figures(sampled / "out")["annotate/unscored"].value == 1
+    assert read_metrics(sampled / "out")["annotate/unscored"].value == 1
     assert main(["pair", str(sampled / "out"), f"--output_dir={sampled / 'pairs'}"]) == 0
     assert [(row["chosen"], row["rejected"]) for row in read_lines(sampled / "pairs/pairs.jsonl")] == [
         ("gold", "bronze")
@@ -240,7 +240,7 @@ def test_an_answer_without_a_verdict_has_no_combined_score(sampled):
     exact = zscore([row["annotator_scores"]["exact"][k] for k in (0, 2)], ddof=1)
     expected = np.nan_to_num(exact) + 3 * zscore([1, 0], ddof=1)
     assert row["scores"] == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
-    found = figures(sampled / "out")
+    found = read_metrics(sampled / "out")
     assert [found[f"annotate/unscored{name}"].value for name in ("", "/exact", "/api")] == [1, 0, 1]
 
 

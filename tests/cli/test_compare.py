@@ -53,7 +53,7 @@ def command(folder, *options, a="a.json", b="b.json", output="out"):
     return ["compare", str(folder / a), str(folder / b), f"--output_dir={folder / output}", *options]
 
 
-def figures(folder):
+def read_metrics(folder):
     return {(metric.name, metric.stage): metric for metric in read_results(folder / "results.json").metrics}
 
 
@@ -64,7 +64,7 @@ def test_the_exact_judges_win_rate(answers, capsys):
     for ours, theirs in zip(a, b, strict=True):
         x, y = (judge(row["instruction"], row["output"]) for row in (ours, theirs))
         points.append(1.0 if x > y else 0.5 if x == y else 0.0)
-    found = figures(answers / "out")
+    found = read_metrics(answers / "out")
     rate = found["win_rate/exact", None]
     assert rate.value == pytest.approx(sum(points) / 30) and rate.low < rate.value < rate.high and rate.n == 30
     assert found["ties/exact", None].value == pytest.approx(points.count(0.5) / 30)
@@ -103,7 +103,7 @@ def test_several_judges_agree_or_do_not(answers):
     labels = [{"id": row["id"], "winner": winners[row["verdicts"]["exact"]]} for row in rows[:20]]
     verdicts.write_text("".join(json.dumps(row) + "\n" for row in labels))
     assert main(command(answers, "--judge=exact", f"--judge=human:{verdicts}", output="both")) == 0
-    found = figures(answers / "both")
+    found = read_metrics(answers / "both")
     assert found["kappa/exact+human", None].value == 1 and found["kappa/exact+human", None].n == 20
     assert found["without_verdict/human", None].value == 10 and found["win_rate/human", None].n == 20
 
@@ -122,14 +122,14 @@ def test_models_are_sampled_and_scored(models, tmp_path, capsys):
     model, prompts = str(models / "model"), f"--prompts={models / 'prompts.jsonl'}"
     options = ["--judge=exact", f"--judge=logp:{model}", "--max_new_tokens=8"]
     assert main(["compare", model, model, prompts, *options, f"--output_dir={tmp_path / 'out'}"]) == 0
-    found = figures(tmp_path / "out")
+    found = read_metrics(tmp_path / "out")
     assert found["win_rate/logp", None].value == 0.5 and found["ties/logp", None].value == 1
     assert found["response_tokens", "after"].value == found["response_tokens", "before"].value > 0
     sampled = ["sample", model, str(models / "prompts.jsonl"), f"--output_dir={tmp_path / 'drawn'}", "--n=2"]
     assert main([*sampled, "--max_new_tokens=8", "--temperature=1"]) == 0
     # The prompts are those of the samples; greedy answers are likelier than sampled ones.
     assert main(["compare", model, str(tmp_path / "drawn"), *options, f"--output_dir={tmp_path / 'second'}"]) == 0
-    found = figures(tmp_path / "second")
+    found = read_metrics(tmp_path / "second")
     assert found["win_rate/logp", None].value > 0.7 and found["win_rate/logp", None].n == 5
     assert len(read_lines(tmp_path / "second/verdicts.jsonl")) == 10
     assert "10 pairs of answers to 5 prompts" in capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_a_warm_cache_sends_nothing_and_gives_the_same_file(answers, capsys):
         assert main(command(answers, *at(server), output="again")) == 0
         assert len(server.bodies) == sent
     assert (answers / "out/results.json").read_bytes() == (answers / "again/results.json").read_bytes()
-    found = figures(answers / "out")
+    found = read_metrics(answers / "out")
     missing = [len(x) + len(y) == 33 for x, y in pairs_of(answers) if x != y]
     assert found["without_verdict/api", None].value == sum(missing)
     even = sum(len(x) == len(y) and x != y for x, y in pairs_of(answers))  # it says B whichever answer that is
@@ -229,7 +229,7 @@ def test_a_real_model_can_be_the_judge(models, answers, capsys):
     prompt.write_text("{question} {answer_a} {answer_b}")
     with ChatServer(ModelAnswers(models / "model")) as server:
         assert main(command(answers, *at(server, "--judge_max_tokens=2", f"--judge_prompt={prompt}"))) == 0
-    found = figures(answers / "out")
+    found = read_metrics(answers / "out")
     different = sum(x != y for x, y in pairs_of(answers))
     assert found["without_verdict/api", None].value == different
     assert found["win_rate/api", None].value in (None, 0.5)
@@ -268,7 +268,7 @@ def test_comparing_with_transformers_serve(models, answers):
     # The server is gone, but the cache is enough.
     assert main([*line[:-1], f"--output_dir={answers / 'again'}"]) == 0
     assert (answers / "out/results.json").read_bytes() == (answers / "again/results.json").read_bytes()
-    found = figures(answers / "out")
+    found = read_metrics(answers / "out")
     rows = read_lines(answers / "out/verdicts.jsonl")
     missing = sum(row["verdicts"]["api"] is None for row in rows)
     assert len(rows) == 5 and found["without_verdict/api", None].value == missing

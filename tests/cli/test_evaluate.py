@@ -90,7 +90,7 @@ def alpaca(world, url, output, *more, model="outputs.jsonl", cache="cache"):
     ]
 
 
-def figures(folder):
+def read_metrics(folder):
     return {metric.name: metric for metric in read_results(folder / "results.json").metrics}
 
 
@@ -109,7 +109,7 @@ def test_preferences_come_from_the_judges_probabilities(world, judge, tmp_path, 
         switched = random.Random("is_switched_outputs" + row["instruction"] + "0").choices([False, True])[0]
         assert (text.index(row["output_2"]) < text.index(row["output_1"])) is switched
         assert row["preference"] == pytest.approx(1 + first if switched else 2 - first)
-    found = figures(tmp_path / "out")
+    found = read_metrics(tmp_path / "out")
     mean = sum(row["preference"] - 1 for row in rows) / len(rows)
     assert found["alpaca_eval/win_rate"].value == pytest.approx(100 * mean)
     assert found["alpaca_eval/win_rate"].n == len(rows)
@@ -138,11 +138,11 @@ def test_annotations_give_the_same_metrics_without_a_judge(world, judge, tmp_pat
         assert main(alpaca(world, server.url, tmp_path / "a")) == 0
     command = ["evaluate", "alpaca_eval", f"--annotations={tmp_path / 'a/annotations.json'}"]
     assert main([*command, f"--output_dir={tmp_path / 'b'}", f"--gamed={world / 'gamed.csv'}"]) == 0
-    assert figures(tmp_path / "a") == figures(tmp_path / "b")
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
     assert json.loads((tmp_path / "b/run.json").read_text())["identity"]["judge"] == "weighted_tiny"
     assert main([*command, f"--output_dir={tmp_path / 'c'}"]) == 0  # the hub is not reachable in tests
     assert "no length-controlled win rate" in capsys.readouterr().out
-    assert "alpaca_eval/length_controlled_winrate" not in figures(tmp_path / "c")
+    assert "alpaca_eval/length_controlled_winrate" not in read_metrics(tmp_path / "c")
 
 
 def test_a_model_is_sampled_and_its_outputs_written(world, judge, tmp_path):
@@ -166,7 +166,7 @@ def test_a_reply_without_a_verdict_is_counted_and_not_scored(world, judge, tmp_p
 
     with ChatServer(forgetful) as server:
         assert main(alpaca(world, server.url, tmp_path / "out")) == 0
-    found = figures(tmp_path / "out")
+    found = read_metrics(tmp_path / "out")
     assert found["alpaca_eval/without_preference"].value == 1
     assert found["alpaca_eval/win_rate"].n == len(QUESTIONS) - 1
     assert "1 of 12 answers have no preference" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_a_refused_request_is_counted_and_not_scored(world, judge, tmp_path, cap
 
     with ChatServer(refusing) as server:
         assert main(alpaca(world, server.url, tmp_path / "out", "--judge_concurrency=1", *options)) == 0
-    found = figures(tmp_path / "out")
+    found = read_metrics(tmp_path / "out")
     assert found["alpaca_eval/without_preference"].value == 1
     assert found["alpaca_eval/win_rate"].n == len(QUESTIONS) - 1
     notice = "1 of 11 requests refused, the first with status 400: maximum context length is 8 tokens"
@@ -319,7 +319,7 @@ def test_arena_hard_plays_both_games(world, tmp_path):
         command = ["evaluate", "arena_hard", str(world / "mine.jsonl"), *files, *common(server, tmp_path / "out")]
         assert main(command) == 0
         assert sorted(games) == [False] * 12 + [True] * 12
-    found = figures(tmp_path / "out")
+    found = read_metrics(tmp_path / "out")
     assert found["arena_hard/math/score"].value == 100 and found["arena_hard/math/score"].n == 11
     assert found["arena_hard/math/games_without_verdict"].value == 1
     rows = [json.loads(line) for line in (tmp_path / "out/model_judgment.jsonl").read_text().splitlines()]
@@ -336,7 +336,7 @@ def test_mt_bench_asks_the_second_turn_after_the_first(world, tmp_path):
         files = [f"--questions={world / 'mt.jsonl'}", "--max_new_tokens=6"]
         assert main(["evaluate", "mt_bench", str(world / "model"), *files, *common(server, tmp_path / "out")]) == 0
         assert len(server.bodies) == 8
-    found = figures(tmp_path / "out")
+    found = read_metrics(tmp_path / "out")
     values = [found[f"mt_bench/{name}"].value for name in ("turn_1", "turn_2", "average", "math", "writing")]
     assert values == [9, 4, 6.5, 6.5, 6.5]
     answers = [json.loads(line) for line in (tmp_path / "out/model_answer.jsonl").read_text().splitlines()]

@@ -55,12 +55,12 @@ def test_statistics_are_printed_and_written(model, data, tmp_path, capsys):
         in printed
     )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    metrics = {metric["name"]: metric["value"] for metric in results["metrics"]}
     assert results["command"] == "inspect"
     # One token per byte: the bytes of the answers and the end of turn.
-    assert figures["data/train/tokens/chosen/max"] == len("a longer answer") + 1
-    assert figures["data/train/tokens/prompt/p50"] == len("[user]question 0[assistant]") + 2
-    assert figures["data/eval/prompts_in_train"] == 1 and figures["data/eval/ties"] == 0.5
+    assert metrics["data/train/tokens/chosen/max"] == len("a longer answer") + 1
+    assert metrics["data/train/tokens/prompt/p50"] == len("[user]question 0[assistant]") + 2
+    assert metrics["data/eval/prompts_in_train"] == 1 and metrics["data/eval/ties"] == 0.5
 
 
 def test_rows_that_would_be_dropped_or_truncated_are_reported(model, tmp_path, capsys):
@@ -148,8 +148,8 @@ def test_conversations_are_shown_as_they_are_learned(model, tmp_path, capsys):
     assert "response: >>>two<eos><<<[user]three<eos>[assistant]>>>four<eos><<<" in printed
     assert "[user]Add.\n\n1<eos>[assistant]\nresponse: >>>2<eos><<<" in printed and "rejected" not in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    figures = {metric["name"]: metric["value"] for metric in results["metrics"]}
-    assert figures["data/train/tokens/response/p5"] == 2 and figures["data/train/ended"] == 1
+    metrics = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert metrics["data/train/tokens/response/p5"] == 2 and metrics["data/train/ended"] == 1
 
 
 def test_feedback_columns_can_be_renamed(model, tmp_path, capsys):

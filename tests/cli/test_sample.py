@@ -64,14 +64,14 @@ def test_answers_are_in_prompt_order_with_their_statistics(world, tmp_path, caps
         for text, ids, finished in zip(row["responses"], row["response_ids"], row["finished"], strict=True):
             assert finished == (ids[-1] == tokenizer.eos_token_id) and (finished or len(ids) == 8)
             assert text == tokenizer.decode(ids, skip_special_tokens=True)
-    figures = {metric.name: metric for metric in read_results(output / "results.json").metrics}
+    metrics = {metric.name: metric for metric in read_results(output / "results.json").metrics}
     lengths = [len(ids) for row in rows for ids in row["response_ids"]]
-    assert figures["sample/prompts"].value == 20 and figures["sample/responses"].value == 40
-    assert figures["sample/tokens"].value == pytest.approx(sum(lengths) / 40)
-    assert figures["sample/tokens"].low < figures["sample/tokens"].value < figures["sample/tokens"].high
+    assert metrics["sample/prompts"].value == 20 and metrics["sample/responses"].value == 40
+    assert metrics["sample/tokens"].value == pytest.approx(sum(lengths) / 40)
+    assert metrics["sample/tokens"].low < metrics["sample/tokens"].value < metrics["sample/tokens"].high
     ended = sum(sum(row["finished"]) for row in rows)
-    assert figures["sample/ended"].value == ended / 40 and figures["sample/hit_max_new_tokens"].value == 40 - ended
-    assert figures["sample/distinct"].value == sum(len(set(row["responses"])) for row in rows) / 40
+    assert metrics["sample/ended"].value == ended / 40 and metrics["sample/hit_max_new_tokens"].value == 40 - ended
+    assert metrics["sample/distinct"].value == sum(len(set(row["responses"])) for row in rows) / 40
     printed = capsys.readouterr().out
     assert f"{40 - ended} responses reached max_new_tokens 8" in printed
     for row in rows[:3]:

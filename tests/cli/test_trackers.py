@@ -106,9 +106,9 @@ def test_tensorboard_has_curves_and_outcomes(chat_world, tmp_path, board, capsys
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged(out, key)]
     assert len(events.Scalars("train/loss")) == 4 and len(events.Scalars("eval/loss")) == 2
-    figures = outcome(out)
-    assert figures and scalars > figures.keys()
-    for name, value in figures.items():
+    outcomes = outcome(out)
+    assert outcomes and scalars > outcomes.keys()
+    for name, value in outcomes.items():
         (event,) = events.Scalars(name)
         assert (event.step, event.value) == (4, pytest.approx(value, rel=1e-6))
     (answers,) = events.Tensors("answers/text_summary")
@@ -174,9 +174,9 @@ def test_every_round_in_a_loop_is_a_tracker_run(chat_world, tmp_path, board, mon
         events = board(f"loop-round-{number}")
         folder = tmp_path / f"loop/round-{number}"
         assert len(events.Scalars("train/loss")) == len(logged(folder / "model", "loss"))
-        figures = outcome(folder)
-        assert {"results/kl", "results/win_rate/function"} < figures.keys()
-        for name, value in figures.items():
+        outcomes = outcome(folder)
+        assert {"results/kl", "results/win_rate/function"} < outcomes.keys()
+        for name, value in outcomes.items():
             (event,) = events.Scalars(name)
             assert event.value == pytest.approx(value, rel=1e-6)
         assert f"mine-loop-round-{number}" in (folder / "model/recipe.resolved.yaml").read_text()

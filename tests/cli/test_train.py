@@ -55,12 +55,12 @@ def test_results_are_printed_as_json_even_for_a_finished_run(world, tmp_path, ca
 def test_a_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(options(world, output, num_train_epochs=4)) == 0
-    figures = {(m.name, m.stage): m for m in read_results(output / "results.json").metrics}
-    before, after = (figures["eval_rewards/margins", stage] for stage in ("before", "after"))
+    metrics = {(m.name, m.stage): m for m in read_results(output / "results.json").metrics}
+    before, after = (metrics["eval_rewards/margins", stage] for stage in ("before", "after"))
     assert after.low > before.high  # the margin rose beyond both intervals
     assert after.n == 48
-    assert figures["eval_rewards/accuracies", "after"].method == "Wilson 95%"
-    assert figures["train/steps", None].value == 4 * 96 / 16
+    assert metrics["eval_rewards/accuracies", "after"].method == "Wilson 95%"
+    assert metrics["train/steps", None].value == 4 * 96 / 16
     printed = capsys.readouterr().out
     assert f"{after.value:.4g}" in printed
     assert "next:" in printed
@@ -234,9 +234,9 @@ def test_held_out_rows_that_are_training_rows_are_counted(world, tmp_path, capsy
     given = {"dataset_train_split": "train[:8]", "eval_dataset_name": tmp_path / "test.jsonl", "max_steps": 1}
     assert main(options(world, tmp_path / "out", **given)) == 0
     assert "eval: 3 of 6 held-out pairs are also training pairs, and 4 share a prompt" in capsys.readouterr().out
-    figures = {metric.name: metric for metric in read_results(tmp_path / "out" / "results.json").metrics}
-    assert (figures["data/eval/rows_in_train"].value, figures["data/eval/prompts_in_train"].value) == (3, 4)
-    assert figures["data/eval/rows_in_train"].n == 6 and figures["data/train/rows"].value == 8
+    metrics = {metric.name: metric for metric in read_results(tmp_path / "out" / "results.json").metrics}
+    assert (metrics["data/eval/rows_in_train"].value, metrics["data/eval/prompts_in_train"].value) == (3, 4)
+    assert metrics["data/eval/rows_in_train"].n == 6 and metrics["data/train/rows"].value == 8
 
 
 def _held_out(world, count):

@@ -56,7 +56,7 @@ def judged(chat_world, tmp_path):
     return write(tmp_path / "judged.jsonl", found)
 
 
-def figures(output) -> dict:
+def read_metrics(output) -> dict:
     return {(metric.name, metric.stage): metric for metric in read_results(output / "results.json").metrics}
 
 
@@ -70,7 +70,7 @@ def test_rankings_can_be_trained_on(chat_world, rankings, tmp_path):
     out = tmp_path / "out"
     held_out = but_the_last(rankings, prompt="Is it?")
     assert main(options(chat_world, out, dataset_name=rankings, eval_dataset_name=held_out, objective="dpo")) == 0
-    found = figures(out)
+    found = read_metrics(out)
     assert found["eval_loss", "before"].value == pytest.approx(math.log(2), abs=1e-5)
     assert found["eval_rewards/margins", "after"].low > 0
     assert found["eval_rewards/accuracies", "after"].n == 24
@@ -82,7 +82,7 @@ def test_single_responses_can_be_trained_on(chat_world, judged, tmp_path, capsys
     held_out = but_the_last(judged, prompt="Is it?")
     given = {"dataset_name": judged, "eval_dataset_name": held_out, "objective": "kto", "beta": 0.5, "logging_steps": 1}
     assert main(options(chat_world, out, **given)) == 0
-    found = figures(out)
+    found = read_metrics(out)
     assert found["eval_loss", "before"].value == pytest.approx(0.5, abs=1e-5)  # both terms at reward and point 0
     scores = read_lines(out / "held_out_after.jsonl")
     chosen, rejected = (
@@ -103,8 +103,8 @@ def test_another_objective_finds_the_cached_reference(chat_world, tmp_path):
     """The cache does not need to be named."""
     for objective in ("dpo", "kto"):
         assert main(options(chat_world, tmp_path / objective, objective=objective, kl_weight=0.1)) == 0
-        assert figures(tmp_path / objective)["eval_kl", "before"].value == pytest.approx(0, abs=1e-6)
-        assert figures(tmp_path / objective)["eval_kl", "after"].value > 1e-6
+        assert read_metrics(tmp_path / objective)["eval_kl", "before"].value == pytest.approx(0, abs=1e-6)
+        assert read_metrics(tmp_path / objective)["eval_kl", "after"].value > 1e-6
     assert len([path for path in (tmp_path / "reference").iterdir() if path.is_dir()]) == 4  # KTO needs extra ones
 
 

@@ -131,10 +131,10 @@ def test_dpo_matches_trl(settings, train_both, rows):
         assert [one["chosen_ids"], one["rejected_ids"]] == other["response_ids"]
     assert_same_losses(theirs, ours)
     for name in ("rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
-        figures = [trainer.state.log_history[1][name] for trainer in (theirs, ours)]
+        logged = [trainer.state.log_history[1][name] for trainer in (theirs, ours)]
         # TRL logs beta * ratio for every loss.
         if name[:7] != "rewards" or not {"ipo", "alpha_divergence"} & {*map(str, settings.values())}:
-            assert figures[1] == pytest.approx(figures[0], rel=1e-4, abs=1e-6), name
+            assert logged[1] == pytest.approx(logged[0], rel=1e-4, abs=1e-6), name
 
 
 def test_text_pairs_without_a_prompt_match_trl(train_both, text_rows):

@@ -171,8 +171,8 @@ def test_scores_match_plain_transformers(write_reward_model, tmp_path, capsys):
         expected.append(naive_scores(rows, [line["scores"] for line in stored]))
     metrics = {(m.name, m.stage): m.value for m in read_results(tmp_path / "out/results.json").metrics}
     for name in ("score", *NAMES):
-        for stage, figures in zip(("before", "after"), expected, strict=True):
-            assert metrics[f"rewardbench/{name}", stage] == pytest.approx(figures[name])
+        for stage, scores_at_stage in zip(("before", "after"), expected, strict=True):
+            assert metrics[f"rewardbench/{name}", stage] == pytest.approx(scores_at_stage[name])
     identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]
     assert identity["model"] != identity["against/model"] and identity["dtype"] == "float32"
     assert "88.3" in capsys.readouterr().out

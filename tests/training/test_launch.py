@@ -137,8 +137,8 @@ def test_two_processes_share_one_run(chat_world, tmp_path):
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(run / "model.safetensors").items():
         assert_close(tensor, expected[name], rtol=0, atol=1e-9)
-    figures = [[metric.value for metric in read_results(folder / "results.json").metrics] for folder in (run, alone)]
-    assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+    values = [[metric.value for metric in read_results(folder / "results.json").metrics] for folder in (run, alone)]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
     losses = [
         [line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
         for folder in (run, alone)

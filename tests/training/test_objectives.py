@@ -230,10 +230,10 @@ def test_single_responses_have_their_own_metrics(judged, make_trainer, make_mode
     np.testing.assert_allclose(found["logps/rejected"], np.where(label, np.nan, y))
     trainer.train()
     evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(rows).items()}
-    for figures in (trainer.state.log_history[0], evaluated):
-        assert figures["rewards/chosen"] == pytest.approx(rewards[label].mean())
-        assert figures["rewards/rejected"] == pytest.approx(rewards[~label].mean())
-        assert "rewards/margins" not in figures
+    for metrics in (trainer.state.log_history[0], evaluated):
+        assert metrics["rewards/chosen"] == pytest.approx(rewards[label].mean())
+        assert metrics["rewards/rejected"] == pytest.approx(rewards[~label].mean())
+        assert "rewards/margins" not in metrics
 
 
 def with_other_reference(rows: Dataset, reference, naive_responses) -> Dataset:

@@ -177,10 +177,10 @@ def test_a_resumed_run_has_the_same_reference(settings, make_trainer, make_model
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return losses, trainer.score_rows(held_out)["loss"].tolist(), trainer.model.state_dict()
 
-    losses, figures, weights = run("a", save_strategy="steps", save_steps=4)
+    losses, final_metrics, weights = run("a", save_strategy="steps", save_steps=4)
     for name in ("a", "b"):
         again = run(name, str(tmp_path / "checkpoint-4"))
-        assert again[:2] == (losses, figures)
+        assert again[:2] == (losses, final_metrics)
         for key, weight in weights.items():
             torch.testing.assert_close(again[2][key], weight, rtol=0, atol=0, msg=key)
 

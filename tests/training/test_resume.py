@@ -95,7 +95,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.endswith(_TIMES) and k != "total_flos"} for line in lines]
 
 
-def figures(folder: Path) -> list[tuple]:
+def final_metrics(folder: Path) -> list[tuple]:
     return [(m.name, m.stage, m.value) for m in read_results(folder / "results.json").metrics]
 
 
@@ -137,7 +137,9 @@ def test_a_run_writes_all_of_its_files(uninterrupted, chat_world):
     before = [json.loads(line) for line in (uninterrupted / "held_out_before.jsonl").read_text().splitlines()]
     assert [line["where"] for line in before] == [f"test.jsonl:{n}" for n in range(1, 9)]
     mean = sum(line["rewards/margins"] for line in before) / len(before)
-    assert {(n, s): v for n, s, v in figures(uninterrupted)}["eval_rewards/margins", "before"] == pytest.approx(mean)
+    assert {(n, s): v for n, s, v in final_metrics(uninterrupted)}["eval_rewards/margins", "before"] == pytest.approx(
+        mean
+    )
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 12])
@@ -151,7 +153,7 @@ def test_a_killed_run_resumes_to_identical_weights(step, uninterrupted, chat_wor
     assert cli.main(options(chat_world, output)) == 0
     assert same_weights(output, uninterrupted)
     assert metrics(output) == metrics(uninterrupted)
-    assert figures(output) == figures(uninterrupted)
+    assert final_metrics(output) == final_metrics(uninterrupted)
 
 
 # The stages after the last step, in order: the function patched to fail, and where it lives.
@@ -221,7 +223,7 @@ def test_a_run_killed_after_its_last_step_takes_no_more_steps(kind, chat_world, 
     for folder in ["", *(path.name for path in checkpoints(uninterrupted))]:
         assert (output / folder / stored).read_bytes() == (uninterrupted / folder / stored).read_bytes(), folder
     assert metrics(output) == metrics(uninterrupted)
-    assert figures(output) == figures(uninterrupted)
+    assert final_metrics(output) == final_metrics(uninterrupted)
     for name in ("held_out_before.jsonl", "held_out_after.jsonl"):
         assert (output / name).read_bytes() == (uninterrupted / name).read_bytes()
 
@@ -241,7 +243,7 @@ def test_a_failure_while_scoring_the_trained_model_keeps_that_model(
     (output / name).rmdir()
     assert cli.main(options(chat_world, output)) == 0
     assert {path.name for path in output.iterdir()} == {path.name for path in uninterrupted.iterdir()}
-    assert same_weights(output, uninterrupted) and figures(output) == figures(uninterrupted)
+    assert same_weights(output, uninterrupted) and final_metrics(output) == final_metrics(uninterrupted)
     for file in ("held_out_after.jsonl", "examples_after.jsonl"):
         assert (output / file).read_bytes() == (uninterrupted / file).read_bytes()
 
@@ -290,7 +292,7 @@ def test_resuming_from_the_last_step_trains_nothing_and_beyond_it_is_an_error(
     if asked["max_steps"] == 4:
         assert code == 0
         assert same_weights(output, uninterrupted / "checkpoint-4")
-        assert {n: v for n, s, v in figures(output)}["train/steps"] == 4
+        assert {n: v for n, s, v in final_metrics(output)}["train/steps"] == 4
     else:
         assert code == 2
         assert "checkpoint-4 was saved at step 4" in capsys.readouterr().err
@@ -549,7 +551,7 @@ def test_checkpoints_reported_as_saved_exist(changes, chat_world, after_step, tm
 def test_metrics_before_training_follow_the_settings_of_the_continued_run(chat_world, killed, tmp_path):
     assert cli.main(options(chat_world, killed, **LIMIT, beta=10.0, accept_changes="true")) == 0
     assert cli.main(options(chat_world, tmp_path / "other", max_steps=1, beta=10.0)) == 0
-    before = [{n: v for n, s, v in figures(folder) if s == "before"} for folder in (killed, tmp_path / "other")]
+    before = [{n: v for n, s, v in final_metrics(folder) if s == "before"} for folder in (killed, tmp_path / "other")]
     assert before[0] == before[1]
 
 

@@ -152,10 +152,10 @@ def test_the_command_trains_on_conversations_and_completions(chat_world, tmp_pat
         "per_device_train_batch_size": 4,
     }
     assert cli.main(["sft", *(f"--{key}={value}" for key, value in options.items())]) == 0
-    figures = {(m.name, m.stage): m for m in read_results(output / "results.json").metrics}
-    before, after = (figures["eval_loss", stage] for stage in ("before", "after"))
+    metrics = {(m.name, m.stage): m for m in read_results(output / "results.json").metrics}
+    before, after = (metrics["eval_loss", stage] for stage in ("before", "after"))
     assert after.high < before.low
-    assert figures["eval_perplexity", "after"].value == pytest.approx(np.exp(after.value))
+    assert metrics["eval_perplexity", "after"].value == pytest.approx(np.exp(after.value))
     assert "Held-out conversations" in (output / "README.md").read_text()
     assert "simpo train --model_name_or_path" in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ def scores_of(margins: np.ndarray, lengths: np.ndarray):
     return {ACCURACY: np.nanmean(right, axis=1), MARGINS: margins, LENGTHS: lengths}
 
 
-def figures(margins, lengths):
+def reward_metrics(margins, lengths):
     scores = scores_of(margins, lengths)
     before = scores_of(-np.abs(margins), lengths)
     return {metric.name: metric for metric in compare_rewards(before, scores) if metric.stage == "after"}
@@ -45,7 +45,7 @@ def pairs():
 
 def test_pair_metrics_match_naive_loops(pairs):
     margins, lengths = pairs
-    found = figures(margins, lengths)
+    found = reward_metrics(margins, lengths)
     error, bins = naive_calibration(margins[:, 0].tolist())
     assert found["eval_calibration_error"].value == pytest.approx(error, abs=1e-12)
     assert found["eval_calibration_error"].low < found["eval_calibration_error"].high
@@ -72,7 +72,7 @@ def test_ranking_metrics_match_naive_loops(pairs):
     """Pairs within a row are resampled together: the same values with wider intervals."""
     margins, lengths = (np.repeat(values, 3, axis=1) for values in pairs)
     margins[:50, 1:] = lengths[:50, 1:] = np.nan
-    found, single = figures(margins, lengths), figures(*pairs)
+    found, single = reward_metrics(margins, lengths), reward_metrics(*pairs)
     flat = margins[~np.isnan(margins)].tolist()
     error, bins = naive_calibration(flat)
     assert found["eval_calibration_error"].value == pytest.approx(error, abs=1e-12)
@@ -91,10 +91,10 @@ def test_calibration_error_tells_a_good_model_from_an_overconfident_one():
     p = 0.8
     margins = np.full((1000, 1), math.log(p / (1 - p)))
     margins[800:] *= -1
-    assert figures(margins, np.ones((1000, 1)))["eval_calibration_error"].value == pytest.approx(0, abs=1e-9)
+    assert reward_metrics(margins, np.ones((1000, 1)))["eval_calibration_error"].value == pytest.approx(0, abs=1e-9)
     boasting = np.full((1000, 1), math.log(0.99 / 0.01))
     boasting[::2] *= -1
-    found = figures(boasting, np.ones((1000, 1)))
+    found = reward_metrics(boasting, np.ones((1000, 1)))
     assert found["eval_calibration_error"].value == pytest.approx(0.49)
     assert found["eval_calibration/0.9-1.0"].n == 1000
     assert found["eval_calibration/0.5-0.6"].value is None or math.isnan(found["eval_calibration/0.5-0.6"].value)
