@@ -269,7 +269,7 @@ def test_single_responses_accept_only_weights(config):
         ({"row_columns": ["weights"]}, "'weights' is unknown; choose from weight, label_probability, margin"),
         (
             {"objective": "dpo", "label_smoothing": 0.1, "row_columns": ["label_probability"]},
-            "label_smoothing: .* label_probability",
+            "label_smoothing: .*label_probability",
         ),
     ],
 )
