@@ -266,7 +266,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.pairs, self.phase, self.live = pairs, "", 0.0
         self.peaks: dict[str, float] = {}
-        self.costs: Counter[str] = Counter()
+        self.costs: Counter[str] = Counter({field.name: 0 for field in fields(Cost)})
         self._storages: dict[int, Any] = {}  # weak references, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -135,6 +135,9 @@ def _layers(model: Any) -> nn.ModuleList:
     return max(lists, key=len)
 
 
+_LAYER_TYPES = ("layer_types", "layers_block_type")  # a configuration's attributes, or its properties
+
+
 def _keep_layers(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> None:
     """Remove all other layers from ``model`` and its configuration."""
     total = len(layers)
@@ -146,10 +149,18 @@ def _keep_layers(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> N
             if hasattr(module, "layer_idx"):  # its index in a cache
                 module.layer_idx = place
     config = model.config.get_text_config()
-    for name, value in list(vars(config).items()):
+    derived: dict[str, list[Any]] = {}  # properties that compute the entries from other numbers, such as a period
+    for name in {config.attribute_map.get(name, name) for name in (*vars(config), *_LAYER_TYPES)}:
+        value = getattr(config, name, None)
         if isinstance(value, list) and len(value) == total:  # one entry per layer
-            setattr(config, name, [value[number] for number in numbers])
-    config.num_hidden_layers = len(numbers)
+            entries = [value[number] for number in numbers]
+            if isinstance(getattr(type(config), name, None), property):
+                derived[name] = entries
+            else:
+                setattr(config, name, entries)
+    if not isinstance(getattr(type(config), "num_hidden_layers", None), property):
+        config.num_hidden_layers = len(numbers)
+    config.__class__ = type(type(config).__name__, (type(config),), derived)
 
 
 # ---- Weights in 4 bits.
