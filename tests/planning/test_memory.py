@@ -7,14 +7,16 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from benchmarks.architectures import toy_config
 from benchmarks.plan_accuracy import Run, config_of, make_model, make_rows, peak_bytes, predicted, train
 from datasets import Dataset
+from tests.sampled import sampled
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.training_args import OptimizerNames
 
 from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import policy_logprobs
 from simpo.planning.memory import _STATES, Tracer, measure_resident_memory, measure_step
 from simpo.planning.model import Blueprint
@@ -52,20 +54,43 @@ def test_peak_memory_of_a_run_is_predicted(run, folder, rows) -> None:
     assert predicted(run, folder, rows).total == pytest.approx(measured, rel=0.05)
 
 
+_EXPERTS = hf.Qwen3MoeConfig(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, head_dim=16, **_SIZES)
+_CONVOLUTIONS = hf.Lfm2Config(layer_types=["conv", "conv", "full_attention"] * 2, **_SIZES)
+
+
 @pytest.mark.parametrize(
-    "config",
-    [
-        hf.Qwen3MoeConfig(moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, head_dim=16, **_SIZES),
-        hf.Lfm2Config(layer_types=["conv", "conv", "full_attention", "conv", "conv", "full_attention"], **_SIZES),
-    ],
-    ids=["experts", "states"],
+    ("config", "checkpointing"),
+    [(_EXPERTS, False), (_CONVOLUTIONS, False), (_CONVOLUTIONS, True)],
+    ids=["experts", "convolutions", "convolutions, checkpointing"],
 )
-def test_peak_memory_with_other_kinds_of_layers_is_predicted(config, rows, tmp_path) -> None:
-    """Experts in fp32, and recurrent layers, whose batches are computed through a cache."""
+def test_peak_memory_with_other_kinds_of_layers_is_predicted(config, checkpointing, rows, tmp_path) -> None:
+    """Experts in fp32, and layers with state, whose batches are computed through a cache."""
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    run = Run("SimPO", config={"max_batch_tokens": 4096})
+    run = Run("SimPO", config={"max_batch_tokens": 4096, "activation_checkpointing": checkpointing})
     measured = peak_bytes(lambda: train(run, tmp_path, rows, steps=2))
     assert predicted(run, tmp_path, rows).total == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name",
+    sampled(["bamba", "jamba", "falcon_h1", "nemotron_h", "mamba2"], kept=("bamba", "nemotron_h", "mamba2")),
+)
+def test_layers_of_a_hybrid_model_can_be_left_out(name) -> None:
+    """Configurations list the types of their layers or derive them, from an interval for example."""
+    types = {"layer_types": ["linear_attention", "mlp", "full_attention", "linear_attention"] * 2}
+    more = {"bamba": {"attn_layer_indices": [1, 5]}, "nemotron_h": types}.get(name, {})
+    config = toy_config(name, **({} if name == "nemotron_h" else {"num_hidden_layers": 8}) | more)
+    config.dtype = torch.float32
+    batch = PackedBatch.build([TokenizedComparison([3] * 50, [[4] * 40, [5] * 30])])
+    blueprint = Blueprint(ModelArguments("toy"), config, torch.float32)
+    assert max(map(len, blueprint.layer_groups())) > 2
+    found = measure_step(blueprint, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Blueprint, "layer_groups", lambda self: [[number] for number in range(8)])
+        whole = measure_step(blueprint, batch)
+    assert found.cost == whole.cost
+    assert found.cost.attention > 0 or name == "mamba2"
+    assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)
 
 
 def test_flops_match_pytorchs_counter(folder, rows) -> None:
