@@ -45,7 +45,7 @@ class InspectSettings:
     output_dir: Path | None = setting(None, "Folder for results.json (default: not written).")
 
     def sources(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the label, name and split of each data set."""
+        """Yield the label, name and split of each dataset."""
         yield "train", self.data, self.split
         if self.eval_dataset_name:
             yield "eval", self.eval_dataset_name, self.split.replace("train", "test")

@@ -194,7 +194,7 @@ class PortedTrainer:
             ref_model: must have the same weights as ``model``, because the reference is always the start model.
             args: an instance of ``config_class`` (default: one with default values).
             train_dataset: training rows; the chat template is not applied to plain strings.
-            eval_dataset: held-out rows, or a dict of named data sets.
+            eval_dataset: held-out rows, or a dict of named datasets.
             processing_class: the tokenizer (default: the one saved with the model).
             tokenizer: the older name for ``processing_class``.
             callbacks: as for ``Trainer``.

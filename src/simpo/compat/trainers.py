@@ -354,7 +354,7 @@ class SFTConfig(TRLKeys, configs.SFTConfig):  # type: ignore[misc, valid-type]
     eval_packing: bool | None = unsupported(None, "nothing is padded; leave it out")
     shuffle_dataset: bool = unsupported(False, "rows are reshuffled every epoch; leave it out")
     dataset_kwargs: dict[str, Any] | str | None = unsupported(
-        None, "pass an untokenized data set, or one with prompt_ids and response_ids"
+        None, "pass an untokenized dataset, or one with prompt_ids and response_ids"
     )
     chat_template_path: str | None = unsupported(None, _TOKENIZER)
     eos_token: str | None = unsupported(None, _TOKENIZER)

@@ -30,7 +30,9 @@ class ModelArguments:
     model_name_or_path: str = required("Model name on the hub, or folder.", positional="MODEL")
     model_revision: str = setting("main", "Branch, tag or commit on the hub.")
     dtype: str | None = setting(
-        None, "Data type of the weights: float32 (default), bfloat16, float16, or auto for that of the files."
+        None,
+        "Data type of the weights: float32, bfloat16, float16, or auto for that of the files (default: float32; for "
+        "sampling and judging on a GPU bfloat16).",
     )
     attn_implementation: str | None = setting(
         None, "Attention implementation for generation; packed batches choose their own."

@@ -48,7 +48,7 @@ Sharding = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
 
 _SHARDED = ("fsdp", "zero3")  # these shard the weights too
 
-_SAMPLE = 2000  # rows to tokenize from a large data set
+_SAMPLE = 2000  # rows to tokenize from a large dataset
 _STEPS = 16  # how many of the run's steps are planned
 _BUDGETS = (2048, 4096, 8192, 16384, 32768)  # candidates for max_batch_tokens
 _SHARES = (0.0, 0.5, 1.0)  # candidates for the fraction of checkpointed layers

@@ -36,7 +36,7 @@ from simpo.packing.selfcheck import Path, rows_to_check
 from simpo.training.settings import TrainingSettings
 
 CONTENT = "content"  # holds a prompt as JSON; only rows of prompts have this column
-# Optional columns that training adds to a tokenized data set.
+# Optional columns that training adds to a tokenized dataset.
 REF_LOGPS, MISMATCHED_IDS, MISMATCHED_REF_LOGP = "ref_logps", "mismatched_ids", "mismatched_ref_logp"
 LEVELS = "levels"
 # Columns of the data that change a row's loss (see simpo.training.preference).
@@ -100,10 +100,10 @@ class OrderedPairs(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """A micro-batch ready for the model; each field after ``pairs`` is None if the data set lacks its column."""
+    """A micro-batch ready for the model; each field after ``pairs`` is None if the dataset lacks its column."""
 
     packed: PackedBatch  # `C` comparisons with `R` responses and `S` scored tokens
-    rows: tuple[int, ...]  # `C` row numbers in the data set
+    rows: tuple[int, ...]  # `C` row numbers in the dataset
     # The denominator of the loss: the total weight of the optimizer step, over all micro-batches and ranks.
     step_weight: float
     pairs: OrderedPairs  # the ordered pairs of the comparisons; single responses have none
@@ -202,16 +202,16 @@ def _flat(lists: Sequence[Sequence[float]] | None) -> Tensor | None:
 def comparisons_of(
     rows: Dataset, numbers: Sequence[int], reader: ImageReader | None = None
 ) -> list[TokenizedComparison]:
-    """Return rows ``numbers`` of a tokenized data set, with their images and any masks in its ``scored`` column."""
+    """Return rows ``numbers`` of a tokenized dataset, with their images and any masks in its ``scored`` column."""
     return _comparisons(rows[list(numbers)], reader)
 
 
 def comparisons_to_check(
     model: nn.Module, datasets: Sequence[Dataset], reader: ImageReader | None = None
 ) -> list[TokenizedComparison]:
-    """Return the rows the self-check chooses from: the first and the longest rows of the first data set.
+    """Return the rows the self-check chooses from: the first and the longest rows of the first dataset.
 
-    Also adds a few rows with images from the first data set that has any, even if it is only used for evaluation.
+    Also adds a few rows with images from the first dataset that has any, even if it is only used for evaluation.
     """
     rows = datasets[0]
     numbers = rows_to_check(model, row_sizes(rows, "packed").lengths.tolist())

@@ -422,7 +422,7 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
             raise SimpoError(f"objective: {self.objective!r} is unknown; choose from {', '.join(known)}")
         for key in ("precompute_ref_log_probs", "row_columns", "ld_alpha"):
             if (value := getattr(self, key)) not in (None, []) and value is not False:  # ld_alpha: 0 counts as set
-                raise SimpoError(f"{key}: applies to the rows of a data set, not to sampled answers; leave it out")
+                raise SimpoError(f"{key}: applies to the rows of a dataset, not to sampled answers; leave it out")
         if self.gradient is None:
             super()._check_objective()
             if "z_ref" in self.row.needs:

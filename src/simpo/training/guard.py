@@ -74,7 +74,7 @@ class Guard(TrainerCallback):
         self._norms: deque[float] = deque(maxlen=_NORM_WINDOW)
         self._rows: Dataset | None = None
         rows = trainer.eval_dataset
-        if isinstance(rows, dict):  # of several data sets, use the first
+        if isinstance(rows, dict):  # of several datasets, use the first
             rows = next(iter(rows.values()), None)
         if rows is not None and trainer.command in ("train", "online") and not trainer.args.torch_compile:
             labels = list(rows["label"]) if "label" in rows.column_names else []

@@ -1,4 +1,4 @@
-"""Metrics: running means during training, scores of a data set, and held-out results with intervals."""
+"""Metrics: running means during training, scores of a dataset, and held-out results with intervals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from simpo.statistics import (
 )
 from simpo.training.batches import widest_float
 
-# Metrics of every row of a data set, in order: ``[rows]`` by name, including WEIGHT.
+# Metrics of every row of a dataset, in order: ``[rows]`` by name, including WEIGHT.
 Scores = dict[str, np.ndarray]
 WEIGHT = "weight"
 ACCURACY = "rewards/accuracies"

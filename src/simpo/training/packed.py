@@ -85,7 +85,7 @@ class PackedTrainer(ResumableTrainer):
         model: a model, or the hub name or folder of one.
         args: the configuration (default: that of ``config_type``).
         train_dataset: rows in any shape that :mod:`simpo.data` recognizes, or tokenized rows.
-        eval_dataset: likewise, or several data sets by name.
+        eval_dataset: likewise, or several datasets by name.
         processing_class: the tokenizer, or the processor for rows with images; required unless rows are tokenized.
         callbacks, optimizers: as for ``Trainer``.
 
@@ -168,7 +168,7 @@ class PackedTrainer(ResumableTrainer):
     @classmethod
     @abstractmethod
     def prepare(cls, dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str) -> Prepared:
-        """Tokenize a data set, called ``label`` in messages; already tokenized rows are returned unchanged."""
+        """Tokenize a dataset, called ``label`` in messages; already tokenized rows are returned unchanged."""
 
     @abstractmethod
     def loss_and_metrics(self, y: Any, batch: PlannedBatch) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class ReferenceModel:
     """The policy at the start of training: the trainer's model at construction time, including its adapter.
 
     Its log-probabilities are computed before training and cached, or computed at every step with a copy of the trained
-    weights. The cache has one folder per policy and in it one per set of token ids, so objectives and data sets can
+    weights. The cache has one folder per policy and in it one per set of token ids, so objectives and datasets can
     share it, and a killed run continues where it stopped. Every rank must make the same calls; the main one reads and
     writes files. ``cache`` is a folder for the log-probabilities (None: inside the Hugging Face cache, named after the
     policy's fingerprint). :meth:`logps`, :meth:`states` and :meth:`response_logps` need ``copy_weights``.

@@ -239,21 +239,21 @@ REPLACES = {
 
 @dataclass
 class DataArguments:
-    """Where rows come from: one data set, the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
+    """Where rows come from: one dataset, the paper's ``dataset_mixer``, or alignment-handbook's mixture."""
 
     dataset_name: str | None = setting(None, "Hub id, file or folder of the training data.")
-    dataset_config: str | None = setting(None, "Configuration of a hub data set.")
+    dataset_config: str | None = setting(None, "Configuration of a hub dataset.")
     dataset_train_split: str = setting("train", "Split of dataset_name to train on, or a slice such as train[:90%].")
     eval_dataset_name: str | None = setting(None, "Hub id, file or folder of held-out data.")
     dataset_test_split: str | None = setting(
         None, "Held-out split of eval_dataset_name (default: test) or, without that, of dataset_name."
     )
     dataset_mixer: dict[str, float] | None = setting(
-        None, "Data sets to mix, each with the fraction of its training split to use."
+        None, "Datasets to mix, each with the fraction of its training split to use."
     )
-    dataset_splits: list[str] | None = setting(None, "Splits of the data sets in dataset_mixer.")
-    dataset_configs: list[str] | None = setting(None, "Configurations of the data sets in dataset_mixer, in order.")
-    dataset_mixture: dict[str, Any] | None = setting(None, "Weighted data sets in alignment-handbook's format.")
+    dataset_splits: list[str] | None = setting(None, "Splits of the datasets in dataset_mixer.")
+    dataset_configs: list[str] | None = setting(None, "Configurations of the datasets in dataset_mixer, in order.")
+    dataset_mixture: dict[str, Any] | None = setting(None, "Weighted datasets in alignment-handbook's format.")
     column_mapping: dict[str, str] | None = setting(
         None, "Columns to rename, e.g. {instruction: prompt, good: chosen, bad: rejected}."
     )

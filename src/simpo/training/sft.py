@@ -60,14 +60,14 @@ class SFTTrainer(PackedTrainer):
 
 # ---- PPO-ptx: a language modeling loss on other data, added to every step of online training.
 
-PTX = "ptx"  # what messages call the data set
+PTX = "ptx"  # what messages call the dataset
 
 
 class Pretraining:
     """Demonstrations whose mean negative log-probability per token is added to every step's loss.
 
     This is the gamma term of equation 2 in Ouyang et al. 2022, arXiv 2203.02155. The rows of a step depend only on its
-    number, so a resumed run uses the same ones. ``name`` is the hub id, file or folder of the data set; ``means``
+    number, so a resumed run uses the same ones. ``name`` is the hub id, file or folder of the dataset; ``means``
     holds the running mean of the loss per token.
     """
 

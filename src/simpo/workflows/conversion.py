@@ -85,7 +85,7 @@ _named_template = partial(
 def _validation_size(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if is_off(value):
         return {}
-    raise ValueError(f"set dataset_mixture to the data set with test_split_size: {value}")
+    raise ValueError(f"set dataset_mixture to the dataset with test_split_size: {value}")
 
 
 _LLAMA_FACTORY = Toolkit(
@@ -113,9 +113,9 @@ def _axolotl_command(recipe: Recipe, path: PurePath) -> str:
 
 
 def _mixture_entry(source: Any) -> dict[str, Any]:
-    """Convert one of Axolotl's data sets to an entry of ``dataset_mixture``."""
+    """Convert one of Axolotl's datasets to an entry of ``dataset_mixture``."""
     if not isinstance(source, Mapping) or not source.get("path"):
-        raise ValueError("a data set has no path; set dataset_name")
+        raise ValueError("a dataset has no path; set dataset_name")
     path = source["path"]
     if path in ("json", "csv", "parquet", "arrow") and source.get("data_files"):
         files = source["data_files"]
@@ -127,12 +127,12 @@ def _mixture_entry(source: Any) -> dict[str, Any]:
 
 def _mixture_entries(sources: Any) -> list[dict[str, Any]]:
     if sources and not isinstance(sources, list):
-        raise ValueError("expected a list of data sets")
+        raise ValueError("expected a list of datasets")
     return [_mixture_entry(source) for source in sources or ()]
 
 
 def _dropped_keys_note(sources: Any) -> dict[str, str]:
-    """Return a note on keys of Axolotl's data sets that have no counterpart."""
+    """Return a note on keys of Axolotl's datasets that have no counterpart."""
     supported = {"path", "name", "split", "data_files", "ds_type", "type", "revision", "trust_remote_code"}
     dropped = sorted({key for source in sources for key, value in source.items() if key not in supported and value})
     kinds = [str(source.get("type")) for source in sources]
@@ -167,10 +167,10 @@ def _test_datasets(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if not entries:
         return {}
     if len(entries) > 1:
-        raise ValueError("only one held-out data set is supported; set eval_dataset_name to it")
+        raise ValueError("only one held-out dataset is supported; set eval_dataset_name to it")
     entry = entries[0]
     split = {"dataset_test_split": entry["split"]} if entry["split"] else {}
-    note = {NOTE: f"name {entry['config']}: not supported for held-out data sets"} if entry["config"] else {}
+    note = {NOTE: f"name {entry['config']}: not supported for held-out datasets"} if entry["config"] else {}
     return {"eval_dataset_name": entry["id"], **split, **note}
 
 
@@ -237,13 +237,13 @@ def _open_instruct_command(recipe: Recipe, path: PurePath) -> str:
 
 def _mixer_list(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if not isinstance(value, list) or len(value) % 2:
-        raise ValueError("expected a list that alternates data sets and fractions")
+        raise ValueError("expected a list that alternates datasets and fractions")
     return _mixer(dict(zip(value[::2], value[1::2], strict=True)), recipe)
 
 
 def _mixer(value: Any, recipe: Recipe) -> Mapping[str, Any]:
     if value and not isinstance(value, Mapping):
-        raise ValueError("expected a mapping of data sets to fractions")
+        raise ValueError("expected a mapping of datasets to fractions")
     shares = {name: coerce(str(share), float) for name, share in (value or {}).items()}
     if not any(share > 1 for share in shares.values()):
         return {"dataset_mixer": shares, "dataset_splits": ["train"]} if shares else {}

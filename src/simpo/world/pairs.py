@@ -1,4 +1,4 @@
-"""Seeded data sets of the tiny world, and a small randomly initialized model."""
+"""Seeded datasets of the tiny world, and a small randomly initialized model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The label page. Text from models and data sets is inserted as text, never as HTML.
+// The label page. Text from models and datasets is inserted as text, never as HTML.
 
 const query = new URLSearchParams(location.search);
 const token = query.get("token");
