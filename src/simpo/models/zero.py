@@ -163,8 +163,8 @@ def gathered_forwards(model: nn.Module) -> Iterator[None]:
 
 def exchange_partitions(parameters: list[nn.Parameter], others: list[Tensor]) -> None:
     """Swap this process's partitions of ``parameters`` with ``others``. Every process must call this."""
-    gathered = [parameter for parameter in parameters if parameter.numel()]  # small ones stay whole between forwards
-    for parameter in gathered:
+    whole = [parameter for parameter in parameters if parameter.numel()]  # small ones stay whole between forwards
+    for parameter in whole:
         parameter.partition()  # type: ignore[attr-defined]
     with torch.no_grad():
         for parameter, other in zip(parameters, others, strict=True):
@@ -172,5 +172,5 @@ def exchange_partitions(parameters: list[nn.Parameter], others: list[Tensor]) ->
             previous = partition.clone()
             partition.copy_(other)
             other.copy_(previous)
-    if gathered:
-        gathered[0].all_gather(param_list=gathered)  # type: ignore[attr-defined]
+    if whole:
+        whole[0].all_gather(param_list=whole)  # type: ignore[attr-defined]
