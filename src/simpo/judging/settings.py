@@ -162,7 +162,7 @@ class AnnotatorSettings:
         f"Annotator that scores the answers: {ANNOTATORS}; or several with weights: {{NAME: WEIGHT, ...}}."
     )
     annotator_normalization: Normalization | None = setting(
-        None, "How each of several annotators' scores are normalized within a prompt (default: zscore)."
+        None, "How several annotators' scores are normalized within a prompt (default: zscore)."
     )
     judge_url: str | None = setting(None, "URL of the server for the annotator or judge 'api'.")
     judge_model: str | None = setting(None, "Name of its model on that server.")

@@ -19,12 +19,12 @@ class PlanSettings:
     command: Command = setting("train", "Command that the recipe is for.")
     gpu: str | None = setting(None, "GPU model, such as H100-80GB (default: this machine's GPU, or its CPU).")
     gpus: int = setting(1, "Number of GPUs.", least=1)
-    gpu_memory_gb: float | None = setting(None, "Memory of one GPU in GiB (default: known for the model).", above=0)
+    gpu_memory_gb: float | None = setting(None, "Memory of one GPU in GiB (default: from its data sheet).", above=0)
     gpu_tflops: float | None = setting(
-        None, "Dense half-precision TFLOP/s of one GPU (default: known for the model).", above=0
+        None, "Dense half-precision TFLOP/s of one GPU (default: from its data sheet).", above=0
     )
     gpu_terabytes: float | None = setting(
-        None, "Memory bandwidth in TB/s (default: known for the model, or 1 TB/s per 300 TFLOP/s).", above=0
+        None, "Memory bandwidth in TB/s (default: from its data sheet, or 1 TB/s per 300 TFLOP/s).", above=0
     )
     price: float | None = setting(None, "Price per GPU hour, in any currency.", least=0)
     sharding: Sharing | None = setting(
