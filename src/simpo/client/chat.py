@@ -346,7 +346,7 @@ class Usage:
 
 
 def confirm_cost(estimate: Estimate, *, yes: bool, log: Callable[[str], None], prices: Prices | None = None) -> None:
-    """Log the estimate and ask the user to confirm it; raises :class:`SimpoError` if they decline.
+    """Log the estimate and ask the user to confirm it; raises :class:`SimpoError` if they decline or cannot be asked.
 
     There is no question if ``yes`` is true or nothing needs to be sent.
     """

@@ -385,7 +385,10 @@ _BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 
 
 def style_of(text: str, length: int | None = None) -> tuple[int, ...]:
-    """Return an answer's length (``length``, or in characters) and its counts of headers, list items and bold text."""
+    """Return an answer's length and its counts of headers, list items and bold passages outside code blocks.
+
+    The length is ``length`` if given, otherwise the number of characters.
+    """
     prose = _CODE.sub("", text)
     counts = (len(pattern.findall(prose)) for pattern in (_HEADERS, _LISTS, _BOLD))
     return len(text) if length is None else length, *counts

@@ -353,7 +353,7 @@ class Annotation(RunCallback):
         return [*self._scorer.scorers, *([] if self._gold is None else [self._gold])]
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Install the annotators and test them on dummy answers; those behind a server have their cost confirmed."""
+        """Install the annotators, and test them on dummy answers or, if they use a server, confirm their cost."""
         trainer.annotator = self.score
         if self._gold is not None:
             trainer.gold_annotator = self.score_by_gold

@@ -31,7 +31,7 @@ Write = Callable[[str], None]
 class Reply:
     """The model's reply to one message."""
 
-    text: str | None  # the answer, now part of the conversation; None if there was no room for one
+    text: str | None  # the answer, now part of the conversation; None if the context had no room for one
     note: str | None = None  # why the answer is incomplete or missing; None if the model finished it
 
 

@@ -37,7 +37,7 @@ class Listwise(Objective):
     def comparisons(self, y: Responses, pairs: Any, **context: Any) -> Tensor:
         rewards = self.implicit_reward(y)
         lead = rewards[pairs.worse] - rewards[pairs.better]  # [N]
-        # For each better response, log(1 + sum of exp(gap)), with the largest exponent factored out.
+        # For each better response, log(1 + sum of exp(lead)), with the largest exponent factored out.
         top = torch.zeros_like(rewards).scatter_reduce(0, pairs.better, lead.detach(), "amax")
         terms = top + (-top).exp().index_add(0, pairs.better, (lead - top[pairs.better]).exp()).log()
         # A response occurs in one pair per worse response, but its term counts once.

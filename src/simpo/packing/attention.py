@@ -44,7 +44,7 @@ class AttentionStyle:
 
     @property
     def plain(self) -> bool:
-        """Whether ``scaled_dot_product_attention`` supports all of them."""
+        """Whether ``scaled_dot_product_attention`` supports all features in use."""
         return self.softcap is None and self.sinks is None
 
 
@@ -215,7 +215,7 @@ def _flex_attention(device: str) -> Callable[..., Any]:
 
 
 def choose_kernel(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Kernel | None:
-    """Choose a kernel for these inputs, shaped as in :func:`by_segment`; None if only the definition is right."""
+    """Choose a kernel for these inputs, shaped as in :func:`by_segment`, or None if no kernel can be used."""
     if query.device.type != _DEVICE or style.dropout or query.shape[-1] != value.shape[-1]:
         return None
     half = query.dtype in (torch.bfloat16, torch.float16)

@@ -89,7 +89,7 @@ def inside_forward(model: nn.Module, batch: PackedBatch, compute: Computation, *
 
 
 def resolve_path(inner: PreTrainedModel, batch: PackedBatch, path: ForwardPath) -> Path:
-    """Return the path for ``inner`` and install its attention; runs the self-check on ``batch`` if it has not run."""
+    """Return the path for ``inner``, ready for use; runs the self-check on ``batch`` if it has not run yet."""
     proven = state_of(inner).path or choose_path(inner, batch)
     if path not in ("auto", "padded", proven):
         reason = next(iter(state_of(inner).reasons[-1:]), f"it uses the {proven} path")

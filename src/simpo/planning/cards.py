@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class Rates:
     """The speed of a machine at each part of a :class:`~simpo.planning.memory.Cost`."""
 
-    product: float  # FLOP/s of matrix products: half precision on a GPU, also single precision on a CPU
+    product: float  # FLOP/s of matrix products, in half precision or, on a CPU without autocast, in fp32
     attention: float  # FLOP/s of attention, counting masked scores too
     moved: float  # bytes read and written per second
     overhead: float  # fixed seconds per operation

@@ -72,7 +72,10 @@ class Blueprint:
         return list(groups.values())
 
     def build(self, numbers: Sequence[int] | None = None) -> tuple[Any, list[nn.Module]]:
-        """Build the model as it is trained on the meta device, optionally with only these layers; return both."""
+        """Build the model for training, on the meta device, and return it with its layers.
+
+        ``numbers`` are the indices of the layers to keep; None keeps all.
+        """
         model = self._untrained()
         layers = _layers(model)
         checkpointed = checkpointed_layers(len(layers), self.checkpointed_share)
@@ -139,7 +142,7 @@ _LAYER_TYPES = ("layer_types", "layers_block_type")  # a configuration's attribu
 
 
 def _keep_layers(model: Any, layers: nn.ModuleList, numbers: Sequence[int]) -> None:
-    """Remove all other layers from ``model`` and its configuration."""
+    """Keep only the layers at the indices ``numbers``, in ``model`` and in its configuration."""
     total = len(layers)
     kept = [layers[number] for number in numbers]
     del layers[:]
