@@ -326,7 +326,7 @@ def convert_setting(setting: Setting, annotation: Any) -> Any:
 def build(cls: type, values: Mapping[str, Any], settings: Mapping[str, Setting], defaults: Any = MISSING) -> Any:
     """Build an instance of ``cls`` from a mapping of keys to values.
 
-    ``defaults``, an instance of ``cls``, provides whatever ``values`` lacks; ``settings`` locate errors.
+    ``defaults``, an instance of ``cls``, provides whatever ``values`` lacks; ``settings`` are for locating errors.
     """
     arguments = {}
     mistakes: list[str] = []

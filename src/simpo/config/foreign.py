@@ -186,7 +186,7 @@ def _translate_key(
 
 
 def objective_mistakes(keys: Mapping[str, Any]) -> list[str]:
-    """Return an error if a recipe names no objective but has other toolkits' keys, so that it may well mean DPO.
+    """Return an error, as a list, if a recipe names no objective but has keys of other toolkits, which often train DPO.
 
     ``keys`` maps all given keys to their values.
     """

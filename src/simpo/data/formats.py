@@ -382,7 +382,7 @@ def _normalize_whitespace(text: str) -> str:
 
 
 def _texts(items: str | Sequence[Response], *roles: str) -> list[str]:
-    """Return a single text, or the texts of answers or messages, the latter only for ``roles`` if any are given."""
+    """Return one text, or those of several answers or messages, as a list; ``roles`` selects messages by role."""
     responses = [items] if isinstance(items, str) else items
     messages = [{"content": item} if isinstance(item, str) else item for item in responses]
     return [message["content"] for message in messages if not roles or message.get("role") in (None, *roles)]

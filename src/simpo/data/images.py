@@ -55,8 +55,8 @@ class ImageReader:
         """Write a row's images into its rendered texts.
 
         Args:
-            texts: the texts, with one image token from the chat template per image. If there are several, each is a
-                prefix of the next one and contains as many of the first images as it has tokens.
+            texts: the texts, with one image token from the chat template per image. If a conversation has several, in
+                order, each has the row's first images, as many as it has tokens; the last one has all of them.
             values: the images as given in the row, in order: paths, bytes or ``{"bytes", "path"}``.
 
         Returns:
@@ -94,7 +94,7 @@ class ImageReader:
         return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
 
     def _expand_token(self, reference: Reference) -> str:
-        """Return what the processor replaces the token of an image with."""
+        """Return the text that the processor writes instead of an image's token."""
         (offsets,) = self._process([reference], return_text_replacement_offsets=True)["text_replacement_offsets"]
         return offsets[0]["replacement"]
 

@@ -25,7 +25,7 @@ PROMPTING_ROLES = ("user", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Roles that are always accepted; a chat template may name others.
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Whether an assistant message is trained on; chat templates never see this key.
+# The key for whether an assistant message is trained on; chat templates never see it.
 TRAIN = "train"
 _TRAIN_KEYS = ("weight", "train", "train_on_turn", "training", "loss")
 # Placeholder for an image in a message's content: a noncharacter that Unicode reserves for internal use.
@@ -226,7 +226,7 @@ def transcript_turns(prompt: str) -> list[Message]:
 
 
 def _cue_pattern(transcript: str) -> re.Pattern[str]:
-    """Return the pattern that starts a turn: after an empty line as in HH-RLHF, or after other whitespace."""
+    """Return the pattern that starts a turn: after an empty line as in HH-RLHF, otherwise after any line break."""
     for cue in (_CUE, _LOOSE_CUE):
         start, *rest = cue.split(transcript)
         names = rest[::2]
@@ -251,7 +251,7 @@ _COLUMNS_WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class Context:
-    """What a chat template gets in addition to the messages."""
+    """The input of a chat template in addition to the messages."""
 
     tools: list[Any] | None = None  # JSON schemas of the tools that may be called; None if there are none
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # the row's variables for the template
@@ -260,7 +260,7 @@ class Context:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns to store this in, so that rows that are written can be read again."""
+        """The columns that store tools and variables, so that written rows can be read again."""
         values = {"tools": self.tools, "chat_template_kwargs": dict(self.kwargs)}
         return {name: value for name, value in values.items() if value}
 

@@ -318,7 +318,7 @@ class DataReport:
         return any(self._counts.values())
 
     def drop(self, reason: str, where: str) -> None:
-        """Count a row as dropped that has been counted as used."""
+        """Move a row from the used rows to the dropped ones."""
         self.used -= 1
         self._count(f"dropped: {reason}", where)
 

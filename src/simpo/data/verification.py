@@ -91,7 +91,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file written by ``Dataset.map``, or otherwise the whole folder, because datasets expects it complete."""
+    """Remove a file written by ``Dataset.map``; for any other file, the whole folder, which datasets needs complete."""
     if path.name.startswith("cache-"):
         path.unlink(missing_ok=True)
         path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
 
 
 def read_scores(path: Path, rows: int) -> Scores | None:
-    """Read the scores written by :func:`write_scores`; return None if the file was changed or has other ``rows``."""
+    """Read the scores written by :func:`write_scores`; return None if it was changed or does not have ``rows``."""
     if not is_intact(path) or len(lines := read_lines(path)) != rows:
         return None
     names = [name for name in lines[0] if name not in ("where", TOKENS)]

@@ -224,7 +224,7 @@ class OnlineTrainer(PreferenceTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return a loader with one element per optimizer step, created on demand with the weights of the last step."""
+        """Return a loader with one element per optimizer step, created on demand, after the previous step."""
         if self.train_dataset is None:
             raise SimpoError("train_dataset: missing; pass the prompts to train on")
         if self._schedule.steps == 0:

@@ -70,7 +70,7 @@ class Description(NamedTuple):
     """How the log and the model card describe a run."""
 
     objective: str  # line in the log
-    method: str  # for the card's title: MODEL [method] on DATA
+    method: str  # for the card's first sentence: MODEL [method] on DATA
     tags: list[str]  # tags of the card
 
 

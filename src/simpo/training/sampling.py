@@ -109,7 +109,7 @@ class VllmSampler:
     def accepts(self, samples: Sequence[Sequence[Sampled]], logps: Sequence[Sequence[Sequence[float]]]) -> bool:
         """Return whether the last answers come from the current weights; if not, restart vLLM for the next ones.
 
-        ``logps`` are the policy's log-probabilities of the tokens. Raise :class:`SimpoError` if vLLM was just started.
+        ``logps`` are the policy's token log-probabilities. If vLLM was just started, raise :class:`SimpoError` instead.
         """
         gap = engine_gap(logps, [[one.logp for one in answers] for answers in samples])
         if self._fresh:
@@ -169,7 +169,7 @@ class VllmSampler:
 
 
 def engine_gap(policy: Sequence[Sequence[Sequence[float]]], engine: Sequence[Sequence[float | None]]) -> float:
-    """Return how far the policy's and the engine's log-probabilities of answers differ, in nats per token.
+    """Return the mean absolute difference of answers' log-probabilities, policy and engine, in nats per token.
 
     Args:
         policy: log-probabilities of the tokens, by prompt and answer.

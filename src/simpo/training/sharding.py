@@ -105,7 +105,7 @@ class ShardedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # absent with save_only_model
+        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # absent in a model folder
             folder = Path(checkpoint)
             state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu", mmap=True)
             _load_state(self.optimizer, state)
