@@ -279,7 +279,7 @@ def test_a_turn_with_weight_zero_is_context(tokenizer, key):
     assert report.cut == {UNANSWERED_CUT: 1}
     with pytest.raises(SimpoError, match="no answer to train on"):
         conversations(tokenizer, {"messages": [user("Hi?"), assistant("WRONG", **key)]})
-    with pytest.raises(SimpoError, match="only assistant messages count"):
+    with pytest.raises(SimpoError, match="only answers are trained on"):
         conversations(tokenizer, {"messages": [user("Hi?", weight=1), assistant("Right.")]})
 
 

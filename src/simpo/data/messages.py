@@ -153,7 +153,7 @@ def _normalize_train_key(message: Message, name: str) -> Message:
         raise BadRow(f"{name} has a message whose {' and '.join(given)} contradict each other")
     if given and rest["role"] != "assistant":
         if any(given.values()):
-            raise BadRow(f"{name} has a {rest['role']} message with {next(iter(given))}; only assistant messages count")
+            raise BadRow(f"{name} has a {rest['role']} message with {next(iter(given))}; only answers are trained on")
         return rest
     return {**rest, TRAIN: all(given.values())} if given else rest
 
@@ -334,7 +334,7 @@ def _place_images(
             {**message, "content": next(written)} if message["role"] == "user" else message for message in messages
         ]
     if places != count:
-        raise BadRow(f"the number of images ({count}) differs from that of their places in the messages ({places})")
+        raise BadRow(f"the number of images ({count}) does not match the placeholders in the messages ({places})")
     return messages[: len(prompt)], messages[len(prompt) :]
 
 

@@ -55,8 +55,8 @@ class TokenizeSettings:
     truncation_mode: Literal["keep_end", "keep_start"] = setting("keep_end", "Which end of an overlong prompt to keep.")
     truncation: Literal["prompt", "drop", "paper"] = setting(
         "prompt",
-        "How to shorten overlong rows: prompt truncates prompts and drops rows that still do not fit; drop drops them "
-        "all; paper also truncates responses, which then lack an end-of-turn token.",
+        "How to treat overlong rows: prompt truncates prompts and drops rows that still do not fit; drop drops every "
+        "overlong row; paper also truncates responses, which then lack an end-of-turn token.",
     )
     paper_tokenization: bool = setting(
         False, "Also score the assistant header and the text after the end-of-turn token, like the paper's code."

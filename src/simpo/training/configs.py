@@ -154,14 +154,14 @@ class PreferenceConfig(TrainingSettings):
         if isinstance(beta, int | float) and 0 < beta < _MIN_SIMPO_BETA:
             raise SimpoError(
                 f"objective: not given, and beta {beta:g} looks like DPO's (SimPO uses 2 to 10); add objective: dpo, "
-                f"kto or simpo, or replace beta by objective: orpo with lam: {beta:g}, or ipo with tau: {beta:g}"
+                f"kto or simpo, or replace beta with objective: orpo with lam: {beta:g}, or ipo with tau: {beta:g}"
             )
         ambiguous = {
             "precompute_ref_log_probs": self.precompute_ref_log_probs is not None,
             "label_smoothing": beta is None and self.label_smoothing,
         }
         for key in (key for key, given in ambiguous.items() if given):
-            raise SimpoError(f"objective: not given, and {key} applies to several; add objective: dpo, or simpo")
+            raise SimpoError(f"objective: not given, and {key} does not imply one; add objective: dpo, or simpo")
 
     def _check(self) -> None:
         check_all(self._check_objective, super()._check)

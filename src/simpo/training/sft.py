@@ -39,7 +39,7 @@ class SFTTrainer(PackedTrainer):
     def describe(cls, args: Any) -> Description:
         return Description(
             "average negative log-probability of the assistant's tokens",
-            "fine-tuned on demonstrations, on the assistant's turns only,",
+            "trained by **supervised fine-tuning** (assistant's turns only)",
             ["simpo", "sft"],
         )
 
