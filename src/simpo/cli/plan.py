@@ -31,7 +31,7 @@ _RECIPES: dict[str, tuple[type, ...]] = {
 
 
 def plan(argv: list[str]) -> None:
-    """Predict the memory, time and cost of a training run, and find the fastest settings that fit. Loads nothing.
+    """Predict memory, time and cost of a training run without loading weights, and find the fastest settings that fit.
 
     examples:
       simpo plan recipes/llama-3-8b-base-simpo.yaml --gpu H100-80GB --gpus 8 --price 2.50

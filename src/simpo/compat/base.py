@@ -149,7 +149,9 @@ class PortedConfig(PortedKeys, PreferenceConfig):  # type: ignore[misc, valid-ty
                     "averages over each device batch"
                 )
         if self.learning_rate >= _COLLAPSE_RATE:
-            logger.warning("learning_rate %g: models have collapsed from %g on", self.learning_rate, _COLLAPSE_RATE)
+            logger.warning(
+                "learning_rate %g: models are known to collapse at %g and above", self.learning_rate, _COLLAPSE_RATE
+            )
 
 
 # ---- The trainers' constructor.

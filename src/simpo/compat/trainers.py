@@ -116,7 +116,7 @@ class DPOConfig(_ReferenceKeys):
         """Translate TRL's losses and hyperparameters into objectives and their hyperparameters."""
         sft_weight = weights.pop(_SFT, 0.0)
         if self.sft_weight not in (0.0, sft_weight):
-            raise SimpoError("sft_weight: not a key of DPOConfig; add sft to loss_type, its weight to loss_weights")
+            raise SimpoError("sft_weight: not a key of DPOConfig; add sft to loss_type and its weight to loss_weights")
         self.sft_weight = sft_weight
         mixture = {_OBJECTIVES[name]: weight for name, weight in weights.items()}
         if not mixture:

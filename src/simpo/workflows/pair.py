@@ -212,7 +212,7 @@ def pair_responses(
         record["scores"] = [scorer(record["prompt"], response) for response in record["responses"]]
         if not all(map(math.isfinite, record["scores"])):
             raise SimpoError(
-                f"{responses}: prompt {record['id']}: the scorer returned {record['scores']}; scores must be finite"
+                f"{responses}: prompt {record['id']}: the scorer returned {record['scores']}; each must be finite"
             )
     rows, report = make_pairs(records, settings or PairSettings())
     _check_not_empty(rows, report, responses)

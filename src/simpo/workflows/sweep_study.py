@@ -89,7 +89,7 @@ def read_axes(options: Mapping[str, Sequence[str]], annotations: Mapping[str, An
         if key not in annotations:
             raise SimpoError(f"--{key}: unknown key{nearest(key, annotations)}")
         if key == "output_dir":
-            raise SimpoError("--output_dir: cannot vary; name one folder, in which every trial gets its own")
+            raise SimpoError("--output_dir: cannot vary; name one folder, in which every trial gets a subfolder")
         if match is None:
             axes.append(_choices(key, values[0]))
         else:
@@ -251,7 +251,8 @@ class Study:
             trial: a trial returned by :meth:`take`.
             value: the metric of a finished trial.
             state: ``PRUNED`` or ``FAIL`` for a trial that did not finish.
-            notes: ``reason``, why it failed; ``same_as``, the number of an earlier trial with the same values.
+            notes: ``reason``, why it failed; ``same_as``, the earlier trial whose values it repeats and whose metric it
+                takes over.
         """
         with self.lock:  # so that no other process sees the trial as running with its lock free
             for name, note in notes.items():
