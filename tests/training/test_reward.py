@@ -168,7 +168,7 @@ def test_held_out_scores_cover_every_pair(make_reward_trainer, rankings):
         ([0], "column", {"margin": -0.5}, "margin: must be at least 0, not -0.5"),
         ([0], "scores", {"margin": 1}, "needs a number in the columns chosen_score and rejected_score"),
         ([0], "scores", {"score_chosen": 1, "score_rejected": 2}, "margin: must be at least 0, not -1"),
-        ([1], "column", {"margin": 1}, "more than two responses; use scores"),
+        ([1], "column", {"margin": 1}, "more than two responses; set margin: scores"),
     ],
 )
 def test_missing_margins_are_reported(rows, margin, extra, message, make_reward_trainer, rankings):

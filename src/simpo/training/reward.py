@@ -143,7 +143,9 @@ def _levels(row: Mapping[str, Any], margin: str, where: str) -> list[float]:
     if margin == "scores" and row.get("scores") is not None:
         return row["scores"]
     if len(row["response_ids"]) > 2:
-        raise SimpoError(f"{where}: margin: column needs pairs, but this row has more than two responses; use scores")
+        raise SimpoError(
+            f"{where}: margin: column needs pairs, but this row has more than two responses; set margin: scores"
+        )
     extra = json.loads(row.get("extra") or "{}")
     names = [("margin",)] if margin == "column" else [pair for pair in SCORE_COLUMNS if pair[0] in extra]
     values = [extra.get(name) for name in (names[0] if names else SCORE_COLUMNS[0])]

@@ -129,7 +129,7 @@ class TrainingSettings(TrainingArguments):
             self.upload_to = str(self.hub_model_id or Path(str(self.output_dir)).name)  # type: ignore[has-type]
             self.push_to_hub = False
             logger.warning(
-                "push_to_hub: simpo train, sft and reward upload the finished model to %s; from Python, call "
+                "push_to_hub: simpo train, sft, reward and online upload the finished model to %s; from Python, call "
                 "simpo.models.hub.push",
                 self.upload_to,
             )
