@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -151,18 +151,34 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
 
     Only a few layers run. Between the first and the last layer of a kind, each additional layer adds the same memory:
     its activations are kept until the last layer has run, and its gradients exist when backward reaches the first.
+
+    Where checkpointing recomputes comparisons instead of layers, only the heaviest comparison runs. The others add
+    memory and operations in proportion to their tokens.
     """
+    others = 0.0  # tokens of the other comparisons, as a multiple of the heaviest one's
+    if blueprint.recomputes_comparisons():
+        if blueprint.sharded:  # one checkpoint for the whole micro-batch, so all activations exist during the backward
+            step = measure_step(replace(blueprint, checkpointed_share=0.0), batch)
+            return Step(step.peaks, Cost(*(value * 4 / 3 for value in astuple(step.cost))))  # with a second forward
+        heaviest = max(batch.comparisons, key=lambda comparison: comparison.packed_length)
+        others, batch = batch.tokens / heaviest.packed_length - 1, PackedBatch.build([heaviest])
     kinds = blueprint.layer_groups()
     first = [numbers[0] for numbers in kinds]
     last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
     few = _trace(blueprint, batch, [*first, *last])
     total = dict(few)
+    if others:
+        two = _trace(blueprint, PackedBatch.build(2 * batch.comparisons), [*first, *last])
+        for name, size in few.items():
+            total[name] += others * (two[name] - size)
+    costs = [field.name for field in fields(Cost)]
     for numbers in kinds:
         if len(numbers) > 2:
             one_more = _trace(blueprint, batch, [*first, numbers[1], *last])
             for name, size in few.items():
-                total[name] += (len(numbers) - 2) * (one_more[name] - size)
-    return Step(cost=Cost(**{field.name: total.pop(field.name) for field in fields(Cost)}), peaks=total)
+                repeats = 1 + others if name in costs else 1
+                total[name] += repeats * (len(numbers) - 2) * (one_more[name] - size)
+    return Step(cost=Cost(**{name: total.pop(name) for name in costs}), peaks=total)
 
 
 def _trace(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) -> dict[str, float]:

@@ -43,6 +43,7 @@ class Blueprint:
     autocast: torch.dtype | None = None  # dtype of matrix products under autocast; None without autocast
     accumulates: bool = False  # whether gradients of an earlier micro-batch are already allocated
     share: float = 1.0  # fraction of the layers' gradients that one process keeps
+    sharded: bool = False  # whether processes shard the weights
     reference: bool = False  # whether every forward also computes a reference from a copy of the trained weights
     divergence: bool = False  # whether the loss includes the KL divergence from the reference
     pair_weights: bool = False  # whether pairs are weighted by the policy's probabilities
@@ -58,6 +59,10 @@ class Blueprint:
             stored if arguments.dtype == "auto" else getattr(torch, arguments.dtype or "float32"),
             **others,
         )
+
+    def recomputes_comparisons(self) -> bool:
+        """Whether checkpoints contain all layers for one comparison, as on the cached path, instead of one layer."""
+        return self.checkpointed_share > 0 and state_of(prepare_policy(self.build()[0])).path == "cached"
 
     def layer_groups(self) -> list[list[int]]:
         """Group the layers by kind: the indices of each kind's layers, in order of first appearance."""

@@ -207,6 +207,7 @@ class Planner:
             checkpointed_share=choice.checkpointed_share,
             accumulates=batches.per_step > 1,
             share=self._shares(choice.sharding)[1],
+            sharded=choice.sharding in _SHARDED,
         )
         return measure_step(blueprint, PackedBatch.build(comparisons_of(self._rows, batches.heaviest)))
 
