@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import astuple, fields, replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.model import policy_logprobs
-from simpo.planning.memory import _STATES, Tracer, measure_resident_memory, measure_step
+from simpo.planning.memory import _STATES, Cost, Tracer, _trace, measure_resident_memory, measure_step
 from simpo.planning.model import Blueprint
 from simpo.planning.search import Choice, Planner
 from simpo.planning.settings import PlanSettings
@@ -91,6 +92,19 @@ def test_layers_of_a_hybrid_model_can_be_left_out(name) -> None:
     assert found.cost == whole.cost
     assert found.cost.attention > 0 or name == "mamba2"
     assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_checkpoints_of_comparisons_and_of_whole_batches(sharded, rows, monkeypatch) -> None:
+    """Compared with a trace of all comparisons through all layers."""
+    blueprint = Blueprint(ModelArguments("toy"), _CONVOLUTIONS, torch.float32, checkpointed_share=1.0)
+    batch = PackedBatch.build(comparisons_of(rows, range(4)))
+    monkeypatch.setattr("simpo.packing.cached._is_sharded", lambda model: sharded)
+    actual = _trace(blueprint, batch, range(6))
+    costs = [actual.pop(field.name) for field in fields(Cost)]
+    step = measure_step(replace(blueprint, sharded=sharded), batch)
+    assert max(step.peaks.values()) == pytest.approx(max(actual.values()), rel=0.1)
+    assert astuple(step.cost) == pytest.approx(costs, rel=0.15)
 
 
 def test_flops_match_pytorchs_counter(folder, rows) -> None:

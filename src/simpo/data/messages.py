@@ -354,7 +354,7 @@ def as_messages(prompt: str | list[Message], following: Sequence[Response]) -> t
 def context_of(row: Mapping[str, Any]) -> Context:
     """Read an answered prompt's context from its row; images make a bad row, because judges do not see them."""
     if images_of(row):
-        raise BadRow("the row has images, but judges only see text; remove the row")
+        raise BadRow("images: judges only see text; remove the row")
     return _context(row)
 
 

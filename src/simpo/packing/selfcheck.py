@@ -142,14 +142,16 @@ def _sample(comparisons: Sequence[TokenizedComparison]) -> PackedBatch:
     return PackedBatch.build([*longest, _shortened(ordered[0], 4)])
 
 
-def _shortened(comparison: TokenizedComparison, prompt: int) -> TokenizedComparison:
+def _shortened(comparison: TokenizedComparison, prompt: int, responses: int | None = None) -> TokenizedComparison:
     """Cut a comparison to the last ``prompt`` tokens of its prompt and the first four of each response.
 
     A comparison with images is returned unchanged, because the cut could split an image.
     """
     if comparison.images:
         return comparison
-    return TokenizedComparison(comparison.prompt_ids[-prompt:], [ids[:4] for ids in comparison.response_ids])
+    return TokenizedComparison(
+        comparison.prompt_ids[-prompt:], [ids[:4] for ids in comparison.response_ids[:responses]]
+    )
 
 
 @contextmanager
@@ -414,7 +416,7 @@ def _check_cached(
         return
     # Few and short, because kernels pad them to whole chunks and nothing is checkpointed here; of different lengths, so
     # that the backward pass meets padding.
-    short = PackedBatch.build([_shortened(one, 8) for one in sample.comparisons[-2:]]).to(sample.input_ids.device)
+    short = PackedBatch.build([_shortened(one, 8, 2) for one in sample.comparisons[-2:]]).to(sample.input_ids.device)
 
     def exact_gradients() -> Tensor:
         return sum(  # one response at a time

@@ -152,16 +152,20 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
     Only a few layers run. Between the first and the last layer of a kind, each additional layer adds the same memory:
     its activations are kept until the last layer has run, and its gradients exist when backward reaches the first.
 
-    Where checkpointing recomputes comparisons instead of layers, only the heaviest comparison runs. The others add
-    memory and operations in proportion to their tokens.
+    Where checkpointing recomputes comparisons instead of layers, only the heaviest comparison runs. Each other one adds
+    the same number of operations, their arithmetic in proportion to its tokens, and memory to that of its responses.
     """
-    others = 0.0  # tokens of the other comparisons, as a multiple of the heaviest one's
+    costs = [field.name for field in fields(Cost)]
+    others: dict[str, float] = {}  # what the other comparisons add, as multiples of what the heaviest one adds
     if blueprint.recomputes_comparisons():
         if blueprint.sharded:  # one checkpoint for the whole micro-batch, so all activations exist during the backward
             step = measure_step(replace(blueprint, checkpointed_share=0.0), batch)
             return Step(step.peaks, Cost(*(value * 4 / 3 for value in astuple(step.cost))))  # with a second forward
-        heaviest = max(batch.comparisons, key=lambda comparison: comparison.packed_length)
-        others, batch = batch.tokens / heaviest.packed_length - 1, PackedBatch.build([heaviest])
+        comparisons = batch.comparisons
+        alone = PackedBatch.build([max(comparisons, key=lambda comparison: comparison.packed_length)])
+        others = dict.fromkeys(costs, batch.tokens / alone.tokens - 1) | {"operations": len(comparisons) - 1}
+        responses = sum(len(ids) for comparison in comparisons for ids in comparison.response_ids)
+        batch = alone
     kinds = blueprint.layer_groups()
     first = [numbers[0] for numbers in kinds]
     last = sorted(numbers[-1] for numbers in kinds if len(numbers) > 1)
@@ -170,14 +174,12 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
     if others:
         two = _trace(blueprint, PackedBatch.build(2 * batch.comparisons), [*first, *last])
         for name, size in few.items():
-            total[name] += others * (two[name] - size)
-    costs = [field.name for field in fields(Cost)]
+            total[name] += others.get(name, responses / len(batch.scored) - 1) * (two[name] - size)
     for numbers in kinds:
         if len(numbers) > 2:
             one_more = _trace(blueprint, batch, [*first, numbers[1], *last])
             for name, size in few.items():
-                repeats = 1 + others if name in costs else 1
-                total[name] += repeats * (len(numbers) - 2) * (one_more[name] - size)
+                total[name] += (1 + others.get(name, 0)) * (len(numbers) - 2) * (one_more[name] - size)
     return Step(cost=Cost(**{name: total.pop(name) for name in costs}), peaks=total)
 
 
