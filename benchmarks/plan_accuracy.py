@@ -49,13 +49,13 @@ class Run:
 RUNS = (
     Run("SimPO"),
     Run("SimPO, one micro-batch", config={"max_batch_tokens": 8192}),
-    Run("SimPO, checkpointing", config={"activation_checkpointing": True}),
+    Run("SimPO, checkpointing", config={"gradient_checkpointing": True}),
     Run(
         "SimPO, half checkpointed, SGD",
-        config={"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "sgd"},
+        config={"gradient_checkpointing": True, "checkpointed_share": 0.5, "optim": "sgd"},
     ),
     Run("SimPO, LoRA", model={"use_peft": True}),
-    Run("SimPO, LoRA, checkpointing", model={"use_peft": True}, config={"activation_checkpointing": True}),
+    Run("SimPO, LoRA, checkpointing", model={"use_peft": True}, config={"gradient_checkpointing": True}),
     Run("SimPO, K = 8", config={"max_batch_tokens": 1024}, responses=8),
     Run("SimPO, bf16, Adafactor", config={"bf16": True, "optim": "adafactor"}),
     Run("DPO, cached", config={"objective": "dpo", "beta": 0.1}),
@@ -69,10 +69,10 @@ RUNS = (
 _LARGE = {"max_batch_tokens": 8192, "bf16": True}
 GPU_RUNS = (
     Run("SimPO", config=_LARGE),
-    Run("SimPO, checkpointing", config=_LARGE | {"activation_checkpointing": True}),
+    Run("SimPO, checkpointing", config=_LARGE | {"gradient_checkpointing": True}),
     Run(
         "SimPO, half checkpointed, 8-bit Adam",
-        config=_LARGE | {"activation_checkpointing": True, "checkpointed_share": 0.5, "optim": "adamw_8bit"},
+        config=_LARGE | {"gradient_checkpointing": True, "checkpointed_share": 0.5, "optim": "adamw_8bit"},
     ),
     Run("SimPO, bf16 weights", model={"dtype": "bfloat16"}, config=_LARGE),
     Run("SimPO, LoRA", model={"use_peft": True, "dtype": "bfloat16"}, config=_LARGE),

@@ -11,6 +11,7 @@ import transformers as hf
 from benchmarks.architectures import toy_config
 from benchmarks.plan_accuracy import Run, config_of, make_model, make_rows, peak_bytes, predicted, train
 from datasets import Dataset
+from packaging.version import Version
 from tests.sampled import sampled
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.training_args import OptimizerNames
@@ -67,7 +68,7 @@ _CONVOLUTIONS = hf.Lfm2Config(layer_types=["conv", "conv", "full_attention"] * 2
 def test_peak_memory_with_other_kinds_of_layers_is_predicted(config, checkpointing, rows, tmp_path) -> None:
     """Experts in fp32, and layers with state, whose batches are computed through a cache."""
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    run = Run("SimPO", config={"max_batch_tokens": 4096, "activation_checkpointing": checkpointing})
+    run = Run("SimPO", config={"max_batch_tokens": 4096, "gradient_checkpointing": checkpointing})
     measured = peak_bytes(lambda: train(run, tmp_path, rows, steps=2))
     assert predicted(run, tmp_path, rows).total == pytest.approx(measured, rel=0.05)
 
@@ -79,6 +80,8 @@ def test_peak_memory_with_other_kinds_of_layers_is_predicted(config, checkpointi
 def test_layers_of_a_hybrid_model_can_be_left_out(name) -> None:
     """Configurations list the types of their layers or derive them, from an interval for example."""
     types = {"layer_types": ["linear_attention", "mlp", "full_attention", "linear_attention"] * 2}
+    if name == "nemotron_h" and Version(hf.__version__) < Version("5.23"):
+        pytest.skip("keeps less in its cache than its layers need")
     more = {"bamba": {"attn_layer_indices": [1, 5]}, "nemotron_h": types}.get(name, {})
     config = toy_config(name, **({} if name == "nemotron_h" else {"num_hidden_layers": 8}) | more)
     config.dtype = torch.float32
