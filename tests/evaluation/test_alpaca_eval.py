@@ -49,6 +49,15 @@ def write(path, rows):
     return path
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_half_a_character_is_written_and_read_as_it_was(name, tmp_path):
+    rows = [{"instruction": "i", "output": "half \ud800, é"}]
+    write_rows(tmp_path / name, rows)
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    assert "\\ud800" in text and "é" in text
+    assert (json.loads(text) if name == "rows.json" else [json.loads(text)]) == rows
+
+
 def test_the_order_is_drawn_like_the_benchmarks():
     drawn = [switched(question) for question in QUESTIONS]
     for question, found in zip(QUESTIONS, drawn, strict=True):

@@ -123,9 +123,11 @@ def _record(row: Row, where: str) -> tuple[str, Record]:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSON array, or JSON lines if the name ends in ``.jsonl``."""
     if path.suffix == ".jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
-        write_text(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
+    # UTF-8 cannot encode a lone surrogate, so it is written as JSON's own \udXXX.
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 # ---- Questions and answers of benchmarks.
