@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.autograd.profiler import profile
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from benchmarks.architectures import VOCABULARY, toy_config
 from simpo.models.devices import device
 from simpo.models.settings import ModelArguments
 from simpo.planning.search import KINDS, Estimate, Planner
@@ -44,6 +45,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     responses: int = 2
     processes: int = 1
+    architecture: str = "llama"
 
 
 RUNS = (
@@ -63,6 +65,11 @@ RUNS = (
     Run("SFT", "sft", responses=1),
     Run("reward model", "reward"),
     Run("SimPO, 2 processes", processes=2),
+    *(
+        Run(name, architecture=architecture, config={"gradient_checkpointing": checkpointing})
+        for architecture in ("lfm2", "bamba", "mamba2", "qwen3_next")
+        for name, checkpointing in ((architecture, False), (f"{architecture}, checkpointing", True))
+    ),
 )
 
 
@@ -167,6 +174,7 @@ def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Return the peak bytes that PyTorch's CPU allocator holds of everything allocated during ``run``."""
+    gc.collect()  # what earlier runs left would be freed during this one, and be subtracted
     with profile(profile_memory=True) as recorded:
         run()
     waiting, peak = list(recorded.kineto_results.experimental_event_tree()), 0
@@ -188,7 +196,7 @@ def _peak_of_processes(run: Run, folder: Path) -> int:
 
 def _compare(run: Run, folder: Path, times: bool) -> tuple[float, float]:
     """Return the measured and the predicted value, in seconds per step or MiB."""
-    rows = make_rows(24, run.responses)
+    rows = make_rows(24, run.responses, **({} if run.architecture == "llama" else {"vocabulary": VOCABULARY}))
     estimate = predicted(run, folder, rows)
     if times:
         assert estimate.step_seconds is not None, "run simpo plan --calibrate first"
@@ -233,7 +241,9 @@ def _main_on_gpu(folder: Path, output: Path | None) -> None:
 def main() -> None:
     """Compare all runs and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", action="store_true", help="compare step times instead of memory")
+    parser.add_argument(
+        "--times", action="store_true", help="compare step times instead of memory, for the Llama alone"
+    )
     parser.add_argument("--output", type=Path, help="GPU only: JSON file for all measurements")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -247,10 +257,12 @@ def main() -> None:
     if device().type == "cuda":
         _main_on_gpu(folder, asked.output)
         return
-    make_model(folder)
+    make_model(folder / "llama")
     for run in RUNS:
-        if not asked.times or run.processes == 1:  # with several processes, times depend on the number of cores
-            measured, found = _compare(run, folder, asked.times)
+        if not asked.times or (run.processes == 1 and run.architecture == "llama"):  # others depend on cores, kernels
+            if not (path := folder / run.architecture).exists():
+                AutoModelForCausalLM.from_config(toy_config(run.architecture)).save_pretrained(path)
+            measured, found = _compare(run, path, asked.times)
             print(f"| {run.name} | {measured:.4g} | {found:.4g} | {found / measured - 1:+.1%} |", flush=True)
 
 

@@ -227,6 +227,20 @@ def test_a_template_that_needs_arguments_as_text(tokenizer):
         assert found[0][1][0] == '<tool_call>weather {"city": "Oslo"}</tool_call><|im_end|>'
 
 
+@pytest.mark.parametrize("printed", ["arguments", "arguments | string", "arguments | tojson(ensure_ascii=true)"])
+@pytest.mark.parametrize("city", ["<|im_start|>", "\\ue000 <|im_start|>"], ids=["plain", "like a marker"])
+def test_special_token_text_in_printed_arguments_stays_text(tokenizer, printed, city):
+    """Printing a mapping escapes the characters that mark such text while the template runs."""
+    tokenizer.chat_template = TOOL_CHAT.replace(
+        "{% for k, v in c.function.arguments.items() %}{{ ' ' + k + '=' + (v | tojson) }}{% endfor %}",
+        f"{{{{ c.function.{printed} }}}}",
+    )
+    row = pair() | {"prompt": [user("Weather?"), assistant("", tool_calls=[call({"city": city})]), user("Again?")]}
+    (found,) = prepare(json_rows(row), tokenizer, TokenizeSettings()).dataset
+    assert found["prompt_ids"].count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 4
+    assert (json.dumps if "json" in printed else repr)(city) in text(tokenizer, found["prompt_ids"])
+
+
 def test_tool_calls_omitted_by_the_template_make_a_bad_row(build_tokenizer):
     with pytest.raises(SimpoError, match="the chat template does not render tool calls"):
         pairs(build_tokenizer("chatml"), pair(assistant("Look.", tool_calls=[call({})])))

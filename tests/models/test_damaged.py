@@ -74,12 +74,21 @@ def test_pickled_weights_are_part_of_the_identity(model):
     assert model_digest(ModelArguments(str(model))) != before
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '"x"', '{"eos_token_id": "x"}', '{"eos_token_id": [1, "x"]}', "[" * 9999])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '"x"', '{"eos_token_id": "x"}', '{"eos_token_id": [1, "x"]}', "[" * 9999]
+)
 def test_damaged_generation_settings_are_reported(model, text):
+    assert generation_config(str(model), "main").eos_token_id == load_model(str(model)).generation_config.eos_token_id
     (model / "generation_config.json").write_text(text)
-    with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
-        assert generation_config(str(model), "main") is None
-        raise SimpoError(f"model_name_or_path: {model} has none")
+    for load in (load_model, lambda name: generation_config(name, "main")):
+        with pytest.raises(SimpoError, match=r"model_name_or_path: .*model.*generation_config\.json"):
+            load(str(model))
+
+
+def test_generation_settings_are_optional(model):
+    (model / "generation_config.json").unlink()
+    assert generation_config(str(model), "main") is None
+    load_model(str(model))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])

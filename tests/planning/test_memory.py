@@ -8,7 +8,7 @@ from dataclasses import astuple, fields, replace
 import pytest
 import torch
 import transformers as hf
-from benchmarks.architectures import toy_config
+from benchmarks.architectures import VOCABULARY, toy_config
 from benchmarks.plan_accuracy import Run, config_of, make_model, make_rows, peak_bytes, predicted, train
 from datasets import Dataset
 from packaging.version import Version
@@ -16,6 +16,7 @@ from tests.sampled import sampled
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.training_args import OptimizerNames
 
+from simpo.errors import SimpoError
 from simpo.models.loading import load_model
 from simpo.models.settings import ModelArguments
 from simpo.packing.layout import PackedBatch, TokenizedComparison
@@ -95,6 +96,21 @@ def test_layers_of_a_hybrid_model_can_be_left_out(name) -> None:
     assert found.cost == whole.cost
     assert found.cost.attention > 0 or name == "mamba2"
     assert max(found.peaks.values()) == pytest.approx(max(whole.peaks.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["minimax", "recurrent_gemma", "rwkv"])
+def test_models_whose_prompts_cannot_be_shared_are_planned_with_padding(name, tmp_path, caplog) -> None:
+    toy_config(name).save_pretrained(tmp_path)
+    rows = make_rows(2, 2, vocabulary=VOCABULARY, longest=8)
+    auto, padded = (predicted(Run("", config={"forward_path": path}), tmp_path, rows) for path in ("auto", "padded"))
+    assert auto == padded
+    assert sum("pads batches" in record.message for record in caplog.records) == 1
+
+
+def test_a_model_that_cannot_be_traced_gives_a_one_line_error(tmp_path) -> None:
+    toy_config("xmod").save_pretrained(tmp_path)
+    with pytest.raises(SimpoError, match=r"^model_name_or_path: "):
+        predicted(Run(""), tmp_path, make_rows(2, 2, vocabulary=VOCABULARY, longest=8))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

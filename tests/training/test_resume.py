@@ -588,6 +588,19 @@ def test_a_mixture_of_experts_resumes_with_its_experts(make_trainer, make_model,
         deeper.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"global_step": "x"}'])
+def test_a_trainer_state_without_its_fields_gives_a_one_line_error(
+    content, uninterrupted, chat_world, tmp_path, capsys
+):
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoints(uninterrupted)[-1], checkpoint)
+    (checkpoint / "trainer_state.json").write_text(content)
+    write_manifest(checkpoint)
+    assert cli.main(options(chat_world, tmp_path / "run", resume_from_checkpoint=checkpoint)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "trainer_state.json" in error
+
+
 def test_a_pickle_that_is_not_a_trainer_state_gives_a_one_line_error(uninterrupted, chat_world, tmp_path, capsys):
     class Evil:
         def __reduce__(self):

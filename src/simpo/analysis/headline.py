@@ -83,7 +83,7 @@ class Measure:
 
     @property
     def verdict(self) -> str:
-        """:attr:`direction` in words; it must not be ``"unknown"``."""
+        """The :attr:`direction` in words; not defined where it is ``"unknown"``."""
         wording = dict(zip(("better", "worse", "unclear"), self.kind.verdicts, strict=True))
         return wording[self.direction].format(**self.names)
 

@@ -168,16 +168,18 @@ class LiteralText:
         self._not_in_answers = _any_of([token for token in self._tokens if not structural[token]])
 
     def marker_for(self, value: object, *, answers: Sequence[str] = ()) -> str | None:
-        """Return a private-use character that none of the texts contain; ``None`` if nothing needs marking.
+        """Return a private-use character that no text contains, not even escaped; ``None`` if nothing needs marking.
 
         ``value`` is any JSON value, and ``answers`` are texts written by the assistant.
         """
         texts = list(_strings(value))
         if not any(map(self.pattern.search, texts)) and not any(map(self._not_in_answers.search, answers)):
             return None
-        used = set().union(*texts, *answers)
+        texts += answers
+        used = set().union(*texts)
         unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
-        if (marker := next(unused, None)) is None:
+        markers = (marker for marker in unused if not any(_escaped(marker) in text for text in texts))
+        if (marker := next(markers, None)) is None:
             raise BadRow("special-token text cannot be marked, because the row uses every private-use character")
         return marker
 
@@ -203,8 +205,14 @@ class LiteralText:
         return value
 
     def restore(self, text: str, marker: str) -> str:
-        """Undo :meth:`mark`."""
-        return re.sub(f"{marker}(\\d+){marker}", lambda match: self._tokens[int(match[1])], text)
+        """Undo :meth:`mark`, also where a template has printed a mapping and escaped the markers in it."""
+        either = f"(?:{marker}|{re.escape(_escaped(marker))})"
+        return re.sub(f"{either}(\\d+){either}", lambda match: self._tokens[int(match[1])], text)
+
+
+def _escaped(marker: str) -> str:
+    """Return the marker as Python's ``repr`` and JSON in ASCII write it."""
+    return f"\\u{ord(marker):04x}"
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -62,7 +62,7 @@ NO_PROCESSOR = (
 UNANSWERED_CUT = "messages after the last answer"
 _STATUS = "_status"
 # Part of every fingerprint: increase it when the same rows and settings yield different ids or statuses than before.
-_FORMAT = 17
+_FORMAT = 18
 _BATCH = 256
 _ROWS_CHECKED = 1000  # rows checked for a known shape before tokenizing starts
 # Tokenizing fewer rows than this is faster than starting processes.

@@ -33,6 +33,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.llama import modeling_llama
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
@@ -92,6 +93,8 @@ def check_model_files(arguments: ModelArguments) -> None:
 
 def _load_causal(arguments: ModelArguments, **options: Any) -> PreTrainedModel:
     config = load_files(AutoConfig, arguments)
+    if (Path(arguments.model_name_or_path) / GENERATION_CONFIG_NAME).exists():  # from_pretrained ignores a damaged one
+        generation_config(arguments.model_name_or_path, arguments.model_revision)
     model, loading = load_weights(auto_class(config), arguments, **options)
     if type(model.config) is not type(config):  # transformers extracted the language model from a larger checkpoint
         loading["unexpected_keys"] = {key for key in loading["unexpected_keys"] if not _OTHER_MODALITIES.search(key)}
@@ -242,7 +245,7 @@ def generation_config(name: str, revision: str) -> GenerationConfig | None:
         with third_party(f"model_name_or_path: {name!r}: generation_config.json"):
             config = GenerationConfig.from_pretrained(name, revision=revision)
     except SimpoError as error:
-        if isinstance(error.__cause__, OSError):
+        if isinstance(error.__cause__, OSError) and not (Path(name) / GENERATION_CONFIG_NAME).exists():
             return None
         raise
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

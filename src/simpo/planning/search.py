@@ -15,7 +15,7 @@ import psutil
 import torch
 from datasets import Dataset
 
-from simpo.errors import SimpoError, one_line
+from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.loading import load_tokenizer
 from simpo.packing.batching import StepPlan, default_batch_tokens
 from simpo.packing.layout import PackedBatch
@@ -209,7 +209,16 @@ class Planner:
             share=self._shares(choice.sharding)[1],
             sharded=choice.sharding in _SHARDED,
         )
-        return measure_step(blueprint, PackedBatch.build(comparisons_of(self._rows, batches.heaviest)))
+        batch = PackedBatch.build(comparisons_of(self._rows, batches.heaviest))
+        if blueprint.path != "padded":
+            try:
+                return measure_step(blueprint, batch)
+            except SimpoError:
+                raise
+            except Exception as error:  # like the self-check: whatever a model's forward raises, batches are padded
+                logger.warning("the plan pads batches, because the fast path fails on this model: %s", one_line(error))
+        with third_party("model_name_or_path: simpo plan cannot trace this model"):
+            return measure_step(replace(blueprint, path="padded"), batch)
 
     def _compute_dtype(self, sharding: Sharding) -> torch.dtype:
         """Return the dtype that weights compute in; sharded weights are gathered in autocast's dtype."""

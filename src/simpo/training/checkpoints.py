@@ -234,7 +234,8 @@ class ResumableTrainer(ShardedTrainer):
         check_checkpoint(checkpoint, self.model)
         with third_party(f"resume_from_checkpoint: {checkpoint}: {TRAINER_STATE_NAME} or {_MEANS_NAME}"):
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
+            counts = (state.global_step, state.train_batch_size)
+            if not all(isinstance(count, int) for count in counts) or not isinstance(state.log_history, list):
                 raise TypeError("not a trainer state")
             means = json.loads((checkpoint / _MEANS_NAME).read_text(encoding="utf-8"))
             self._means.restore(means, main=self.is_world_process_zero())
