@@ -174,9 +174,9 @@ def train(run: Run, folder: Path, rows: Dataset, steps: int = 3) -> list[float]:
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Return the peak bytes that PyTorch's CPU allocator holds of everything allocated during ``run``."""
-    gc.collect()  # what earlier runs left would be freed during this one, and be subtracted
     with profile(profile_memory=True) as recorded:
         run()
+        gc.collect()  # memory freed outside the profile would stay in the count of the next run
     waiting, peak = list(recorded.kineto_results.experimental_event_tree()), 0
     while waiting:
         event = waiting.pop()

@@ -24,7 +24,7 @@ from simpo.models.loading import auto_class
 from simpo.models.settings import ModelArguments
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install
 from simpo.packing.model import ForwardPath, find_head, is_reward_model, prepare_policy, state_of
-from simpo.packing.selfcheck import ATTENTION_TYPES
+from simpo.packing.selfcheck import ATTENTION_TYPES, Path
 from simpo.training.callbacks import checkpointed_layers
 
 
@@ -60,9 +60,15 @@ class Blueprint:
             **others,
         )
 
+    def batch_path(self) -> Path:
+        """Return the path that batches take, judging by the configuration."""
+        path = state_of(prepare_policy(self.build()[0])).path
+        assert path is not None
+        return path
+
     def recomputes_comparisons(self) -> bool:
         """Whether checkpoints contain all layers for one comparison, as on the cached path, instead of one layer."""
-        return self.checkpointed_share > 0 and state_of(prepare_policy(self.build()[0])).path == "cached"
+        return self.checkpointed_share > 0 and self.batch_path() == "cached"
 
     def layer_groups(self) -> list[list[int]]:
         """Group the layers by kind: the indices of each kind's layers, in order of first appearance."""

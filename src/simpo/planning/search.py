@@ -18,7 +18,8 @@ from datasets import Dataset
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.loading import load_tokenizer
 from simpo.packing.batching import StepPlan, default_batch_tokens
-from simpo.packing.layout import PackedBatch
+from simpo.packing.layout import PackedBatch, TokenizedComparison
+from simpo.packing.selfcheck import Path
 from simpo.planning.cards import (
     COMMUNICATION,
     CONTEXT,
@@ -102,6 +103,22 @@ class Estimate:
         return sum(self.memory.values())
 
 
+def _with_working_path(blueprint: Blueprint) -> tuple[Blueprint, Path]:
+    """Return the blueprint and the path of its batches: padded ones if the model's forward rejects the fast path."""
+    tiny = PackedBatch.build([TokenizedComparison([0] * 4, [[0] * 3, [0] * 3])])
+    if blueprint.batch_path() != "padded":
+        try:
+            measure_step(blueprint, tiny)
+        except Exception as error:  # as in the self-check, whatever the forward of an unknown model raises
+            logger.warning("the plan pads batches, because the fast path fails on this model: %s", one_line(error))
+        else:
+            return blueprint, blueprint.batch_path()
+    padded = replace(blueprint, path="padded")
+    with third_party("model_name_or_path: simpo plan cannot trace this model"):
+        measure_step(padded, tiny)
+    return padded, "padded"
+
+
 class Planner:
     """Makes estimates for one recipe on one machine.
 
@@ -130,8 +147,6 @@ class Planner:
         needed = self._rows_per_step * _STEPS if not total else min(total, self._rows_per_step * _STEPS)
         # A sample may have fewer rows than the first steps need.
         self._rows = rows if len(rows) >= needed else rows.select(np.arange(needed) % len(rows))
-        self._sizes = row_sizes(self._rows, "packed")
-        self.longest = int(self._sizes.lengths.max())
         self._seed = config.seed if config.data_seed is None else config.data_seed
         # 0 if the number of rows is unknown
         self.steps = max(config.max_steps, 0) or math.ceil(
@@ -149,6 +164,9 @@ class Planner:
             divergence=bool(getattr(config, "kl_weight", 0.0)),
             pair_weights=getattr(config, "wpo_weights", False),
         )
+        self._blueprint, path = _with_working_path(self._blueprint)
+        self._sizes = row_sizes(self._rows, path)
+        self.longest = int(self._sizes.lengths.max())
         checkpointing = getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing
         self.recipe_choice = Choice(
             config.max_batch_tokens or default_batch_tokens(self.longest, cpu=self.card is None),
@@ -209,16 +227,7 @@ class Planner:
             share=self._shares(choice.sharding)[1],
             sharded=choice.sharding in _SHARDED,
         )
-        batch = PackedBatch.build(comparisons_of(self._rows, batches.heaviest))
-        if blueprint.path != "padded":
-            try:
-                return measure_step(blueprint, batch)
-            except SimpoError:
-                raise
-            except Exception as error:  # like the self-check: whatever a model's forward raises, batches are padded
-                logger.warning("the plan pads batches, because the fast path fails on this model: %s", one_line(error))
-        with third_party("model_name_or_path: simpo plan cannot trace this model"):
-            return measure_step(replace(blueprint, path="padded"), batch)
+        return measure_step(blueprint, PackedBatch.build(comparisons_of(self._rows, batches.heaviest)))
 
     def _compute_dtype(self, sharding: Sharding) -> torch.dtype:
         """Return the dtype that weights compute in; sharded weights are gathered in autocast's dtype."""
