@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from benchmarks.architectures import VOCABULARY, toy_config
 from simpo.models.devices import device
 from simpo.models.settings import ModelArguments
+from simpo.planning.cards import measure_rates, store_rates
 from simpo.planning.search import KINDS, Estimate, Planner
 from simpo.planning.settings import PlanSettings
 
@@ -48,6 +49,7 @@ class Run:
     architecture: str = "llama"
 
 
+_HYBRIDS = {"LFM2": "lfm2", "Bamba": "bamba", "Mamba-2": "mamba2", "Qwen3-Next": "qwen3_next"}
 RUNS = (
     Run("SimPO"),
     Run("SimPO, one micro-batch", config={"max_batch_tokens": 8192}),
@@ -67,13 +69,15 @@ RUNS = (
     Run("SimPO, 2 processes", processes=2),
     *(
         Run(name, architecture=architecture, config={"gradient_checkpointing": checkpointing})
-        for architecture in ("lfm2", "bamba", "mamba2", "qwen3_next")
-        for name, checkpointing in ((architecture, False), (f"{architecture}, checkpointing", True))
+        for title, architecture in _HYBRIDS.items()
+        for name, checkpointing in ((title, False), (f"{title}, checkpointing", True))
     ),
 )
 
 
 _LARGE = {"max_batch_tokens": 8192, "bf16": True}
+_ROUNDS = 3  # of --times
+
 GPU_RUNS = (
     Run("SimPO", config=_LARGE),
     Run("SimPO, checkpointing", config=_LARGE | {"gradient_checkpointing": True}),
@@ -194,16 +198,36 @@ def _peak_of_processes(run: Run, folder: Path) -> int:
     return max(json.loads(line)["peak"] for line in output.splitlines() if line.startswith('{"peak"'))
 
 
-def _compare(run: Run, folder: Path, times: bool) -> tuple[float, float]:
-    """Return the measured and the predicted value, in seconds per step or MiB."""
+def _compare_memory(run: Run, folder: Path) -> tuple[float, float]:
+    """Return the measured and the predicted peak in MiB."""
     rows = make_rows(24, run.responses, **({} if run.architecture == "llama" else {"vocabulary": VOCABULARY}))
     estimate = predicted(run, folder, rows)
-    if times:
-        assert estimate.step_seconds is not None, "run simpo plan --calibrate first"
-        return float(np.median(train(run, folder, rows, 9)[3:])), estimate.step_seconds
     alone = run.processes == 1
     peak = peak_bytes(lambda: train(run, folder, rows)) if alone else _peak_of_processes(run, folder)
     return peak / 2**20, estimate.total / 2**20
+
+
+def _compare_times(folder: Path) -> None:
+    """Print the measured and predicted seconds per step of all Llama runs in one process, as medians over rounds.
+
+    A shared machine's speed changes from minute to minute, so each round calibrates anew. Hybrid models are not
+    compared, because without CUDA kernels their layers' times depend on how well PyTorch runs many small operations;
+    neither are several processes, because they share the cores.
+    """
+    runs = [run for run in RUNS if run.processes == 1 and run.architecture == "llama"]
+    found: dict[str, list[tuple[float, float]]] = {run.name: [] for run in runs}
+    for _ in range(_ROUNDS):
+        store_rates(measure_rates(lambda _: None))
+        for run in runs:
+            rows = make_rows(24, run.responses)
+            estimate = predicted(run, folder, rows)
+            assert estimate.step_seconds is not None
+            found[run.name].append((float(np.median(train(run, folder, rows, 9)[3:])), estimate.step_seconds))
+            print(run.name, found[run.name], file=sys.stderr, flush=True)
+    for name, pairs in found.items():
+        measured, expected = np.median(pairs, axis=0)
+        error = np.median([expected / measured - 1 for measured, expected in pairs])
+        print(f"| {name} | {measured:.4g} | {expected:.4g} | {error:+.1%} |")
 
 
 def _compare_on_gpu(run: Run, folder: Path) -> dict[str, Any]:
@@ -242,7 +266,7 @@ def main() -> None:
     """Compare all runs and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--times", action="store_true", help="compare step times instead of memory, for the Llama alone"
+        "--times", action="store_true", help="calibrate this machine, and compare step times instead of memory"
     )
     parser.add_argument("--output", type=Path, help="GPU only: JSON file for all measurements")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -258,12 +282,14 @@ def main() -> None:
         _main_on_gpu(folder, asked.output)
         return
     make_model(folder / "llama")
+    if asked.times:
+        _compare_times(folder / "llama")
+        return
     for run in RUNS:
-        if not asked.times or (run.processes == 1 and run.architecture == "llama"):  # others depend on cores, kernels
-            if not (path := folder / run.architecture).exists():
-                AutoModelForCausalLM.from_config(toy_config(run.architecture)).save_pretrained(path)
-            measured, found = _compare(run, path, asked.times)
-            print(f"| {run.name} | {measured:.4g} | {found:.4g} | {found / measured - 1:+.1%} |", flush=True)
+        if not (path := folder / run.architecture).exists():
+            AutoModelForCausalLM.from_config(toy_config(run.architecture)).save_pretrained(path)
+        measured, expected = _compare_memory(run, path)
+        print(f"| {run.name} | {measured:.4g} | {expected:.4g} | {expected / measured - 1:+.1%} |", flush=True)
 
 
 if __name__ == "__main__":

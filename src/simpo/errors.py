@@ -40,8 +40,15 @@ def check_all(*checks: Callable[[], object]) -> None:
 
 
 def one_line(error: BaseException, max_length: int | None = 300) -> str:
-    """Return another library's error message on one line, truncated to ``max_length`` characters."""
-    return " ".join(str(error).split())[:max_length] or type(error).__name__
+    """Return another library's error message on one line, truncated to ``max_length`` characters.
+
+    Errors that Python itself raises for unexpected content, such as ``KeyError: 'weight_map'``, keep their name,
+    because nobody would recognize the message alone as an error.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, AttributeError | LookupError | TypeError) and message:
+        message = f"{type(error).__name__}: {message}"
+    return message[:max_length] or type(error).__name__
 
 
 @contextmanager

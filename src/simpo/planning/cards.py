@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,16 @@ def _rates_file() -> Path:
 # Hidden size, layers, vocabulary, number of pairs, and tokens in the prompt and in each of the two responses.
 _CPU_STEPS = (
     (64, 4, 500, 8, 10),
+    (64, 2, 16000, 8, 30),
     (128, 2, 8000, 4, 40),
-    (256, 6, 2000, 4, 60),
+    (128, 6, 4000, 8, 40),
+    (128, 2, 500, 1, 500),
+    (256, 6, 4000, 3, 50),
     (256, 2, 4000, 1, 300),
     (512, 2, 500, 8, 60),
 )
 _GPU_STEPS = ((1024, 4, 8000, 4, 300), (2048, 2, 32000, 16, 200), (4096, 2, 32000, 16, 300), (4096, 1, 500, 2, 4000))
-_REPEATS = 5
+_ROUNDS = 7
 
 
 def measure_rates(report: Callable[[str], None]) -> dict[str, Rates]:
@@ -181,45 +185,54 @@ def measure_rates(report: Callable[[str], None]) -> dict[str, Rates]:
 
 
 def _measure(report: Callable[[str], None], cpu: bool, half: bool) -> Rates:
-    samples = []
-    for hidden, layers, vocabulary, pairs, tokens in _CPU_STEPS if cpu else _GPU_STEPS:
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // (32 if cpu else 128),
-            num_key_value_heads=hidden // (64 if cpu else 512),
-        )
-        model: Any = LlamaForCausalLM(config).to(device(), torch.float32 if cpu else torch.bfloat16).train()
-        ids = [3] * tokens
-        batch = PackedBatch.build([TokenizedComparison(ids, [ids, ids])] * pairs).to(device())
-        with torch.autocast("cpu", torch.bfloat16, enabled=cpu and half):
-            choose_path(model, batch)
-            samples.append(_time_step(model, batch, cpu))
-        report(f"{batch.tokens} tokens, hidden size {hidden}, {layers} layers: {samples[-1][1]:.3g} s")
-    return fit_rates(samples)
+    shapes = _CPU_STEPS if cpu else _GPU_STEPS
+    steps = [_make_step(*shape, cpu=cpu, half=half) for shape in shapes]
+    # In rounds over all steps, a shared machine's slow minutes affect all of them alike.
+    rounds = np.array([[_seconds(step, cpu) for _, step in steps] for _ in range(_ROUNDS)])
+    medians = np.median(rounds, axis=0).tolist()
+    for (hidden, layers, _, pairs, tokens), seconds in zip(shapes, medians, strict=True):
+        report(f"{3 * pairs * tokens} tokens, hidden size {hidden}, {layers} layers: {seconds:.3g} s")
+    return fit_rates([(cost, seconds) for (cost, _), seconds in zip(steps, medians, strict=True)])
 
 
-def _time_step(model: Any, batch: PackedBatch, cpu: bool) -> tuple[Cost, float]:
-    """Return the cost of forward and backward, and their median time in seconds."""
+def _make_step(
+    hidden: int, layers: int, vocabulary: int, pairs: int, tokens: int, *, cpu: bool, half: bool
+) -> tuple[Cost, Callable[[], None]]:
+    """Return the cost of forward and backward of a small model, and a function that runs them."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // (32 if cpu else 128),
+        num_key_value_heads=hidden // (64 if cpu else 512),
+    )
+    model: Any = LlamaForCausalLM(config).to(device(), torch.float32 if cpu else torch.bfloat16).train()
+    ids = [3] * tokens
+    batch = PackedBatch.build([TokenizedComparison(ids, [ids, ids])] * pairs).to(device())
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=cpu and half)
+    with autocast():
+        choose_path(model, batch)
 
     def step() -> None:
-        policy_logprobs(model, batch).sum().backward()
-        if not cpu:
-            torch.accelerator.synchronize()
+        with autocast():
+            logps = policy_logprobs(model, batch)
+        logps.sum().backward()
 
     step()
     with Tracer(attended(batch)) as tracer:
         step()
+    return Cost(**tracer.costs), step
+
+
+def _seconds(step: Callable[[], None], cpu: bool) -> float:
     # with one thread, processor time excludes other processes on the machine
     clock = time.process_time if cpu and torch.get_num_threads() == 1 else time.perf_counter
-    seconds = []
-    for _ in range(_REPEATS):
-        start = clock()
-        step()
-        seconds.append(clock() - start)
-    return Cost(**tracer.costs), float(np.median(seconds))
+    start = clock()
+    step()
+    if not cpu:
+        torch.accelerator.synchronize()
+    return clock() - start
 
 
 def fit_rates(samples: Sequence[tuple[Cost, float]]) -> Rates:

@@ -277,13 +277,16 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the records of a complete file without modifying it."""
-    records = []
+    records, advice = [], "rerun the command that writes this file"
     with third_party(f"{path}: cannot be read"), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not _is_record(line):
-                problem = "not a JSON object" if line.endswith(b"\n") else "incomplete line"
-                raise SimpoError(f"{path}:{number}: {problem}; rerun the command that writes this file")
-            records.append(_parsed(line, f"{path}:{number}"))
+            if not line.endswith(b"\n"):
+                raise SimpoError(f"{path}:{number}: incomplete line; {advice}")
+            with third_party(f"{path}:{number}: not JSON; {advice}"):
+                record = _parsed(line, f"{path}:{number}")
+            if not isinstance(record, dict):
+                raise SimpoError(f"{path}:{number}: not a JSON object; {advice}")
+            records.append(record)
     return records
 
 
@@ -306,14 +309,13 @@ def json_safe(value: Any) -> Any:
     return [json_safe(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _parsed(line: bytes, place: str) -> dict[str, Any]:
+def _parsed(line: bytes, place: str) -> Any:
     def finite_number(literal: str) -> float:  # rejects NaN and Infinity, which JSON does not have, and 1e999
         if math.isfinite(number := float(literal)):
             return number
         raise SimpoError(f"{place}: {literal:.20} is not a finite number; write null or leave it out")
 
-    record: dict[str, Any] = json.loads(line, parse_float=finite_number, parse_constant=finite_number)
-    return record
+    return json.loads(line, parse_float=finite_number, parse_constant=finite_number)
 
 
 def _with_checksum(line: bytes) -> bytes:
