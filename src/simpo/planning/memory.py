@@ -183,6 +183,11 @@ def measure_step(blueprint: Blueprint, batch: PackedBatch) -> Step:
     return Step(cost=Cost(**{name: total.pop(name) for name in costs}), peaks=total)
 
 
+def check_forward(blueprint: Blueprint, batch: PackedBatch) -> None:
+    """Run the first layer of each kind on fake tensors, and raise whatever the model raises."""
+    _trace(blueprint, batch, [numbers[0] for numbers in blueprint.layer_groups()])
+
+
 def _trace(blueprint: Blueprint, batch: PackedBatch, numbers: Sequence[int]) -> dict[str, float]:
     """Trace a micro-batch through these layers alone, and return its peaks and costs."""
     model, layers = blueprint.build(numbers)

@@ -29,7 +29,7 @@ from simpo.planning.cards import (
     machine_name,
     stored_rates,
 )
-from simpo.planning.memory import ResidentMemory, Step, measure_resident_memory, measure_step
+from simpo.planning.memory import ResidentMemory, Step, check_forward, measure_resident_memory, measure_step
 from simpo.planning.model import Blueprint
 from simpo.planning.settings import PlanSettings
 from simpo.training.batches import comparisons_of, row_sizes
@@ -108,14 +108,14 @@ def _with_working_path(blueprint: Blueprint) -> tuple[Blueprint, Path]:
     tiny = PackedBatch.build([TokenizedComparison([0] * 4, [[0] * 3, [0] * 3])])
     if blueprint.batch_path() != "padded":
         try:
-            measure_step(blueprint, tiny)
+            check_forward(blueprint, tiny)
         except Exception as error:  # as in the self-check, whatever the forward of an unknown model raises
             logger.warning("the plan pads batches, because the fast path fails on this model: %s", one_line(error))
         else:
             return blueprint, blueprint.batch_path()
     padded = replace(blueprint, path="padded")
     with third_party("model_name_or_path: simpo plan cannot trace this model"):
-        measure_step(padded, tiny)
+        check_forward(padded, tiny)
     return padded, "padded"
 
 
