@@ -2,10 +2,10 @@
 
 Each mutant changes one operator, comparison, constant or condition inside a function in ``src/simpo``. All tests are
 collected once. Each mutant then runs in a fork of this process: its code replaces the original, and the tests of its
-package that import its file and are not marked slow run until one fails. A mutant that no test detects survives:
-either it is equivalent to the original or a test is missing. Module and class constants and parameter defaults are
-evaluated at import time, so they are not mutated. Results are appended to a JSON lines file, and an interrupted run
-continues from there.
+package that are not marked slow run until one fails, those that import its file first. A mutant that no test detects
+survives: either it is equivalent to the original or a test is missing. A test that never ends also detects its mutant.
+Module and class constants and parameter defaults are evaluated at import time, so they are not mutated. Results are
+appended to a JSON lines file, and an interrupted run continues from there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
@@ -127,14 +128,14 @@ def _expressions(statement: ast.stmt) -> Iterator[ast.AST]:
             queue += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
 
 
-def test_files(mutant: Mutant) -> set[Path]:
-    """Return the package's test files that import the mutant's module or names from its package; all if none do."""
+def package_tests(mutant: Mutant) -> tuple[set[Path], set[Path]]:
+    """Return the package's test files, and those of them that import the mutant's module or names from its package."""
     files = [file for path in map(ROOT.joinpath, TESTS[mutant.package]) for file in [path, *path.rglob("test_*.py")]]
     parent, _, name = mutant.module.rpartition(".")
     names = rf"[^\n]*\b{name}\b" if parent == "simpo" else ""
     imports = re.compile(rf"{re.escape(mutant.module)}\b|from {re.escape(parent)} import {names}")
-    closest = {file for file in files if file.is_file() and imports.search(file.read_text(encoding="utf-8"))}
-    return closest or set(files)
+    close = {file for file in files if file.is_file() and imports.search(file.read_text(encoding="utf-8"))}
+    return set(files), close
 
 
 def apply(mutant: Mutant) -> None:
@@ -164,12 +165,17 @@ class Trial:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Test every mutant; pytest calls this after collection."""
         for number, mutant in enumerate(self.mutants, start=1):
-            files = test_files(mutant)
-            items = [item for item in session.items if item.path in files and not item.get_closest_marker("slow")]
-            assert items, f"no test of {mutant.path}"
-            process = multiprocessing.get_context("fork").Process(target=_run, args=(mutant, session, items))
+            fast = [item for item in session.items if not item.get_closest_marker("slow")]
+            files, close = package_tests(mutant)
+            items = sorted((item for item in fast if item.path in files), key=lambda item: item.path not in close)
+            fork = multiprocessing.get_context("fork")
+            ended = fork.Value("i", 0)  # number of tests that ended
+            process = fork.Process(target=_run, args=(mutant, session, items, ended))
             process.start()
-            process.join(self.timeout)
+            before = -1
+            while process.is_alive() and ended.value > before:
+                before = ended.value
+                process.join(self.timeout)
             if late := process.is_alive():
                 process.kill()
                 process.join()
@@ -180,13 +186,14 @@ class Trial:
         return True
 
 
-def _run(mutant: Mutant, session: pytest.Session, items: list[pytest.Item]) -> None:
+def _run(mutant: Mutant, session: pytest.Session, items: list[pytest.Item], ended: Any) -> None:
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     apply(mutant)
     for item, following in pairwise([*items, None]):
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        ended.value += 1
         if session.testsfailed:
             break
     os._exit(bool(session.testsfailed))
@@ -198,7 +205,7 @@ def main() -> None:
     parser.add_argument("packages", nargs="*", default=list(TESTS), help=f"choose from {', '.join(TESTS)}")
     parser.add_argument("--count", type=int, default=100, help="total number of mutants, sampled uniformly")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds allowed for one mutant's tests")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds allowed for each test")
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     arguments = parser.parse_args()
     mutants: list[Mutant] = []
