@@ -1,4 +1,4 @@
-"""Online training on the tiny world: reward versus KL from the start model, and how often to resample answers.
+"""Online training on the tiny world: reward versus KL from the initial model, and how often to resample answers.
 
     simpo demo --output_dir runs/demo-1
     python -m benchmarks.frontier runs/demo-1 --output_dir runs/frontier
@@ -46,8 +46,8 @@ _COMMON: dict[str, Any] = {
     "save_strategy": "no", "report_to": "none", "logging_steps": 16,
 }  # fmt: skip
 _METHOD_DEFAULTS = {"max_steps": 32, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
-_OFFLINE = {"sync_every": 32}  # all answers come from the start model
-# For each method: its keys, the key that keeps it close to the start model, and the values tried for that key.
+_OFFLINE = {"sync_every": 32}  # all answers come from the initial model
+# For each method: its keys, the key that keeps it close to the initial model, and the values tried for that key.
 METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     # as many answers as the others, each used twice; normalization divides scores by about 4.5, so kl_coef is smaller
     "ppo": (
@@ -108,7 +108,7 @@ class RunMeasurer:
         self._start_scores = workspace.scores(answers, "start", JUDGES[:1])[JUDGES[0]]
 
     def __call__(self, run: Run) -> dict[str, float]:
-        """Return each judge's mean score, KL from the start model in nats per answer, and win rate against it."""
+        """Return each judge's mean score, KL from the initial model in nats per answer, and win rate against it."""
         return self._cache.get_or_measure(run.name, lambda: self._train(run))
 
     def _train(self, run: Run) -> dict[str, float]:
@@ -119,7 +119,7 @@ class RunMeasurer:
         answers = workspace.folder / f"{run.name}-answers"
         sample(workspace, model, answers, _ANSWERS, 1.0)
         scores = workspace.scores(answers, run.name, self._judges)
-        # every answer against each of the start model's answers to the same prompt
+        # every answer against each of the initial model's answers to the same prompt
         wins = np.sign(scores[JUDGES[0]][:, :, None] - self._start_scores[:, None, :])
         return {judge: float(values.mean()) for judge, values in scores.items()} | {
             "kl": float(divergence(workspace, model, answers, 1.0).mean()),

@@ -47,7 +47,7 @@ class Workspace:
     Attributes:
         demo: folder of a finished ``simpo demo``.
         folder: folder for this benchmark's output.
-        answers: answers the start model gives to each held-out prompt.
+        answers: answers the initial model gives to each held-out prompt.
         prompts: file of held-out prompts.
     """
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="folder of a finished simpo demo")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--answers", type=int, default=64, help="start-model answers per held-out prompt (default 64)")
+    parser.add_argument("--answers", type=int, default=64, help="the initial model's answers per prompt (default 64)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds in each loop (default 3)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)  # for a model this small, threads would mostly wait for each other
@@ -137,7 +137,7 @@ def sample(workspace: Workspace, model: Path, output: Path, n: int, temperature:
 
 
 def _rounds(workspace: Workspace, judge: str, rounds: int) -> list[dict[str, object]]:
-    """Measure each round's model at every temperature: both judges' scores and the KL from the start model."""
+    """Measure each round's model at every temperature: both judges' scores and the KL from the initial model."""
     name = f"loop-{judge.partition(' ')[0]}"
     options = [f"--{key}={workspace.demo / found}" for key, found in _DEMO.items()]
     options += [f"--annotator={workspace.annotators[judge]}", "--judges", *workspace.annotators.values()]

@@ -173,8 +173,8 @@ def test_a_gold_annotator_does_not_affect_training(recipe):
         assert found["rollout/gold", stage].value == pytest.approx(sum(known) / len(known))
     data = json.loads(re.search(r'id="data">(.*?)</script>', Path("out/report.html").read_text(), re.DOTALL)[1])
     titles = [chart["title"] for chart in data["charts"].values()]
-    assert "Annotator score, by distance from the start model" in titles
-    assert "Gold annotator score, by distance from the start model" in titles
+    assert "Annotator score, by distance from the initial model" in titles
+    assert "Gold annotator score, by distance from the initial model" in titles
 
 
 @pytest.mark.parametrize("objective", ["ppo", "simpo"])

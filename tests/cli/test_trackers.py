@@ -49,7 +49,7 @@ def outcome(folder) -> dict[str, float]:
 
 
 def table(folder) -> list[list[str]]:
-    """Return the prompts with the start model's answers and the latest ones."""
+    """Return the prompts with the initial model's answers and the latest ones."""
     before, after = (read_lines(folder / "generations" / name) for name in ("start.jsonl", "step-4.jsonl"))
     return [[a["prompt"], a["responses"][0], b["responses"][0]] for a, b in zip(before, after, strict=True)]
 
@@ -158,7 +158,7 @@ def test_every_trial_in_a_sweep_is_a_tracker_run(chat_world, tmp_path, board):
 
 
 def test_every_round_in_a_loop_is_a_tracker_run(chat_world, tmp_path, board, monkeypatch):
-    """Its outcome is the comparison with the start model."""
+    """Its outcome is the comparison with the initial model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorers.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     given = {

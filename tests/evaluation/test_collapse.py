@@ -48,7 +48,7 @@ def test_distinct_2_matches_its_definition():
         ),
         pytest.param(AnswerStatistics(20, 0.9, 0.47), GOOD, 20, ["distinct_2 0.95 -> 0.47"], id="half are repeated"),
         pytest.param(AnswerStatistics(1, 1, math.nan), GOOD, 20, [], id="no two tokens"),
-        pytest.param(GOOD, AnswerStatistics(64, 0.0, 0.1), 20, [], id="a start model that cannot answer"),
+        pytest.param(GOOD, AnswerStatistics(64, 0.0, 0.1), 20, [], id="an initial model that cannot answer"),
         pytest.param(
             AnswerStatistics(64, 0.0, 0.05),
             GOOD,

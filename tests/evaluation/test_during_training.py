@@ -121,7 +121,7 @@ def uninterrupted(world, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "weights"), [("start", "model"), (f"step-{STEPS}", None)])
 def test_answers_are_the_models_own_greedy_answers(uninterrupted, world, name, weights):
-    """Compared with transformers' own generate, one prompt at a time, for the start model and the trained one."""
+    """Compared with transformers' own generate, one prompt at a time, for the initial model and the trained one."""
     folder = uninterrupted if weights is None else world / weights
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     stops = TransformersEngine(model, tokenizer).stop_ids
@@ -171,7 +171,7 @@ def test_generations_do_not_change_training(uninterrupted, world, tmp_path, monk
     assert not generations(logged(tmp_path / "without"))
 
 
-def test_a_killed_run_reuses_the_start_models_answers(uninterrupted, world, tmp_path, capsys):
+def test_a_killed_run_reuses_the_initial_models_answers(uninterrupted, world, tmp_path, capsys):
     output = tmp_path / "run"
     with killed_after_step(EVERY + 1):
         cli.main(options(world, output))

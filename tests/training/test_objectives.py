@@ -39,7 +39,7 @@ def train(make_trainer, rows, model, **settings):
 
 
 def train_naively(rows, model, naive_responses, loss):
-    """Train by the definition with ``loss(responses, mismatched)``; the reference is the start model."""
+    """Train by the definition with ``loss(responses, mismatched)``; the reference is the initial model."""
     rows = with_mismatched(rows, MAX_LENGTH, "")
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)

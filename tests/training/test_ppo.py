@@ -109,7 +109,7 @@ def naive_estimates(records, args):
     return [[(value - mean) / std for value in own] for own in advantages], returns
 
 
-def naive_loss(trainer, start_model, records, demonstrations):
+def naive_loss(trainer, initial_model, records, demonstrations):
     """Return the PPO-ptx loss, one sequence and token at a time, and the share of clipped tokens."""
     args, model, value = trainer.args, trainer.model, trainer._value
     advantages, returns = naive_estimates(records, args)
@@ -121,7 +121,7 @@ def naive_loss(trainer, start_model, records, demonstrations):
         states = model.transformer(input_ids=sequence)[0][0]
         distributions = torch.log_softmax(model.lm_head(states), -1)[start:-1]
         with torch.no_grad():
-            reference = torch.log_softmax(start_model(input_ids=sequence).logits[0], -1)[start:-1]
+            reference = torch.log_softmax(initial_model(input_ids=sequence).logits[0], -1)[start:-1]
         if value.head is None:
             states = value.module.transformer(input_ids=sequence)[0][0]
             values = value.module.score(states)[start:-1, 0]
@@ -153,8 +153,8 @@ def naive_loss(trainer, start_model, records, demonstrations):
 class Compare(TrainerCallback):
     """Before the second step, compares the gradients of policy and value function with naive ones."""
 
-    def __init__(self, folder, start_model):
-        self.folder, self.start_model, self.trainer, self.logs = folder, start_model, None, []
+    def __init__(self, folder, initial_model):
+        self.folder, self.initial_model, self.trainer, self.logs = folder, initial_model, None, []
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(logs)
@@ -167,7 +167,7 @@ class Compare(TrainerCallback):
         self.found = [parameter.grad.clone() for parameter in parameters]
         rows = trainer._ptx.rows if trainer._ptx else ()
         demonstrations = [(row["prompt_ids"], row["response_ids"][0]) for row in rows]
-        loss, self.clipped = naive_loss(trainer, self.start_model, rollout(self.folder), demonstrations)
+        loss, self.clipped = naive_loss(trainer, self.initial_model, rollout(self.folder), demonstrations)
         self.expected = torch.autograd.grad(loss, parameters)
 
 
@@ -377,7 +377,7 @@ def test_kl_coef_and_score_scale_continue_from_the_previous_rollout(settings):
     first = [record(scores=[1.0, 3.0], values=None)]
     assert adapted_columns(first, None, args) == {"kl_coef": 0.2, "score_mean": 2.0, "score_std": 1.0}
     before = [record(scores=[5.0, 5.0], values=None, kl_coef=0.3, score_mean=2.0, score_std=1.0, shift=0.55)]
-    # two answers 0.05 nats from the start model; deviations from the target are clipped to 0.2 of it
+    # two answers 0.05 nats from the initial model; deviations from the target are clipped to 0.2 of it
     found = adapted_columns(first, before, args)
     assert found == {"kl_coef": pytest.approx(0.3 * (1 - 0.2 * 2 / 10)), "score_mean": 2.0, "score_std": 1.0}
     with pytest.raises(SimpoError, match=r"normalize_scores: .*5"):

@@ -33,7 +33,7 @@ def flat(logps) -> list[float]:
     return [logp for several in logps for logp in several]
 
 
-def test_reference_log_probabilities_come_from_the_start_model(counted, pairs, naive_responses, make_model):
+def test_reference_log_probabilities_come_from_the_initial_model(counted, pairs, naive_responses, make_model):
     rows = pairs(7)
     trainer, _ = counted(rows)
     expected = naive_responses(make_model("gpt2"), rows["prompt_ids"][:], rows["response_ids"][:]).logp.tolist()

@@ -180,7 +180,7 @@ def test_the_loop_stops_when_a_round_goes_wrong(world, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "note: 1 of 9 eval_prompts are" in printed
     assert "stopped after round 1: KL" in printed
-    assert "simpo chat /" in printed  # the start model, because no round was good
+    assert "simpo chat /" in printed  # the initial model, because no round was good
     found = metrics(world / "stopped")
     assert (found["rounds", None].value, found["last_good_round", None].value) == (1, 0)
     assert not (world / "stopped/round-2").exists()

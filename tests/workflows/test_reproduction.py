@@ -108,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_that_does_not_learn_equals_its_start_model(base: Path):
+def test_a_model_that_does_not_learn_equals_its_initial_model(base: Path):
     found = run_trial(base, Trial({"objective": "simpo", "learning_rate": 0.0}, ON_POLICY, 1))
     assert set(found) == set(METRICS)
     assert found["win_rate"] == 0.5

@@ -1,4 +1,4 @@
-"""The world's tokenizer, chat template and start model."""
+"""The world's tokenizer, chat template and initial model."""
 
 import hashlib
 

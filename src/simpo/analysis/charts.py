@@ -95,7 +95,7 @@ def _curves_of(panel: Chart, runs: Sequence[Run]) -> Chart:
 
 
 def _held_out_curve(run: Run, key: str) -> list[Point]:
-    """Return a held-out metric by step, starting with the start model's value at step 0 if its rows were scored."""
+    """Return a held-out metric by step, starting with the initial model's value at step 0 if its rows were scored."""
     points = list(run.logged.get(f"eval_{key}", ()))
     if points and points[0][0] > 0 and not (key == "rewards/accuracies" and run.starts_at_zero):
         values, weights = run.column("before", key), run.column("before", "weight")
@@ -115,7 +115,7 @@ def downsample(points: Sequence[Point], most: int = POINTS) -> Sequence[Point]:
     return [points[index] for index in sorted(chosen)]
 
 
-# ---- Overoptimization: scores against the distance from the start model (Gao et al. 2022, arXiv 2210.10760).
+# ---- Overoptimization: scores against the distance from the initial model (Gao et al. 2022, arXiv 2210.10760).
 
 
 def distance(kl: float) -> float:

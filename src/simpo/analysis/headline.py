@@ -53,7 +53,7 @@ class Measure:
 
     kind: Kind
     after: Interval  # for the trained model
-    before: Interval | None  # for the start model; None if that does not apply
+    before: Interval | None  # for the initial model; None if that does not apply
     change: Interval | None  # paired change on the same rows; None if the rows are not available
     names: Mapping[str, str]  # values for the placeholders in its texts, apart from numbers
 

@@ -193,7 +193,7 @@ class PortedTrainer:
 
         Args:
             model: a model, or a hub name or folder to load with ``args.model_init_kwargs``.
-            ref_model: must have the same weights as ``model``, because the reference is always the start model.
+            ref_model: must have the same weights as ``model``, because the reference is always the initial model.
             args: an instance of ``config_class`` (default: one with default values).
             train_dataset: training rows; the chat template is not applied to plain strings.
             eval_dataset: held-out rows, or a dict of named datasets.
@@ -249,7 +249,7 @@ class PortedTrainer:
             raise SimpoError("model: is an encoder-decoder; only causal language models can be trained")
         if ref_model is not None and not _same_weights(ref_model, model):
             raise SimpoError(
-                "ref_model: has other weights than model, but the reference is always the start model; leave "
+                "ref_model: has other weights than model, but the reference is always the initial model; leave "
                 "ref_model out, or pass it as model"
             )
         if peft_config is None:

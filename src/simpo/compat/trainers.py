@@ -62,7 +62,7 @@ class _ReferenceKeys(TRLKeys, PreferenceConfig):  # type: ignore[misc, valid-typ
     )
     precompute_ref_batch_size: int | None = without_effect(None, "max_batch_tokens bounds each forward pass")
     beta: float = setting(0.1, "Scale of the reward.")  # type: ignore[assignment]
-    sync_ref_model: bool = unsupported(False, "the reference is always the start model")
+    sync_ref_model: bool = unsupported(False, "the reference is always the initial model")
     ref_model_mixup_alpha: float = without_effect(0.6, "it belongs to sync_ref_model")
     ref_model_sync_steps: int = without_effect(512, "it belongs to sync_ref_model")
 

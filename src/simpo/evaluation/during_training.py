@@ -63,9 +63,9 @@ def make_eval_judge(arguments: GenerationArguments, model: ModelArguments, log: 
 # ---- Detecting collapse: the model in training no longer answers properly.
 
 # Our own thresholds, loose enough for the changes that successful training causes; see docs/metrics.md.
-_MIN_RATIO = 0.5  # of end-of-turn rate and distinct-2, relative to the start model
+_MIN_RATIO = 0.5  # of end-of-turn rate and distinct-2, relative to the initial model
 _MIN_DROP = 0.25  # in end-of-turn rate, so that one answer out of a few is not enough
-_MAX_LENGTH_RATIO = 2.0  # relative to the start model's answers or the held-out responses, whichever are longer
+_MAX_LENGTH_RATIO = 2.0  # relative to the initial model's answers or the held-out responses, whichever are longer
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class AnswerStatistics:
 def signs_of_collapse(now: AnswerStatistics, start: AnswerStatistics, expected_length: float) -> list[str]:
     """List the statistics that indicate a collapse, as ``name start -> now``; empty if there is no sign of one.
 
-    ``start`` holds the start model's statistics on the same prompts. ``expected_length`` is the mean length of the
+    ``start`` holds the initial model's statistics on the same prompts. ``expected_length`` is the mean length of the
     held-out responses in tokens, since fine-tuning may legitimately lengthen answers up to it.
     """
     drop = start.end_of_turn_rate - now.end_of_turn_rate
@@ -125,9 +125,9 @@ class Generations(RunCallback):
     """Answers held-out prompts at every evaluation while a language model is trained.
 
     Adds statistics of one greedy answer per prompt to every evaluation and, with a judge, the win rate against the
-    start model's answers. The answers are stored in the folder ``generations`` in the format of ``simpo sample``:
-    ``start.jsonl`` holds the start model's, ``step-N.jsonl`` the others. If answers collapse, ``guard`` decides whether
-    to warn or stop. With several ranks, each answers part of the prompts, and the main process judges.
+    initial model's answers. The answers are stored in the folder ``generations`` in the format of ``simpo sample``:
+    ``start.jsonl`` holds the initial model's, ``step-N.jsonl`` the others. If answers collapse, ``guard`` decides
+    whether to warn or stop. With several ranks, each answers part of the prompts, and the main process judges.
     """
 
     _config: TrainingSettings
@@ -202,7 +202,7 @@ class Generations(RunCallback):
         return [fitting[index] for index in sorted(chosen)]
 
     def before_training(self, trainer: PackedTrainer, *, resumed: bool) -> None:
-        """Sample or read back the start model's answers, and make sure that the judge works."""
+        """Sample or read back the initial model's answers, and make sure that the judge works."""
         if self._is_main and self._judge is not None:
             self._confirm_cost(self._judge, max_evaluations(self._config, len(trainer.train_dataset)))
         self._engine = TransformersEngine(trainer.model, self._tokenizer)
@@ -218,7 +218,7 @@ class Generations(RunCallback):
                     write_digest(path)
                 statistics = dataclasses.asdict(self._start.statistics)
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in statistics.items())
-                self._log(f"the start model's answers: {shown} ({path})")
+                self._log(f"the initial model's answers: {shown} ({path})")
                 if self._judge is not None:  # identical answers would be a tie without a request
                     probes = self._start.texts[:_PROBE_PAIRS]
                     self._judge.compare(self._pairs(probes, [[f"{texts[0]} ."] for texts in probes]))
@@ -233,13 +233,13 @@ class Generations(RunCallback):
         )
 
     def _read_start(self, path: Path) -> list[list[Sampled]] | None:
-        """Return the start model's stored answers; None if there are none, or they are to other prompts."""
+        """Return the initial model's stored answers; None if there are none, or they are to other prompts."""
         rows = read_lines(path) if is_intact(path) else []
         same = [row["id"] for row in rows] == [prompt.id for prompt in self._prompts]
         return read_samples(rows) if same else None
 
     def evaluate(self, trainer: PackedTrainer) -> dict[str, float]:
-        """Sample and store answers, compare them with the start model's, and warn or stop if they have collapsed."""
+        """Sample and store answers, compare them with the initial model's, and warn or stop if they have collapsed."""
         with preserve_rng_state(self._config.device):
             answers, step = self._sample(trainer), trainer.state.global_step
             metrics, signs = from_main(self._compare_with_start(answers, step) if self._is_main else ({}, []))

@@ -136,7 +136,7 @@ class GenerationArguments:
     """Settings for answering held-out prompts at every evaluation and judging the answers."""
 
     eval_generations: int = setting(0, "Number of held-out prompts to answer at every evaluation; 0 is off.", least=0)
-    eval_judge: str | None = setting(None, f"Judge that compares these answers with the start model's: {ANNOTATORS}.")
+    eval_judge: str | None = setting(None, f"Judge that compares these answers with the initial model's: {ANNOTATORS}.")
     eval_judge_url: str | None = setting(None, "URL of the server for eval_judge api; the key is in OPENAI_API_KEY.")
     eval_judge_model: str | None = setting(None, "Name of that judge model on the server.")
     yes: bool = setting(False, "Send the requests of eval_judge api without asking.")

@@ -5,7 +5,7 @@ function ``V`` predicts the future rewards. A *rollout* is a set of answers samp
 annotator. From there:
 
 1. :class:`ScoreScale` shifts, scales and clips the scores.
-2. :func:`token_rewards` gives an answer's last token its score, and every token a penalty for drifting from the start
+2. :func:`token_rewards` gives an answer's last token its score, and every token a penalty for drifting from the initial
    model.
 3. :func:`gae` computes from rewards and values how much better each token was than ``V`` expected, its *advantage*.
    :meth:`PPO.estimate` does 2 and 3. The advantages of a rollout are then scaled to mean 0 and variance 1.
@@ -32,7 +32,7 @@ from simpo.objectives.policy_gradient import sum_by, whiten
 
 
 class ScoreScale(NamedTuple):
-    """Scores rescaled to mean 0 and standard deviation 1 on the start model's answers.
+    """Scores rescaled to mean 0 and standard deviation 1 on the initial model's answers.
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.1. Unlike running statistics, the two numbers are fixed for the
     whole run, so the target of the optimization does not move.
@@ -43,7 +43,7 @@ class ScoreScale(NamedTuple):
 
     @classmethod
     def of(cls, scores: Tensor) -> ScoreScale:
-        """Fit to the ``scores`` ``[R]`` of the start model's answers; raises ValueError if they are all equal."""
+        """Fit to the ``scores`` ``[R]`` of the initial model's answers; raises ValueError if they are all equal."""
         if scores.min() == scores.max():  # the standard deviation may be a rounding error instead of 0
             raise ValueError(f"all scores are {scores[0].item():g}, so they cannot be normalized")
         return cls(scores.mean().item(), scores.std(unbiased=False).item())
@@ -172,7 +172,7 @@ class PPO:
 
         Args:
             scores: ``[R]`` scaled scores of the answers.
-            penalty: ``[S]`` KL coefficient times each token's ``log(policy / start model)``.
+            penalty: ``[S]`` KL coefficient times each token's ``log(policy / initial model)``.
             values: ``[S]`` predictions of the value function when the rollout was sampled.
             segment: ``[S]`` answer of each token, in ascending order.
         """

@@ -61,13 +61,13 @@ class RunCallback(TrainerCallback):
         """
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Check the trainer, which holds the start model, before anything is written."""
+        """Check the trainer, which holds the initial model, before anything is written."""
 
     def before_training(self, trainer: Trainer, *, resumed: bool) -> None:
-        """Measure the start model, before a checkpoint is loaded and before the first step.
+        """Measure the initial model, before a checkpoint is loaded and before the first step.
 
         Args:
-            trainer: holds the start model.
+            trainer: holds the initial model.
             resumed: whether files the callback wrote in an earlier start of the same run are still valid.
         """
 

@@ -31,7 +31,7 @@ class SFTConfig(TrainingSettings):
     """Configuration of supervised fine-tuning.
 
     Accepts all keys of ``transformers.TrainingArguments`` and :class:`~simpo.training.settings.TrainingSettings`. The
-    default learning rate and schedule are those of the paper's start models (2e-5, cosine, one epoch).
+    default learning rate and schedule are those of the paper's initial models (2e-5, cosine, one epoch).
     """
 
     learning_rate: float = setting(2e-5, "Peak learning rate; the paper uses 2e-5.")
@@ -88,7 +88,7 @@ class PreferenceConfig(TrainingSettings):
         0.0, "Weight of an SFT term: the chosen response's average negative log-probability.", least=0
     )
     kl_weight: float = setting(
-        0.0, "Weight of the exact KL(policy || start model), averaged over the response tokens.", least=0
+        0.0, "Weight of the exact KL(policy || initial model), averaged over the response tokens.", least=0
     )
     wpo_weights: bool = setting(
         False, "Weight every pair by how likely its responses are under the policy (WPO, arXiv 2406.11827)."
@@ -307,7 +307,7 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
     )
 
     kl_coef: float | None = setting(
-        None, f"Policy gradients: weight of KL(policy || start model), per answer (default: {_KL_COEF}).", least=0
+        None, f"Policy gradients: weight of KL(policy || initial model), per answer (default: {_KL_COEF}).", least=0
     )
     kl_in: Literal["reward", "loss"] | None = setting(
         None, "Policy gradients: apply the KL as a penalty on rewards (default: reinforce, rloo) or as a loss term."
@@ -487,7 +487,7 @@ class OnlineConfig(EngineSettings, PreferenceConfig):
         if self.kl_in == "reward" and self.kl_estimator == "exact":
             raise SimpoError(
                 "kl_estimator: the exact KL does not depend on which token was sampled, so as a reward it would not "
-                "keep the policy near the start model; use k1, or kl_in: loss"
+                "keep the policy near the initial model; use k1, or kl_in: loss"
             )
         if self.kl_target is None and self.kl_horizon is not None:
             raise SimpoError("kl_horizon: applies only to an adaptive kl_coef; set kl_target, or leave it out")

@@ -59,12 +59,12 @@ def warn_or_stop(mode: str, step: int, sign: str, finding: str, folder: Path) ->
 class Guard(TrainerCallback):
     """Watches a run for signs of collapse in its logs and in the likelihood of preferred responses.
 
-    The preferred responses of a few held-out rows are scored under the start model, then again at a few early steps
+    The preferred responses of a few held-out rows are scored under the initial model, then again at a few early steps
     and at logged steps while all probes together use at most 5% as many tokens as training. Probing changes neither
     weights nor random state. Each kind of sign is reported once, and every rank sees the same signs.
 
     Args:
-        trainer: holds the start model.
+        trainer: holds the initial model.
         mode: ``warn`` or ``stop``.
     """
 
@@ -125,7 +125,7 @@ class Guard(TrainerCallback):
         if divergence is None and logs.get("rollout/length"):
             divergence = logs.get("rollout/kl", 0.0) / logs["rollout/length"]
         if divergence is not None and divergence > _MAX_KL:
-            yield "kl", f"the KL divergence from the start model is {divergence:.2f} nats per token"
+            yield "kl", f"the KL divergence from the initial model is {divergence:.2f} nats per token"
         norm = logs.get("grad_norm")
         if norm is not None:
             usual = median(self._norms) if len(self._norms) >= _MIN_NORMS else None

@@ -124,10 +124,10 @@ def compare_preferences(before: Scores, after: Scores, *, has_reference: bool = 
     ROC curve: the share of (desirable, undesirable) combinations where the desirable one has the larger reward.
 
     Args:
-        before: scores of the start model.
+        before: scores of the initial model.
         after: scores of the trained model.
-        has_reference: whether rewards are relative to the start model. They are then 0 before training, up to rounding,
-            so comparing two of them would be noise: the accuracy before and the test are left out.
+        has_reference: whether rewards are relative to the initial model. They are then 0 before training, up to
+            rounding, so comparing two of them would be noise: the accuracy before and the test are left out.
     """
     metrics = []
     unpaired = ACCURACY not in before

@@ -180,7 +180,7 @@ class PackedTrainer(ResumableTrainer):
 
     @abstractmethod
     def compare(self, before: Scores, after: Scores) -> list[Metric]:
-        """Return held-out results, given the scores of the start model and of the trained model."""
+        """Return held-out results, given the scores of the initial model and of the trained model."""
 
     def summary(self) -> list[Metric]:
         """Return any other results of a finished run."""

@@ -64,7 +64,7 @@ def write_model_card(
     config: Any,
     metrics: Iterable[Metric],
 ) -> None:
-    """Write ``folder/README.md``: the start model and data, the settings, and metrics on held-out rows."""
+    """Write ``folder/README.md``: the initial model and data, the settings, and metrics on held-out rows."""
     if data.dataset_mixer is not None:
         names = list(data.dataset_mixer)
     elif data.dataset_mixture is not None:

@@ -141,7 +141,7 @@ class Schedule:
 class RolloutFiles:
     """The ``rollouts`` folder of a run: each rollout is sampled, scored and written once, and read again on resume.
 
-    ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the start model, ``value`` PPO's
+    ``trainer`` is an :class:`~simpo.training.online.OnlineTrainer`, ``reference`` the initial model, ``value`` PPO's
     value function, ``engine`` samples answers (default: the recipe's), and ``loading`` is how the model was loaded.
     """
 
@@ -340,7 +340,7 @@ def adapted_columns(
 ) -> dict[str, float]:
     """Return the columns of a policy-gradient rollout that depend on earlier rollouts; all its records share them.
 
-    These are the KL coefficient and the mean and standard deviation of the start model's scores. ``records`` is the
+    These are the KL coefficient and the mean and standard deviation of the initial model's scores. ``records`` is the
     rollout without these columns, and ``previous`` is the rollout before it, if any.
     """
     if previous is not None:
@@ -395,7 +395,7 @@ def training_rows(records: Sequence[Record], args: OnlineConfig) -> Dataset:
 
 
 def _divergence(record: Record) -> float:
-    """Return the estimated KL(policy || start model), summed over a prompt's answers."""
+    """Return the estimated KL(policy || initial model), summed over a prompt's answers."""
     return sum(map(sum, record["behavior_logps"])) - sum(map(sum, record["ref_logps"]))
 
 

@@ -184,7 +184,7 @@ def _prepare(
 def training_identity(
     model: ModelArguments, data: DataArguments, config: Any, train: Dataset, held_out: Dataset | None
 ) -> Identity:
-    """Return what identifies a run: start model, rows in order, and every setting that influences training.
+    """Return what identifies a run: initial model, rows in order, and every setting that influences training.
 
     Data and models are identified by their contents rather than their location, a hub model by its name and revision.
     """
@@ -280,7 +280,7 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
 
 
 def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:
-    """Return this run's newest undamaged checkpoint, else the one in the recipe, or None for the start model."""
+    """Return this run's newest undamaged checkpoint, else the one in the recipe, or None for the initial model."""
     checkpoint = from_main(last_good_checkpoint(folder.path) if folder.writes else None)
     if checkpoint is not None:
         folder.log(f"continues from {checkpoint}")

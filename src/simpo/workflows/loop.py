@@ -72,10 +72,10 @@ class LoopSettings(AnnotatorSettings):
 
     prompts: str = required("File, folder or hub id of the training prompts, which are answered in every round.")
     eval_prompts: str = required(
-        "File, folder or hub id of the held-out prompts on which each round is compared with the start model."
+        "File, folder or hub id of the held-out prompts on which each round is compared with the initial model."
     )
     judges: list[str] | None = setting(
-        None, "Judges that compare each round with the start model (default: the annotator, or each of several)."
+        None, "Judges that compare each round with the initial model (default: the annotator, or each of several)."
     )
     rounds: int = setting(3, "Number of rounds of sampling, annotating, pairing and training.", least=1)
     prompts_split: str = setting("train", "Split of prompts.")
@@ -89,7 +89,7 @@ class LoopSettings(AnnotatorSettings):
         None, "Stop after a round whose win rate (first judge) is below this, from 0 to 1.", least=0, most=1
     )
     stop_kl: float | None = setting(
-        None, "Stop after a round whose KL from the start model exceeds this, in nats per answer.", above=0
+        None, "Stop after a round whose KL from the initial model exceeds this, in nats per answer.", above=0
     )
     yes: bool = setting(False, "Send requests to the server without asking for confirmation.")
 
@@ -129,7 +129,7 @@ class LoopRecipe:
 
     @property
     def held_out_prompts(self) -> PromptArguments:
-        """Prompts on which each round's model is compared with the start model."""
+        """Prompts on which each round's model is compared with the initial model."""
         return self._prompts(self.settings.eval_prompts, self.settings.eval_prompts_split)
 
     def _prompts(self, name: str, split: str) -> PromptArguments:
@@ -143,11 +143,11 @@ class LoopRecipe:
 
     @property
     def judges(self) -> list[str]:
-        """Names of the judges that compare a round's model with the start model."""
+        """Names of the judges that compare a round's model with the initial model."""
         return self.settings.judges or self.settings.annotators
 
     def start(self) -> ModelArguments:
-        """Return the start model's arguments without the adapter that training would add."""
+        """Return the initial model's arguments without the adapter that training would add."""
         return without_adapter(self.model)
 
 
@@ -207,8 +207,8 @@ class Rounds:
         return self.folder / f"round-{number}" / "model"
 
     def sample_start_answers(self) -> None:
-        """Sample the start model's answers to the held-out prompts."""
-        self.log("sampling the start model's answers to the held-out prompts")
+        """Sample the initial model's answers to the held-out prompts."""
+        self.log("sampling the initial model's answers to the held-out prompts")
         self._sample(0, self.recipe.held_out_prompts, self.recipe.held_out_sampling, self.folder / _START)
 
     def run(self, number: int) -> list[Metric]:
@@ -246,9 +246,9 @@ class Rounds:
         return metrics
 
     def _compare(self, number: int, folder: Path) -> list[Metric]:
-        """Compare the round's model with the start model on the held-out prompts, and return the round's metrics."""
+        """Compare the round's model with the initial model on the held-out prompts, and return the round's metrics."""
         recipe = self.recipe
-        self._announce(number, "comparing the new model with the start model on the held-out prompts")
+        self._announce(number, "comparing the new model with the initial model on the held-out prompts")
         self._sample(number, recipe.held_out_prompts, recipe.held_out_sampling, folder / "answers")
         comparison = CompareSettings(
             a=str(folder / "answers"),
@@ -274,7 +274,7 @@ class Rounds:
         self.log(f"round {number} of {self.recipe.settings.rounds}: {stage}")
 
     def _model(self, number: int) -> ModelArguments:
-        """Return the training arguments for a round's model; round 0 is the start model."""
+        """Return the training arguments for a round's model; round 0 is the initial model."""
         if number == 0:
             return self.recipe.model
         name = str(self.model_folder(number))
@@ -294,7 +294,7 @@ def run_loop(recipe: LoopRecipe, *, argv: Sequence[str] = (), file: Path | None 
 
     A larger ``rounds`` extends a finished loop as if it had been set from the start, unless a stop criterion ended that
     loop. A new loop first checks the settings of all stages and asks the user to confirm the cost of judge requests.
-    Returns the model folder of the last round that passed all stop criteria, or the start model's name if none did.
+    Returns the model folder of the last round that passed all stop criteria, or the initial model's name if none did.
 
     Raises:
         SimpoError: the input is invalid or a stage failed.
@@ -476,5 +476,5 @@ def print_loop(folder: Path) -> None:
         [number, *(metrics[name].text if name in metrics else "" for name in columns)]
         for number, metrics in rows.items()
     ]
-    title = "simpo loop: each round compared with the start model"
+    title = "simpo loop: each round compared with the initial model"
     print_full_width(Console(), make_table(["round", *columns], lines, names=0, title=title))

@@ -20,7 +20,7 @@ _TINY = "tiny"
 
 @dataclass(frozen=True)
 class Setting:
-    """A start model and its preference data."""
+    """An initial model and its preference data."""
 
     stem: str
     title: str  # model and data in a few words

@@ -167,7 +167,7 @@ def _check(sweep: Sweep) -> list[TrainingJob]:
 
 
 def _contents(sweep: Sweep, jobs: Sequence[TrainingJob]) -> dict[str, str]:
-    """Return digests of the data and the start models, which must not change when a killed sweep is resumed."""
+    """Return digests of the data and the initial models, which must not change when a killed sweep is resumed."""
     package, level = logging.getLogger("simpo"), logging.getLogger("simpo").level
     package.setLevel(logging.ERROR)  # the first trial logs the same notices
     try:

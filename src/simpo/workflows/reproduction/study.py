@@ -72,12 +72,12 @@ class Trial:
 def run_trial(base: Path, trial: Trial) -> dict[str, float]:
     """Train and evaluate one trial; deterministic except for ``seconds``.
 
-    ``base`` is the folder with the start model, pairs and prompts.
+    ``base`` is the folder with the initial model, pairs and prompts.
 
-    Returns metrics of sampled answers (``win_rate`` against the start model, ``score``, ``correct``, ``tokens``,
+    Returns metrics of sampled answers (``win_rate`` against the initial model, ``score``, ``correct``, ``tokens``,
     ``ended``); of the implicit reward on held-out pairs (``accuracy``; ``ranking_agreement`` with the average
-    log-probability; ``reward_length_rho``, Spearman's correlation with length); ``kl`` from the start model in nats per
-    token; and ``seconds``, the CPU time of training.
+    log-probability; ``reward_length_rho``, Spearman's correlation with length); ``kl`` from the initial model in nats
+    per token; and ``seconds``, the CPU time of training.
     """
     torch.set_num_threads(1)  # the model is tiny
     tokenizer = load_tokenizer(str(base / START))
@@ -136,7 +136,7 @@ def _answer_metrics(
 def _pair_metrics(
     model: PreTrainedModel, start: PreTrainedModel, tokenizer: Any, pairs: Path, objective: Any
 ) -> dict[str, float]:
-    """Compare the rankings of held-out pairs by reward and by likelihood, and measure KL from the start model."""
+    """Compare the rankings of held-out pairs by reward and by likelihood, and measure KL from the initial model."""
     settings = TokenizeSettings(max_length=128, max_prompt_length=None)
     rows = prepare(load_rows(str(pairs), split="train"), tokenizer, settings).dataset
     comparisons = [TokenizedComparison(row["prompt_ids"], row["response_ids"]) for row in rows]
@@ -156,17 +156,17 @@ def _pair_metrics(
     }
 
 
-# ---- Shared inputs of all trials: the start model, and pairs and prompts from the tiny world.
+# ---- Shared inputs of all trials: the initial model, and pairs and prompts from the tiny world.
 
 DEMONSTRATIONS, PROMPTS, JUDGED, PAIRS = 24_000, 640, 240, 640
 ON_POLICY, OFF_POLICY, LENGTH_BIASED = "on-policy", "off-policy", "length-biased"  # files of pairs
 LENGTH_BIAS = 0.5
-_SEED = 0  # for the world, the start model and the pairs; a trial's seed only varies training and sampling
+_SEED = 0  # for the world, the initial model and the pairs; a trial's seed only varies training and sampling
 _ANSWERS = 6  # answers per prompt, of which the best and the worst are paired
 
 
 def prepare_base(folder: Path, log: Log) -> None:
-    """Create the inputs that do not exist yet: fine-tune the start model, pair its answers, and draw other pairs.
+    """Create the inputs that do not exist yet: fine-tune the initial model, pair its answers, and draw other pairs.
 
     Each file and folder is written atomically, so that an interrupted call can be repeated.
     """
@@ -179,11 +179,11 @@ def prepare_base(folder: Path, log: Log) -> None:
     write_pairs(folder / f"{OFF_POLICY}.jsonl", PAIRS, _SEED)
     write_pairs(folder / f"{LENGTH_BIASED}.jsonl", PAIRS, _SEED, length_bias=LENGTH_BIAS)
     if not (folder / START).exists():
-        log(f"start model: supervised fine-tuning on {DEMONSTRATIONS:,} demonstrations (about two minutes)")
+        log(f"initial model: supervised fine-tuning on {DEMONSTRATIONS:,} demonstrations (about two minutes)")
         _fine_tune(folder)
     for name, prompts in ((ON_POLICY, "prompts"), (HELD_OUT_PAIRS.removesuffix(".jsonl"), HELD_OUT)):
         if not (folder / f"{name}.jsonl").exists():
-            log(f"pairs: sampling {_ANSWERS} answers from the start model to each prompt in {prompts}.jsonl")
+            log(f"pairs: sampling {_ANSWERS} answers from the initial model to each prompt in {prompts}.jsonl")
             _pair(folder, name, prompts)
 
 
