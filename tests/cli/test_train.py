@@ -40,8 +40,9 @@ def options(world, output, **changes):
 
 
 def test_results_are_printed_as_json_even_for_a_finished_run(world, tmp_path, capfd):
-    for _ in range(2):
-        assert main([*options(world, tmp_path / "out", max_steps=1), "--json"]) == 0
+    given = options(world, tmp_path / "out", max_steps=1)
+    for argv in ([*given, "--json"], ["--json", "--verify", *given]):
+        assert main(argv) == 0
         printed = capfd.readouterr()
         found = json.loads(printed.out)
         assert found.pop("folder") == str(tmp_path / "out")
@@ -50,6 +51,8 @@ def test_results_are_printed_as_json_even_for_a_finished_run(world, tmp_path, ca
     for argv in (["chat", str(world / "model"), "--json"], ["label", "answers.jsonl", "--json"]):
         assert main(argv) == 2
         assert f"--json: simpo {argv[0]}" in capfd.readouterr().err
+    assert main(["--json"]) == 2
+    assert "--json" in capfd.readouterr().err
 
 
 def test_a_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path, capsys):

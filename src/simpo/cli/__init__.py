@@ -167,7 +167,9 @@ def _run(arguments: list[str]) -> None:
     if arguments[0] in ("-V", "--version"):
         print(f"simpo {__version__}")
         return
-    name, rest = arguments[0], arguments[1:]
+    # Options of all commands may also precede the command.
+    position = next((index for index, given in enumerate(arguments) if given not in (_JSON, _VERIFY)), 0)
+    name, rest = arguments[position], [*arguments[:position], *arguments[position + 1 :]]
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"; the commands are {', '.join(sorted(COMMANDS))}"
         raise SimpoError(f"unknown command {name!r}{hint}")

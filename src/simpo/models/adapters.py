@@ -52,7 +52,7 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
             raise SimpoError(f"model_name_or_path: {name!r} only contains an adapter; name its folder: {names}")
         return None
     if not isinstance(config, LoraConfig):
-        raise SimpoError(f"model_name_or_path: {name!r} is not a LoRA adapter ({config.peft_type}); use one")
+        raise SimpoError(f"model_name_or_path: {name!r} is not a LoRA adapter ({config.peft_type.value}); use one")
     base, base_revision = config.base_model_name_or_path, config.revision
     if not base or not isinstance(base, str) or not isinstance(base_revision, str | None):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter that does not name its base model")
