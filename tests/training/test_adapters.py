@@ -477,7 +477,7 @@ def test_other_adapter_types_are_rejected(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases("llama"))
     prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     folder = save(get_peft_model(base, prompts), tmp_path / "adapter")
-    with pytest.raises(SimpoError, match="is not a LoRA adapter .[A-Z0-9_]+.; use one"):
+    with pytest.raises(SimpoError, match=r"is not a LoRA adapter \([A-Z0-9_]+\); use one"):
         load_model(str(folder))
 
 
