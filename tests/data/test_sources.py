@@ -125,6 +125,7 @@ def test_folders_written_by_save_to_disk(tmp_path):
         load(tmp_path / "two", "dev")
 
 
+BOMB = b'{"prompt": "' + b"a" * (1 << 27) + b'"}\n'
 BROKEN = [
     ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not JSON: .*one object per line"),
     ("a.jsonl", b'{"a": 1}\n3\n', r"a\.jsonl:2: not a JSON object"),
@@ -133,6 +134,10 @@ BROKEN = [
     ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read: "),
     ("a.jsonl.zst", b"plain text, not packed", r"a\.jsonl\.zst: cannot be read: "),
+    ("a.jsonl.gz", gzip.compress(BOMB), r"a\.jsonl\.gz: .*300 times as large"),
+    ("a.json.gz", gzip.compress(b"[" + BOMB + b"]"), r"a\.json\.gz: .*300 times as large"),
+    ("a.jsonl.zst", zstandard.compress(BOMB), r"a\.jsonl\.zst: .*300 times as large"),
+    ("a.jsonl", BOMB, r"a\.jsonl:1: .*134,217,728 characters"),
     ("a.json", b'[{"a": 1},\n}', r"a\.json:2: not JSON: "),
     ("a.json", b"[1]", r"a\.json\[0\]: not a JSON object"),
     ("a.parquet", b"plain", r"a\.parquet: not a readable parquet file: "),

@@ -151,7 +151,8 @@ def test_moving_or_probing_a_batch_keeps_its_contents(comparisons):
         "meta"
     }
     assert batch.to("cpu").comparisons == comparisons
-    assert batch.to("cpu").weights.tolist() == [1.0, 0.0, 1.0, 1.0]
+    kept = batch.to("cpu").weights
+    assert kept.tolist() == [1.0, 0.0, 1.0, 1.0] and kept.dtype == torch.float64
     probing = batch.probing()
     assert (probing.layout.windows, batch.layout.windows) == ([], None)
     assert probing.layout.spans == batch.layout.spans

@@ -17,6 +17,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst
 _SUPPORTED = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: increase it when the same file yields different rows than before.
 _FORMAT = "3"
+# Text beyond these limits is an attack or an accident, and would take gigabytes of memory.
+_MAX_LINE = 1 << 27  # characters in a line of JSON
+_MAX_RATIO, _UNCHECKED_SIZE = 300, 1 << 26  # decompressed bytes per compressed byte, in files over this many bytes
 # How an Arrow stream and an Arrow file end.
 _ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 # No hub id ends in these suffixes: a name that does is meant to be a file.
@@ -258,13 +262,15 @@ def _json_rows(path: Path) -> Iterator[dict[str, str]]:
             damaged = (*damaged, _zstandard(path).ZstdError)
             _check_frames(path)
         with _open_text(path) as file:
-            is_list = next((text for line in file if (text := line.strip())), "").startswith("[")
+            is_list = next((text for piece in _pieces(file, path) if (text := piece.strip())), "").startswith("[")
         with _open_text(path) as file:
             items: Iterator[tuple[str, Any]]
             if is_list:
-                items = ((f"{path.name}[{index}]", item) for index, item in enumerate(_parse(file.read(), path, 1)))
+                text = "".join(_pieces(file, path))
+                items = ((f"{path.name}[{index}]", item) for index, item in enumerate(_parse(text, path, 1)))
             else:
-                lines = ((number, line.rstrip()) for number, line in enumerate(file, start=1) if line.strip())
+                numbered = enumerate(_lines(file, path), start=1)
+                lines = ((number, line.rstrip()) for number, line in numbered if line.strip())
                 items = ((f"{path.name}:{number}", _parse(line, path, number)) for number, line in lines)
             for where, row in items:
                 if not isinstance(row, dict):
@@ -306,14 +312,35 @@ def _open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")
 
 
+def _lines(file: IO[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(file.readline, _MAX_LINE), ""), start=1):
+        _check_ratio(path, file.buffer.tell())  # type: ignore[attr-defined]
+        if len(line) == _MAX_LINE:
+            raise SimpoError(f"{path}:{number}: the line has over {_MAX_LINE:,} characters; split it into several rows")
+        yield line
+
+
+def _pieces(file: IO[str], path: Path) -> Iterator[str]:
+    for piece in iter(partial(file.read, 1 << 16), ""):
+        _check_ratio(path, file.buffer.tell())  # type: ignore[attr-defined]
+        yield piece
+
+
+def _check_ratio(path: Path, expanded: int) -> None:
+    """Raise :class:`SimpoError` if this many decompressed bytes are far more than text can be compressed to."""
+    if expanded > max(_UNCHECKED_SIZE, _MAX_RATIO * path.stat().st_size):
+        raise SimpoError(f"{path}: its text is over {_MAX_RATIO} times as large as the file; decompress it yourself")
+
+
 def _check_frames(path: Path) -> None:
     """Raise EOFError for a file truncated within a frame, which the library's reader takes for the end of the data."""
     new = _zstandard(path).ZstdDecompressor().decompressobj
-    frame, complete = new(), True
+    frame, complete, expanded = new(), True, 0
     with path.open("rb") as file:
-        while packed := file.read(2**16):
+        while packed := file.read(2**12):  # at most about 128 MiB of text, even if it is malicious
             while packed:
-                frame.decompress(packed)
+                expanded += len(frame.decompress(packed))
+                _check_ratio(path, expanded)
                 complete, packed = frame.eof, frame.unused_data
                 if complete:
                     frame = new()
