@@ -52,7 +52,8 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(["n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"], 1),
     **dict.fromkeys(["n_groups", "mamba_ngroups", "bos_token_id"], 1),
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCABULARY),
-    **dict.fromkeys(["linear_num_key_heads", "index_n_heads", "encoder_layers", "eos_token_id"], 2),
+    **dict.fromkeys(["linear_num_key_heads", "encoder_layers", "eos_token_id"], 2),
+    "index_n_heads": 64,  # as in real models: with a few, all of them often score 0, and the choice of tokens is random
     "linear_num_value_heads": 4,
     "pad_token_id": 0,
     "is_decoder": True,
@@ -258,6 +259,7 @@ time.
 - **packed**: a prompt is computed once for all of its responses, inside attention, and nothing is padded.
 - **cached**: a prompt is computed once and passed to all of its responses through the model's own cache: keys and
   values, recurrent states, convolution windows. Prompts are padded to one length, and so are responses.
+  If padding in front of a prompt changes the results, each comparison is computed on its own.
 - **padded**: the prompt is computed again for every response.
 - **rejected**: an error before training.
 - **not built**: we could not build a toy model from the default configuration with small sizes. This says nothing about
@@ -274,9 +276,6 @@ largest gradient. [Which path a model takes](training.md#which-path-a-model-take
   keeps a state for each of them until the backward pass. With the 64 heads of size 128 of MiniMax-Text-01, this is a
   million numbers per token and layer, compared with 6,144 for the hidden state. MiniMax-M2 and M3 have only attention,
   and are packed.
-- **DeepSeek-V4** (`deepseek_v4`) is padded. Its compressors close a window every few tokens, counted from the start of
-  a row, so padding in front of a prompt shifts all windows and becomes part of one. Computing one comparison at a time
-  needs no such padding, but a cached path with one forward pass per comparison is not implemented.
 - **Kernels with `cu_seqlens`** (flash-linear-attention, causal-conv1d, mamba-ssm), which take sequences of different
   lengths without padding, are not used: they require CUDA, and we could not verify their results. Hybrid and
   state-space models take the cached path on every device. If such a package is installed, transformers itself may use

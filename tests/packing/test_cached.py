@@ -21,11 +21,14 @@ STATES = [
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "falcon_h1", "nemotron_h", "granitemoehybrid",
     "bamba", "jamba", "zamba2", "olmo_hybrid", "mamba", "mamba2", "falcon_mamba",
 ]  # fmt: skip
-# In older versions of transformers, Nemotron-H caches less than its layers need.
+# In older versions of transformers, these cache less than their layers need.
 PATHS = dict.fromkeys(STATES, "cached")
 if Version(transformers.__version__) < Version("5.23"):
-    PATHS["nemotron_h"] = "padded"
-ATTENTION = ["bloom", "falcon", "gptj", "stablelm", "nemotron", "phimoe", "afmoe", "jetmoe", "llama4_text", "mpt"]
+    PATHS |= {"nemotron_h": "padded", "deepseek_v4": "padded"}
+ATTENTION = [
+    "bloom", "falcon", "gptj", "stablelm", "nemotron", "phimoe", "afmoe", "jetmoe", "llama4_text", "mpt",
+    "deepseek_v32", "deepseek_v4",
+]  # fmt: skip
 for name in (*STATES, *ATTENTION):  # import modules with torch.float32 as a default before a fixture changes it
     MODEL_FOR_CAUSAL_LM_MAPPING[type(toy_config(name))]
 
@@ -55,6 +58,15 @@ def test_log_probabilities_and_gradients_match_the_models_own(name, float64_ever
     assert_equal(found, expected, model, 1e-9)
 
 
+@pytest.mark.parametrize(("name", "separately"), [("deepseek_v4", True), ("deepseek_v32", False), ("lfm2", False)])
+def test_comparisons_are_separated_only_if_padding_changes_results(name, separately):
+    """DeepSeek-V4's compressors close a window every few tokens, counted from the start of a row."""
+    model = build(name)
+    choose_path(model, PackedBatch.build(comparisons()))
+    expected = ("cached", separately) if PATHS.get(name, "cached") == "cached" else ("padded", False)
+    assert (state_of(model).path, state_of(model).separate_comparisons) == expected
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_single_precision_matches_too(name):
     model, rows = build(name), comparisons(seed=1)
@@ -64,7 +76,7 @@ def test_single_precision_matches_too(name):
     assert_equal(found, expected, model, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "mamba2", "falcon_h1", "jamba"])
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "mamba2", "falcon_h1", "jamba", "deepseek_v4"])
 def test_gradient_checkpointing_changes_nothing(name, float64_everywhere):
     model, batch = build(name, torch.float64), PackedBatch.build(comparisons())
     choose_path(model, batch)
@@ -86,7 +98,9 @@ def test_checkpoints_are_one_comparison_long(monkeypatch):
     saved: list[int] = []
     pack = lambda tensor: saved.append(tensor.numel()) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        states = outputs_at_scored(model, PackedBatch.build(rows), lambda **inputs: model.base_model(**inputs)[0])
+        states = outputs_at_scored(
+            model, PackedBatch.build(rows), lambda **inputs: model.base_model(**inputs)[0], separately=False
+        )
     weights = {parameter.numel() for parameter in model.parameters()}
     assert sum(size for size in saved if size not in weights) <= 4 * states.numel()
 

@@ -4,7 +4,8 @@ A batch is computed in two passes. The first pass runs the prompts, padded on th
 recurrent states and convolution windows in the cache. The cache is then repeated for each response to a prompt, and the
 second pass runs the responses, padded on the right. The gradients of all responses flow back through the cache into the
 single computation of their prompt. Rows never mix: comparisons are separate rows of the batch, and padding does not
-enter a state (models mask it, and the self-check compares prompts of different lengths).
+enter a state. Models mask it, and the self-check compares prompts of different lengths; if a model's results still
+change, as with DeepSeek-V4's compression of every few tokens, each comparison gets two passes of its own.
 """
 
 from __future__ import annotations
@@ -83,22 +84,26 @@ class TwoPasses:
         )
 
 
-def outputs_at_scored(model: PreTrainedModel, batch: PackedBatch, forward: Callable[..., Tensor]) -> Tensor:
+def outputs_at_scored(
+    model: PreTrainedModel, batch: PackedBatch, forward: Callable[..., Tensor], *, separately: bool
+) -> Tensor:
     """Run ``forward``, which returns ``[rows, L, D]``, and select its outputs at the scored positions, ``[S, D]``.
 
-    ``model`` is the language model itself, without the wrappers of peft or a distributed engine. transformers turns
+    ``model`` is the language model itself, without the wrappers of peft or a distributed engine. With ``separately``,
+    each comparison gets its own two passes, so that no prompt is padded on the left. transformers turns
     caches off when it checkpoints layers, so under gradient checkpointing each comparison becomes one checkpoint
     instead, and only its ids are kept for the backward pass.
     """
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if not (checkpointing and model.training and torch.is_grad_enabled()):
-        return _two_passes(model, TwoPasses.of(batch), forward)
+        alone = range(len(batch.layout.spans)) if separately else [None]
+        return torch.cat([_two_passes(model, TwoPasses.of(batch, only), forward) for only in alone])
     # Ranks that shard weights must run their layers equally often, so the whole batch is one checkpoint.
-    comparisons = [None] if _is_sharded(model) else range(len(batch.layout.spans))
+    comparisons = [None] if is_sharded(model) else range(len(batch.layout.spans))
     return torch.cat([checkpoint(_uncheckpointed, model, batch, c, forward, use_reentrant=False) for c in comparisons])
 
 
-def _is_sharded(model: PreTrainedModel) -> bool:
+def is_sharded(model: PreTrainedModel) -> bool:
     """Whether FSDP or DeepSpeed gathers weights layer by layer."""
     return hasattr(next(model.parameters()), "ds_id") or any(isinstance(m, FSDPModule) for m in model.modules())
 

@@ -245,7 +245,7 @@ def _outputs_at_scored(
     """Run ``forward``, which returns ``[rows, L, D]``, and select its outputs at the scored positions, ``[S, D]``."""
     state = state_of(model)
     if path == "cached":
-        return cached.outputs_at_scored(causal_lm(model), batch, forward)
+        return cached.outputs_at_scored(causal_lm(model), batch, forward, separately=state.separate_comparisons)
     if path == "packed":
         batch = batch if state.lengths is None else rope.repeat_prompts(batch, state.lengths)
         outputs = forward(

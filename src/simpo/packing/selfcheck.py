@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from simpo.errors import SimpoError
 from simpo.packing.attention import UnsupportedAttentionError, causal_lm, install, uninstall
-from simpo.packing.cached import NotShareableError, install_scans
+from simpo.packing.cached import NotShareableError, install_scans, is_sharded
 from simpo.packing.images import forward_inputs
 from simpo.packing.layout import PackedBatch, TokenizedComparison
 from simpo.packing.rope import LengthRule
@@ -56,6 +56,9 @@ class PolicyState:
     fused_head: bool = True
     # Whether every row needs its own forward because its results depend on the other rows of a padded batch.
     separate_rows: bool = False
+    # Whether every comparison needs its own forward on the cached path, because padding in front of its prompt would
+    # change its results.
+    separate_comparisons: bool = False
     lengths: LengthRule | None = None  # which rows have the same rotary frequencies, if those depend on the length
     reasons: list[str] = field(default_factory=list)  # why fast paths are not used, for the user
 
@@ -103,7 +106,8 @@ def check_model(model: PreTrainedModel, state: PolicyState, kind: ModelKind, bat
     padded batches: if a row's results depend on its neighbors, every response gets its own forward. If the packed path
     is not possible, the cached path is used, provided that its log-probabilities and its gradients agree.
     """
-    reported, state.reasons, state.separate_rows = state.reasons, [], False
+    reported, state.reasons = state.reasons, []
+    state.separate_rows = state.separate_comparisons = False
     device = next(model.parameters()).device
     samples = [_sample(batch.comparisons).to(device)]
     if len(batch.comparisons) > _FIRST_ROWS:  # without the longest row, in case its outputs are not finite
@@ -316,7 +320,8 @@ def _check_paths(
         not_packed = error
     try:
         check(_check_cached)
-        state.reasons.append(f"prompts are shared through its cache, not inside attention: {not_packed}")
+        how = "through its cache" + (", one comparison at a time" if state.separate_comparisons else "")
+        state.reasons.append(f"prompts are shared {how}, not inside attention: {not_packed}")
         return "cached"
     except NotShareableError as not_cached:
         padded = "by itself" if state.separate_rows else "with its own prompt, padded"
@@ -410,9 +415,20 @@ def _check_cached(
     if any(isinstance(module, CheckpointWrapper) for module in model.modules()):
         raise NotShareableError("FSDP's activation checkpointing runs layers twice, which would fill the cache twice")
     install_scans(model)
-    if difference := _shared_difference(model, kind, sample, "cached", expected):
-        raise NotShareableError(difference)
-    if isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id"):
+    faults = []
+    for separately in (False, True) if not is_sharded(model) else (False,):  # its ranks must run layers equally often
+        state.separate_comparisons = separately
+        try:
+            fault = _shared_difference(model, kind, sample, "cached", expected)
+        except NotShareableError as error:
+            fault = str(error)
+        if fault is None:
+            break
+        faults.append(fault)
+    else:
+        state.separate_comparisons = False
+        raise NotShareableError(faults[0])
+    if is_sharded(model):
         return
     # Few and short, because kernels pad them to whole chunks and nothing is checkpointed here; of different lengths, so
     # that the backward pass meets padding.
