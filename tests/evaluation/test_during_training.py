@@ -185,6 +185,27 @@ def test_a_killed_run_reuses_the_initial_models_answers(uninterrupted, world, tm
     assert same_weights(output, uninterrupted)
 
 
+def test_a_run_cannot_continue_with_another_judge(world, tmp_path, monkeypatch, capsys):
+    """The judge's code and the columns it reads decide which checkpoint is the best."""
+    code, rows = tmp_path / "judges_to_change.py", tmp_path / "test.jsonl"
+    code.write_text(JUDGES)
+    rows.write_bytes((world / "test.jsonl").read_bytes())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judged = {"eval_judge": "function:judges_to_change:noisy", "trust_remote_code": "true", "eval_dataset_name": rows}
+    command = options(world, tmp_path / "run", **judged)
+    with killed_after_step(EVERY + 1):
+        cli.main(command)
+    code.write_text(JUDGES + "\n# changed\n")
+    assert cli.main(command) == 2
+    assert "eval_judge/code" in capsys.readouterr().err
+    code.write_text(JUDGES)
+    rows.write_text("".join(json.dumps(json.loads(line) | {"more": 1}) + "\n" for line in rows.open()))
+    assert cli.main(command) == 2
+    assert "eval_judge/columns" in capsys.readouterr().err
+    rows.write_bytes((world / "test.jsonl").read_bytes())
+    assert cli.main(command) == 0
+
+
 def test_a_judge_that_fails_later_does_not_end_training(uninterrupted, world, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(world)
     output = tmp_path / "run"

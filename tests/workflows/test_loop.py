@@ -117,6 +117,8 @@ def test_more_rounds_continue_from_the_last_one(world, tmp_path, monkeypatch, ca
     assert record["status"] == "finished" and len(record["starts"]) == 2
     assert find_damage(Path("out")) is None
 
+    assert main([*command, "2", "--save_dtype", "bfloat16"]) == 2
+    assert "save_dtype" in capsys.readouterr().err
     assert main([*command, "1"]) == 2
     printed = capsys.readouterr().err
     assert "rounds: out already has 2, more than the 1" in printed and printed.count("\n") == 1

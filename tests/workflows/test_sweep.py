@@ -201,6 +201,24 @@ def test_a_start_model_or_data_changed_between_trials_is_rejected(world, tmp_pat
     assert main(argv) == 0
 
 
+def test_changed_data_is_rejected_if_the_data_is_an_axis(world, tmp_path, capsys):
+    output, pairs = tmp_path / "sweep", (world / "train.jsonl").read_text().splitlines(keepends=True)
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        file.write_text("".join(pairs))
+    argv = sweep(world, output, f"--dataset_name={files[0]},{files[1]}", rates=["1e-4"])
+    process = _start(argv)
+    _wait_for(output / "trials/001/run.json", process)
+    process.kill()
+    process.join()
+    files[1].write_text("".join(reversed(pairs)))
+    assert main(argv) == 2
+    assert "(data 1/train" in capsys.readouterr().err
+    files[1].write_text("".join(pairs))
+    assert main(argv) == 0
+    assert metrics(output)["trials/finished"].value == 2
+
+
 def test_two_processes_share_the_trials_and_a_different_sweep_is_rejected(world, tmp_path, capsys):
     output = tmp_path / "sweep"
     rates = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "1e-2")  # enough that the later process finds some left

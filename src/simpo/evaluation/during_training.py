@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from simpo.client import confirm_cost, placeholder_answer
 from simpo.data.images import text_tokenizer
-from simpo.data.prompts import Prompt, prepare_prompts
+from simpo.data.prompts import Prompt, columns_identity, prepare_prompts
 from simpo.errors import SimpoError
 from simpo.generation.engine import Sampled, TransformersEngine
 from simpo.generation.responses import read_samples, response_texts, write_responses
@@ -133,7 +133,7 @@ class Generations(RunCallback):
     _config: TrainingSettings
     _tokenizer: PreTrainedTokenizerBase
     _log: Log
-    _judge: Judge | None
+    _judge: Judge | None = None
     _sampling: SamplingSettings
     _prompts: list[Prompt]
     _engine: TransformersEngine
@@ -145,8 +145,12 @@ class Generations(RunCallback):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe's keys, except ``yes``, which does not affect results."""
-        return {key: value for key, value in dataclasses.asdict(self._arguments).items() if key != "yes"}
+        """The recipe's keys, except ``yes``, which does not affect results, and what determines a judge's verdicts."""
+        settings = {key: value for key, value in dataclasses.asdict(self._arguments).items() if key != "yes"}
+        if self._judge is not None:
+            given = self._judge.identity | columns_identity(self._prompts)
+            settings |= {f"eval_judge/{key}": value for key, value in given.items()}
+        return settings
 
     def prepare(self, config: TrainingSettings, processing: Any, held_out: Dataset | None, log: Log) -> None:
         """Select the prompts and create the judge; raises :class:`SimpoError` if that is not possible."""

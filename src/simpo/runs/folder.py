@@ -120,6 +120,10 @@ class FolderInUseError(SimpoError):
     """Another process is using the output folder."""
 
 
+class DifferentRunError(SimpoError):
+    """The output folder holds a run with different settings."""
+
+
 class RunFolder:
     """The output folder of one command; a context manager that releases the folder on exit.
 
@@ -224,7 +228,7 @@ class RunFolder:
             versions = self._changed_versions()
             if versions and not self.finished:
                 advice += f"install the package versions it was started with ({versions}), or "
-            raise SimpoError(
+            raise DifferentRunError(
                 f"output_dir: {self.path} holds {kind} with different settings ({'; '.join(differences)}); "
                 f"{advice}use a new folder{last}"
             )

@@ -365,6 +365,8 @@ def _identity(recipe: LoopRecipe, options: JudgeOptions) -> Mapping[str, Any]:
         **{f"judge {name}/{key}": value for name, judge in judges.items() for key, value in judge.identity.items()},
         "model": model_digest(recipe.model),
         "dtype": recipe.model.dtype,
+        **{key: str(value) for key, value in recipe.model.quantization.items()},
+        **({} if recipe.model.save_dtype is None else {"save_dtype": recipe.model.save_dtype}),
         "lora": str(recipe.model.lora if recipe.model.use_peft else None),
     }
 

@@ -23,7 +23,7 @@ from simpo.models.devices import free_memory
 from simpo.models.loading import check_model_files
 from simpo.runs.files import read_lines, write_text
 from simpo.runs.folder import FILE_NAME as RECORD
-from simpo.runs.folder import FolderInUseError, RunFolder, RunRecord
+from simpo.runs.folder import DifferentRunError, FolderInUseError, RunFolder, RunRecord
 from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, make_table, print_full_width, read_results
 from simpo.training.batches import rows_digest
@@ -171,13 +171,17 @@ def _contents(sweep: Sweep, jobs: Sequence[TrainingJob]) -> dict[str, str]:
     package, level = logging.getLogger("simpo"), logging.getLogger("simpo").level
     package.setLevel(logging.ERROR)  # the first trial logs the same notices
     try:
-        _, _, prepared = prepare_data(PreferenceTrainer, jobs[0])
+        distinct = {repr(job.data): job for job in jobs}  # the data may be an axis
+        prepared = [prepare_data(PreferenceTrainer, job)[2] for job in distinct.values()]
         if not (sweep.folder / RECORD).exists():
             check_model_files(jobs[0].model)
     finally:
         package.setLevel(level)
     models = {job.model.model_name_or_path: job.model for job in jobs}
-    digests = {f"data/{label}": rows_digest(part.dataset) for label, part in prepared.items()}
+    digests: dict[str, str] = {}
+    for number, parts in enumerate(prepared):
+        place = f"data {number}" if number else "data"
+        digests |= {f"{place}/{label}": rows_digest(part.dataset) for label, part in parts.items()}
     return digests | {f"model {name}": model_digest(model) for name, model in models.items()}
 
 
@@ -233,7 +237,10 @@ def _run_trial(sweep: Sweep, study: Study, trial: Any, log: Log) -> None:
         study.end(trial, None, "PRUNED")
         log(f"{name}: pruned {stop}")
     except (torch.OutOfMemoryError, SimpoError) as error:
-        # Errors from the disk, the hub or a file have a cause, and the next trial would fail the same way.
+        # Errors from the disk, the hub or a file have a cause, and the next trial would fail the same way. If the
+        # trial's inputs have changed since it started, it can continue once they are restored.
+        if isinstance(error, DifferentRunError):
+            raise
         if isinstance(error, SimpoError) and (error.__cause__ is not None or not (folder / RECORD).exists()):
             raise
         reason = str(error) if isinstance(error, SimpoError) else f"out of memory: {' '.join(str(error).split())[:200]}"
