@@ -79,13 +79,29 @@ class RunningMeans:
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the state for :meth:`restore`, ready for JSON and the same on every rank."""
-        return {"since_log": reduce(self._since_log.clone()).tolist(), "before_log": self._before_log.tolist()}
+        sums = {"since_log": reduce(self._since_log.clone()).tolist(), "before_log": self._before_log.tolist()}
+        return {"names": list(self._names), **sums}
 
     def restore(self, state: dict[str, Any], *, main: bool) -> None:
-        """Continue from ``state``; the main rank takes over the sums of all ranks."""
-        since_log = self._since_log.new_tensor(state["since_log"])
-        self._since_log = since_log if main else torch.zeros_like(since_log)
-        self._before_log = torch.tensor(state["before_log"], dtype=torch.float64)
+        """Continue from ``state``; the main rank takes over the sums of all ranks.
+
+        Metrics are matched by name, and those that ``state`` does not have start at 0. Raises ValueError unless
+        ``state`` has sums for as many metrics as names; without names, it must have the metrics of this run.
+        """
+        names = state.get("names", self._names)
+        since_log, self._before_log = (self._matched(state[key], names) for key in ("since_log", "before_log"))
+        self._since_log = (since_log if main else torch.zeros_like(since_log)).to(self._since_log)
+
+    def _matched(self, values: list[list[float]], names: Sequence[str]) -> Tensor:
+        """Return the sums ``values`` of the metrics ``names`` for the metrics of this run, ``[2, N]`` float64."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if sums.shape != (2, len(names)):
+            raise ValueError(
+                f"holds sums of shape {list(sums.shape)}, expected [2, {len(names)}] for {', '.join(names)}; use a "
+                "checkpoint of a run with these metrics"
+            )
+        by_name = dict(zip(names, sums.T, strict=True))
+        return torch.stack([by_name.get(name, sums.new_zeros(2)) for name in self._names], dim=1)
 
 
 def write_scores(path: Path, rows: Dataset, scores: Scores) -> None:
