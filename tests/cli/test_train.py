@@ -55,6 +55,23 @@ def test_results_are_printed_as_json_even_for_a_finished_run(world, tmp_path, ca
     assert "--json" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        (
+            "load_best_model_at_end",
+            {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+        ),
+        ("save_strategy", {"save_strategy": "best"}),
+    ],
+)
+def test_the_best_checkpoint_needs_evaluations(world, tmp_path, capsys, key, given):
+    changes = {"eval_dataset_name": None, "max_steps": 1, "load_best_model_at_end": key == "load_best_model_at_end"}
+    assert main(options(world, tmp_path / "out", **changes | given)) == 2
+    assert f"{key}: needs evaluations" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_leaves_a_better_model_that_plain_transformers_loads(world, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(options(world, output, num_train_epochs=4)) == 0

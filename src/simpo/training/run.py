@@ -146,6 +146,7 @@ def _prepare(
     elif config.eval_strategy != "no" or config.do_eval:
         folder.log(f"no held-out {kind.row_noun} (set eval_dataset_name); training without evaluation")
         config.eval_strategy, config.do_eval = type(config.eval_strategy)("no"), False
+    _check_evaluated(config, held_out)
     for callback in job.run_callbacks:
         callback.prepare(config, processing, raw.get("eval"), folder.log)
     checkpoint = checkpoint_from_recipe(config)
@@ -213,6 +214,14 @@ def prepare_data(kind: type[PackedTrainer], job: TrainingJob) -> tuple[Any, dict
     if kind.takes_images and any(map(has_images, raw.values())):
         processing = load_processor(job.model, chat_template=template)
     return processing, raw, {label: kind.prepare(rows, processing, job.config, label) for label, rows in raw.items()}
+
+
+def _check_evaluated(config: Any, held_out: Dataset | None) -> None:
+    """Raise :class:`SimpoError` if the best checkpoint is wanted, but there will be no evaluation."""
+    wanted = {"load_best_model_at_end": config.load_best_model_at_end, "save_strategy": config.save_strategy == "best"}
+    if any(wanted.values()) and (held_out is None or config.eval_strategy == "no"):
+        key = next(key for key, value in wanted.items() if value)
+        raise SimpoError(f"{key}: needs evaluations to find the best checkpoint; set eval_dataset_name, eval_strategy")
 
 
 def _overlap(train: Dataset, held_out: Dataset, noun: str, folder: RunFolder) -> list[Metric]:
