@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,23 @@ def test_a_provoked_collapse_stops_at_the_last_good_checkpoint(chat_world, tmp_p
     assert step <= 4 and error.count("\n") == 1
     assert kept.name == f"checkpoint-{step - 1}" and str(kept) in error and "learning_rate" in error
     assert "guard: stop" in (output / "log.txt").read_text()
+
+
+def test_a_run_stopped_by_its_gradient_norm_stops_there_again(chat_world, tmp_path, capsys, monkeypatch):
+    """The same command continues from a checkpoint, where the norms logged before it still count."""
+    assert cli.main(options(chat_world, tmp_path / "off", guard="off", logging_steps=1)) == 0
+    logs = [json.loads(line) for line in (tmp_path / "off/metrics.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in logs if "grad_norm" in line]
+    ratios = {step: norms[step - 1] / median(norms[: step - 1]) for step in range(6, 9)}  # five norms are needed
+    last = max(ratios, key=ratios.get)
+    monkeypatch.setattr("simpo.training.guard._MAX_NORM_RATIO", ratios[last] * (1 - 1e-9))
+    errors = []
+    for _ in range(2):
+        assert cli.main(options(chat_world, tmp_path / "run", guard="stop", logging_steps=1)) == 2
+        errors.append(capsys.readouterr().err)
+        assert last_good_checkpoint(tmp_path / "run").name == f"checkpoint-{last - 1}"
+    assert errors[0] == errors[1]
+    assert f"step {last}: " in errors[0] and f"median of {median(norms[: last - 1]):.3g}" in errors[0]
 
 
 def test_warning_mode_does_not_change_training_and_a_healthy_run_has_no_warnings(chat_world, tmp_path):

@@ -94,6 +94,9 @@ class Guard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._trained = self._trainer.trained_tokens()
+        norms = (logs.get("grad_norm") for logs in state.log_history)  # logged before the checkpoint, if there is one
+        self._norms.clear()
+        self._norms.extend(float(norm) for norm in norms if norm is not None)
 
     def _affordable(self) -> bool:
         """Return whether the budget since this start allows another probe. Every rank must call this."""
