@@ -31,6 +31,7 @@ from simpo.runs.files import disk_errors, provisional, remove_folder, staged_fol
 from simpo.runs.manifest import find_damage, write_manifest
 from simpo.runs.terminal import record_signals
 from simpo.training.metrics import RunningMeans
+from simpo.training.settings import checkpoint_from_recipe
 from simpo.training.sharding import ShardedTrainer, reshard, stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,16 @@ def check_complete(path: Path) -> None:
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
     if fault := find_damage(path):
         raise SimpoError(f"resume_from_checkpoint: {path} is damaged ({fault}); use another checkpoint")
+
+
+def check_best(path: Path) -> None:
+    """Raise :class:`SimpoError` unless ``path``, the best checkpoint so far, is undamaged."""
+    if fault := find_damage(path) if path.is_dir() else "missing":
+        raise SimpoError(
+            f"load_best_model_at_end: {path}, the best checkpoint so far, is damaged ({fault}); restore it, use "
+            "resume_from_checkpoint with a checkpoint from before it in a new folder, or delete the run folder to "
+            "start over"
+        )
 
 
 def check_checkpoint(path: Path, model: nn.Module) -> None:
@@ -174,6 +185,7 @@ class ResumableTrainer(ShardedTrainer):
         self._tokens = 0  # trained on this rank; after a resume, the main rank also holds the total up to then
         self._staging: Path | None = None
         self._saved: int | None = None  # step of the last checkpoint written or resumed from
+        self._best_before: Path | None = None  # the best checkpoint from before a resume
         # Hidden from Trainer, whose rotation does not know about staging and may delete the newest checkpoint.
         self._save_total_limit: int | None = None
         self.add_callback(SaveAfterEpoch())
@@ -242,6 +254,9 @@ class ResumableTrainer(ShardedTrainer):
             for name in self._other_means.keys() & means.keys():
                 self._other_means[name].restore(means[name], main=self.is_world_process_zero())
             self._tokens = int(means.get("tokens", 0)) if self.is_world_process_zero() else 0
+        self._best_before = self._find_best(checkpoint, state.best_model_checkpoint)
+        if self._best_before not in (None, checkpoint) and self.args.load_best_model_at_end:
+            check_best(self._best_before)
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
             newest = checkpoints(Path(self.args.output_dir))[0].name == checkpoint.name
@@ -255,6 +270,23 @@ class ResumableTrainer(ShardedTrainer):
                 "%s was saved by %d processes and continues on %d; only random numbers (dropout) will differ",
                 *(checkpoint, saved_by, self.args.world_size),
             )
+
+    def _find_best(self, checkpoint: Path, recorded: str | None) -> Path | None:
+        """Return where the best checkpoint recorded in ``checkpoint`` should be, even if it is gone.
+
+        It is next to ``checkpoint``, or next to the checkpoint that this run started from, if it is from before the
+        start. The recorded folder does not count, because it is another run's if the run folder was copied.
+        """
+        if recorded is None:
+            return None
+        start = checkpoint_from_recipe(self.args)
+        folders = [checkpoint.parent, *([] if start is None else [Path(start).parent])]
+        places = [folder / Path(recorded).name for folder in folders]
+        return next((place for place in places if place.is_dir()), places[0])
+
+    def _load_best_model(self) -> None:
+        check_best(Path(str(self.state.best_model_checkpoint)))  # it may have been damaged since it was written
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _stored_state(checkpoint):
@@ -272,10 +304,10 @@ class ResumableTrainer(ShardedTrainer):
                 f"resume_from_checkpoint: {checkpoint} was saved at step {self.state.global_step}, past the last step "
                 f"of this training ({max_steps}); raise max_steps or num_train_epochs, or use an earlier checkpoint"
             )
-        if self.state.best_global_step:  # output_dir may have been moved since
-            best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+        if checkpoint is not None:
+            self.state.compute_steps(self.args, max_steps)  # this run's logging_steps, eval_steps and save_steps
+            best = self._best_before  # the recorded folder may have been moved or copied since
+            self.state.best_model_checkpoint = str(best) if best is not None and best.is_dir() else None
         return (epochs, 0) if self.state.global_step == max_steps else started
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -310,6 +310,8 @@ def settings_identity(config: Any) -> Identity:
     for key, value in sorted(settings.items()):
         if key not in _NOT_IN_IDENTITY and not key.startswith(_NOT_IN_IDENTITY_PREFIXES):
             identity[key] = str(value)
+    if config.load_best_model_at_end:  # only a saved model can be the best
+        identity |= {key: str(settings[key]) for key in ("save_strategy", "save_steps")}
     return identity
 
 
