@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
-from datasets import Dataset, Image, List
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Pillow
 from tests.vision import FAMILIES, picture
 
 from simpo.data.images import has_images
@@ -14,6 +16,7 @@ from simpo.data.inspection import shared_rows
 from simpo.data.prompts import prepare_prompts
 from simpo.data.rows import as_dataset, concatenate, with_where
 from simpo.data.settings import TokenizeSettings
+from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
 from simpo.data.tokenizing import prepare, prepare_sft
 from simpo.errors import SimpoError
@@ -158,9 +161,24 @@ def test_images_in_color_modes_without_png_support_are_read(folder, tmp_path):
     assert found[0]["images"][0]["bytes"] == content.getvalue()  # unchanged
 
 
+def encoded(width: int, height: int) -> bytes:
+    content = io.BytesIO()
+    Pillow.new("1", (width, height)).save(content, "PNG")
+    return content.getvalue()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        (pair("what?", images=[POSTSCRIPT]), "cannot be read (UnidentifiedImageError)"),
+        (pair("what?", images=[encoded(13_000, 13_000)]), "more than 50,000,000 pixels"),
+        (pair("what?", images=[encoded(1, 400_000)]), "200 times as long"),
+        (pair("what?", images=["/dev/zero"]), "not a regular file"),
+        (pair("what?", images=["a\0b"]), "cannot be read (embedded null"),
+        (pair("what?", images=["a\ud800"]), "lone surrogate"),
         (pair("what?", images=["missing.png"]), "cannot be read (No such file or directory)"),
         (pair("what?", images=["broken.png"]), "cannot be read (OSError)"),
         (pair("what?", images=[b"not an image"]), "cannot be read (UnidentifiedImageError)"),
@@ -190,6 +208,26 @@ def test_bad_rows_are_reported(row, reason, folder):
     assert reason in str(error.value)
     found = prepared([pair("hello")] * 100 + [row], processor, folder, on_bad_row="skip")
     assert (found.report.used, sum(found.report.bad.values())) == (100, 1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_loading_a_file_decodes_no_image(nested, tmp_path):
+    """Whatever the column is: Pillow would run Ghostscript for PostScript."""
+    image = {"bytes": POSTSCRIPT, "path": None}
+    features = Features({"prompt": Value("string"), "other": List({"a": Image()}) if nested else Image()})
+    rows = Dataset.from_dict({"prompt": ["p"], "other": [[{"a": image}] if nested else image]}, features=features)
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        found = load_rows(str(tmp_path / name), split="train")[0]["other"]
+        assert (found[0]["a"] if nested else found) == image
+    assert first_canonical(rows)["prompt"] == "p"
+
+
+def test_a_pipe_is_not_an_image(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SimpoError, match="not a regular file"):
+        prepared([pair("what?", images=["pipe.png"])], FAMILIES["llava"].processor(), tmp_path)
 
 
 def test_images_require_a_processor(folder):

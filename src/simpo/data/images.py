@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ from transformers.image_utils import load_image
 
 from simpo.data.messages import IMAGE_COLUMNS, images_of
 from simpo.data.rendering import Rendered
-from simpo.data.rows import ROW, BadRow, undecoded
+from simpo.data.rows import ROW, BadRow, check_unicode, undecoded
 from simpo.errors import SimpoError, one_line
 
 IMAGES, DIGESTS = "images", "image_digests"
@@ -27,6 +28,10 @@ COLUMNS = {IMAGES: List({"path": Value("string"), "bytes": Value("binary")}), DI
 # Keys of a processor's output that describe the text rather than an image.
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
 _BATCH = 1000
+# Pillow's other formats run programs (PostScript runs Ghostscript) or are rarely used and tested.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# A small file can hold a huge image, and processors enlarge a long and thin one.
+_MAX_PIXELS, _MAX_ASPECT_RATIO, _MAX_FILE_SIZE = 50_000_000, 200, 1 << 28
 
 Reference = dict[str, Any]
 
@@ -67,12 +72,12 @@ class ImageReader:
         """
         if not values:
             return [(rendered, {IMAGES: [], DIGESTS: []}) for rendered in texts]
+        counts = [rendered.texts[-1].count(self.token) for rendered in texts]
+        if counts[-1] != len(values):  # checked first, because a row may have thousands of images
+            raise BadRow(f"the row has {len(values)} images, but the chat template renders {counts[-1]}")
         references = [self._to_reference(value) for value in values]
         digests = [_digest(_read_bytes(reference)) for reference in references]
         expansions = [self._expand_token(reference) for reference in references]
-        counts = [rendered.texts[-1].count(self.token) for rendered in texts]
-        if counts[-1] != len(values):
-            raise BadRow(f"the row has {len(values)} images, but the chat template renders {counts[-1]}")
         return [
             (self._expand(rendered, expansions), {IMAGES: references[:count], DIGESTS: digests[:count]})
             for rendered, count in zip(texts, counts, strict=True)
@@ -91,6 +96,7 @@ class ImageReader:
             raise BadRow(f"an image is a {type(value).__name__}; give a file path or bytes")
         if path.startswith(("http://", "https://")):
             raise BadRow("an image is a URL, which is not downloaded; give a file path or bytes")
+        check_unicode(path)
         return {"path": str((self._folder / path.removeprefix("file://")).absolute()), "bytes": None}
 
     def _expand_token(self, reference: Reference) -> str:
@@ -119,11 +125,11 @@ class ImageReader:
         for value in _cells(dataset):
             try:
                 path = self._to_reference(value)["path"]
-                stat = path and Path(path).stat()
-            except (BadRow, OSError):  # reported when the row is tokenized
+                status = path and Path(path).stat()
+            except (BadRow, OSError, ValueError):  # reported when the row is tokenized
                 continue
-            if stat:
-                digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            if status:
+                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
         return [self.processor.to_json_string(), digest.hexdigest()]
 
     # ---- From tokenized rows to model inputs.
@@ -155,10 +161,10 @@ class ImageReader:
     def _process(self, references: Sequence[Reference], **options: Any) -> Any:
         contents = [_read_bytes(reference) for reference in references]
         try:
-            from PIL import Image as Pillow  # noqa: PLC0415 - not needed without images
-
-            images = [load_image(Pillow.open(io.BytesIO(content))) for content in contents]
+            images = [_decode(content) for content in contents]
             return self.processor(text=[self.token * len(images)], images=images, **options)
+        except BadRow:
+            raise
         except Exception as error:  # damaged files can raise anything
             raise BadRow(f"an image cannot be read ({_describe_error(error)})") from error
 
@@ -168,12 +174,31 @@ def as_text(reference: Reference) -> str:
     return reference["path"] or f"data:;base64,{base64.b64encode(_read_bytes(reference)).decode()}"
 
 
+def _decode(content: bytes) -> Any:
+    """Return a Pillow image; raise BadRow if it is too large or too long to be decoded and processed."""
+    from PIL import Image as Pillow  # noqa: PLC0415 - not needed without images
+
+    image = Pillow.open(io.BytesIO(content), formats=_FORMATS)
+    short, long = sorted(image.size)
+    if short * long > _MAX_PIXELS:
+        raise BadRow(f"an image has more than {_MAX_PIXELS:,} pixels; scale it down")
+    if long > _MAX_ASPECT_RATIO * short:
+        raise BadRow(f"an image is more than {_MAX_ASPECT_RATIO} times as long as it is wide; cut it")
+    return load_image(image)
+
+
 def _read_bytes(reference: Reference) -> bytes:
     """Return the bytes of the encoded image; raise BadRow if its file cannot be read."""
     if reference["bytes"] is not None:
         return reference["bytes"]
+    path = Path(reference["path"])
     try:
-        return Path(reference["path"]).read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a device or a pipe may never end
+            raise BadRow("an image is not a regular file")
+        if status.st_size > _MAX_FILE_SIZE:
+            raise BadRow(f"the file of an image has more than {_MAX_FILE_SIZE >> 20} MiB")
+        return path.read_bytes()
     except (OSError, ValueError) as error:
         raise BadRow(f"an image cannot be read ({_describe_error(error)})") from error
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Self
 
@@ -25,9 +25,9 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
-    Image,
     IterableDataset,
     IterableDatasetDict,
+    LargeList,
     List,
     Value,
     concatenate_datasets,
@@ -127,11 +127,12 @@ def check_dataset(dataset: object, label: str) -> None:
 
 
 def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
-    """Add the column that names the source of each row of a columnar dataset: ``label row index``."""
+    """Add the column that names the source of each row of a columnar dataset, ``label row index``; decode no images."""
     if taken := {ROW, WHERE} & set(dataset.column_names):
         raise SimpoError(f"{label}: the column name {taken.pop()!r} is reserved; rename the column")
     where = [f"{label} row {index}" for index in range(len(dataset))]
-    return _with_class_names(dataset).add_column(WHERE, where, new_fingerprint=digest)
+    # datasets decodes images with every program that Pillow knows; those that are used are decoded in images.py.
+    return _with_class_names(undecoded(dataset)).add_column(WHERE, where, new_fingerprint=digest)
 
 
 def _with_class_names(dataset: Dataset) -> Dataset:
@@ -193,13 +194,19 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """Return ``dataset`` with image columns as encoded bytes or paths instead of decoded images."""
+    """Return ``dataset`` with images and other media as encoded bytes or paths instead of decoded objects."""
     for name, feature in dataset.features.items():
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+        if (encoded := _encoded(feature)) != feature:
+            dataset = dataset.cast_column(name, encoded)
     return dataset
+
+
+def _encoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_encoded(feature.feature))
+    return replace(feature, decode=False) if getattr(feature, "decode", False) is True else feature
 
 
 def _as_json_rows(dataset: Dataset) -> Dataset:

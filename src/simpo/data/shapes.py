@@ -21,7 +21,7 @@ import numpy as np
 from datasets import Dataset
 
 from simpo.data.messages import is_transcript, is_transcript_prompt, kind_of
-from simpo.data.rows import BadRow, Row, Tie, rows_of
+from simpo.data.rows import BadRow, Row, Tie, rows_of, undecoded
 from simpo.errors import SimpoError, third_party
 
 FOREIGN_SHAPES = (
@@ -109,7 +109,7 @@ def canonical(row: Mapping[str, Any], *, answers: bool = True) -> tuple[Row, str
 def first_canonical(dataset: Dataset) -> Row:
     """Return the first readable row among the first 100 of a dataset; an empty one if there is none."""
     head = range(min(len(dataset), 100))
-    for row, _ in rows_of(dataset.with_format(None)[: len(head)], head, ""):
+    for row, _ in rows_of(undecoded(dataset.select(head)).with_format(None)[:], head, ""):
         with suppress(BadRow):
             return canonical(row)[0]
     return {}

@@ -26,7 +26,17 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from simpo.data.rows import JSON_FEATURES, ROW, WHERE, as_json, concatenate, rename_columns, select_columns, with_where
+from simpo.data.rows import (
+    JSON_FEATURES,
+    ROW,
+    WHERE,
+    as_json,
+    concatenate,
+    rename_columns,
+    select_columns,
+    undecoded,
+    with_where,
+)
 from simpo.data.verification import cached
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs.manifest import file_digest
@@ -176,7 +186,7 @@ def _load_saved(folder: Path, split: str) -> Dataset:
         raise SimpoError(f"{label}: no rows")
     # Rows that were tokenized before saving already name their source.
     if {"prompt_ids", "response_ids"} <= set(saved.column_names):
-        return saved
+        return undecoded(saved)
     return with_where(saved, label, _digest([Path(f["filename"]) for f in saved.cache_files], label))
 
 
