@@ -9,12 +9,14 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import model_digest
 from simpo.models.loading import check_model_files, generation_config, load_model, load_tokenizer
+from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
 
 
@@ -51,6 +53,91 @@ def test_code_in_a_pickle_never_runs(model, tmp_path, allowed):
     with pytest.raises(SimpoError, match="model_name_or_path"):
         load_model(ModelArguments(str(model), allow_pickle=allowed))
     assert not (tmp_path / "ran").exists()
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def index(model, file):
+    """Replace the weights of ``model`` by an index that says that they are all in ``file``."""
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    total = sum(tensor.nbytes for tensor in weights.values())
+    change_json(
+        model / "model.safetensors.index.json", metadata={"total_size": total}, weight_map=dict.fromkeys(weights, file)
+    )
+    return weights
+
+
+@pytest.mark.parametrize("decoy", [False, True])
+@pytest.mark.parametrize("file", ["weights.pkl", "pytorch_model.bin", "adapter_model.bin"])
+def test_pickled_weights_with_any_name_need_permission(model, file, decoy):
+    if file == "adapter_model.bin":
+        change_json(model / "config.json", transformers_weights=file)
+        weights = load_file(model / "model.safetensors")
+        (model / "model.safetensors").unlink()
+    else:
+        weights = index(model, file)
+    if decoy:
+        save_file({}, model / "other.safetensors")
+    torch.save(weights, model / file)
+    for load in (load_model, lambda name: check_model_files(ModelArguments(name)), load_reward_model):
+        with pytest.raises(SimpoError, match=f"{file}.*--allow_pickle"):
+            load(str(model))
+    allowed = load_model(ModelArguments(str(model), allow_pickle=True)).state_dict()
+    assert all(torch.equal(allowed[name], weights[name].float()) for name in weights)
+    before = model_digest(ModelArguments(str(model)))
+    (model / file).write_bytes(b"other")
+    assert model_digest(ModelArguments(str(model))) != before
+
+
+@pytest.fixture
+def cached(model, tmp_path, monkeypatch):
+    """``cached()``: puts the model into the hub's cache as ``someone/model``."""
+
+    def move() -> None:
+        repository = tmp_path / "hub" / "models--someone--model"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.move(model, repository / "snapshots" / ("0" * 40))
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return move
+
+
+def test_pickled_weights_of_a_model_on_the_hub_need_permission(model, cached):
+    torch.save(index(model, "weights.pkl"), model / "weights.pkl")
+    cached()
+    with pytest.raises(SimpoError, match=r"weights\.pkl.*--allow_pickle"):
+        load_model("someone/model")
+    load_model(ModelArguments("someone/model", allow_pickle=True))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "{tmp_path}/other/model.safetensors", 3, None])
+def test_weights_outside_the_folder_are_rejected(model, tmp_path, file, allowed):
+    shutil.copytree(model, tmp_path / "other")
+    index(model, file.format(tmp_path=tmp_path) if isinstance(file, str) else file)
+    arguments = ModelArguments(str(model), allow_pickle=allowed)
+    for load in (load_model, model_digest, load_reward_model):
+        with pytest.raises(SimpoError, match=r"model_name_or_path: .*model\.safetensors\.index\.json"):
+            load(arguments)
+
+
+def test_weights_outside_the_folder_of_the_configuration_are_rejected(model):
+    shutil.copytree(model, model / "inside")
+    change_json(model / "config.json", transformers_weights="inside/model.safetensors")
+    with pytest.raises(SimpoError, match=r"model_name_or_path: .*transformers_weights"):
+        load_model(str(model))
+
+
+def test_weights_named_by_an_index_are_loaded(model):
+    weights = index(model, "shard.safetensors")
+    save_file(weights, model / "shard.safetensors", metadata={"format": "pt"})
+    loaded = load_model(str(model)).state_dict()
+    assert all(torch.equal(loaded[name], weights[name].float()) for name in weights)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -13,14 +13,16 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from simpo.models.adapters import find_adapter
 from simpo.models.devices import device
+from simpo.models.files import indexed_files
 from simpo.models.loading import base_arguments, base_model_of, generation_config, load_files, load_model
 from simpo.models.settings import ModelArguments
 from simpo.runs.manifest import file_digest
 
 _FILES = (
-    "*.safetensors", "pytorch_model*.bin", "*config.json",
+    "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*config.json",
     "tokenizer.*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
 )  # fmt: skip
+_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 
 
 def load_config(arguments: ModelArguments) -> Any:
@@ -40,7 +42,9 @@ def model_digest(model: ModelArguments) -> str:
     The files are the weights, the configurations and the tokenizer's, because answers are decoded with it.
     """
     folder = Path(model.model_name_or_path)
-    files = sorted({path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})
+    found = {path for pattern in _FILES for path in folder.glob(pattern)}
+    found |= {folder / name for pattern in _INDEXES for name in indexed_files(folder, pattern)}
+    files = sorted(path for path in found if path.is_file())
     if not files:
         return f"{model.model_name_or_path}@{model.model_revision}"
     digests = [file_digest(path) for path in files]

@@ -38,6 +38,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter, prevent_repacking
+from simpo.models.files import PICKLE, check_weight_files
 from simpo.models.settings import ModelArguments
 from simpo.runs.files import write_text
 
@@ -48,11 +49,6 @@ _STORED_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_ma
 # Parts of a checkpoint that its text-only class does not have.
 _OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|multi_modal)\w*\.")
 _NEEDS_REMOTE_CODE = "it needs custom code; review it, then allow it with trust_remote_code (--trust_remote_code)"
-_PICKLE = (
-    "a pickle, which can contain code; convert it to safetensors (with transformers: "
-    "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER), and the same with AutoTokenizer), or, if you "
-    "trust it, allow it with allow_pickle (--allow_pickle)"
-)
 _FAULTS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "with the wrong shape"}
 _FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -126,12 +122,8 @@ def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[
     Tied weights, and those that transformers itself expects to be missing or unexpected, are not included.
     """
     options = _loading_options(arguments) | options
+    check_weight_files(arguments, load_files(AutoConfig, arguments))
     if not arguments.allow_pickle:
-        name = arguments.model_name_or_path
-        folder = Path(name)  # for the hub, use_safetensors is enough
-        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
-        if pickled and not any(folder.glob("*.safetensors")):
-            raise SimpoError(f"model_name_or_path: {name!r} stores its weights as {pickled[0]}, {_PICKLE}")
         options["use_safetensors"] = True
     if arguments.trust_remote_code:  # code written for transformers 4, such as ArmoRM's, imports this name
         modeling_llama.__dict__.setdefault("LLAMA_INPUTS_DOCSTRING", "")
@@ -229,7 +221,7 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
         elif "Unrecognized configuration class" in reason:
             reason = f"transformers has no {auto.__name__.removeprefix('Auto')} for models of its type"
         elif options.get("use_safetensors") and "model.safetensors" in reason and isinstance(error, OSError):
-            reason = f"it has no model.safetensors; if its weights are in pytorch_model.bin, that is {_PICKLE}"
+            reason = f"it has no model.safetensors; if its weights are in pytorch_model.bin, that is {PICKLE}"
         raise SimpoError(f"model_name_or_path: {name!r} cannot be loaded: {reason[:500]}") from error
 
 
