@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import io
 import itertools
 import json
@@ -701,6 +702,14 @@ def test_unusual_errors_give_one_line(raw):
 def test_a_huge_reply_is_partly_read_and_not_retried(monkeypatch, status):
     monkeypatch.setattr(sending, "_MAX_REPLY_BYTES", 1 << 20)
     with ChatServer(lambda body: Raw(status, b"x" * (3 << 20))) as server, pytest.raises(SimpoError, match="MiB"):
+        client(server).complete(requests(1))
+    assert len(server.bodies) == 1
+
+
+def test_a_compressed_reply_is_not_expanded():
+    """A few kilobytes could expand to gigabytes."""
+    reply = Raw(200, gzip.compress(json.dumps(completion("yes")).encode()), {"content-encoding": "gzip"})
+    with ChatServer(lambda body: reply) as server, pytest.raises(SimpoError, match="compressed"):
         client(server).complete(requests(1))
     assert len(server.bodies) == 1
 

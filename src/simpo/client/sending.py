@@ -21,6 +21,7 @@ from simpo.runs.log import REDACTED, mask_secrets
 _MAX_WAIT = 300.0  # seconds; if a server asks for more, the request fails
 _MAX_REASON = 300  # characters
 _MAX_REPLY_BYTES = 32 << 20  # bytes
+_MAX_QUOTED = 1 << 16  # characters of an error that are searched for secrets before it is cut to _MAX_REASON
 # Too long, filtered or malformed. Any other refusal would apply to every request.
 _REFUSAL_STATUSES = (400, 413, 422)
 
@@ -89,6 +90,7 @@ class _HttpClient(httpx.AsyncClient):
         while (pause := self._paused_until - time.monotonic()) > 0:
             await asyncio.sleep(pause)
         self.repeated += _attempts(request) > 1
+        request.headers["accept-encoding"] = "identity"
         try:
             async with asyncio.timeout(self._seconds):
                 response = await _read_limited(await super().send(request, **options | {"stream": True}))
@@ -112,17 +114,24 @@ class _HttpClient(httpx.AsyncClient):
 async def _read_limited(response: httpx.Response) -> httpx.Response:
     """Read a response into memory as UTF-8.
 
-    More than ``_MAX_REPLY_BYTES`` bytes cannot be a chat reply and become an error that is not retried.
+    More than ``_MAX_REPLY_BYTES`` bytes cannot be a chat reply and become an error that is not retried. So does a
+    compressed reply, which was not asked for: a few kilobytes could expand to gigabytes before they can be counted.
     """
-    content, status = b"", response.status_code
+    parts, size, status, fault = [], 0, response.status_code, None
     headers = {name: value for name, value in response.headers.items() if name in ("retry-after", "x-should-retry")}
-    async for part in response.aiter_bytes(1 << 16):
-        content += part
-        if len(content) > _MAX_REPLY_BYTES:
-            await response.aclose()
-            status, headers = 502, {"x-should-retry": "false"}
-            content = f"the reply is larger than {_MAX_REPLY_BYTES >> 20} MiB".encode()
-            break
+    if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
+        fault = f"the reply is compressed ({encoding:.40}), which the request does not allow"
+    else:
+        async for part in response.aiter_raw(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > _MAX_REPLY_BYTES:
+                fault = f"the reply is larger than {_MAX_REPLY_BYTES >> 20} MiB"
+                break
+    await response.aclose()
+    content = b"".join(parts)
+    if fault is not None:
+        status, headers, content = 502, {"x-should-retry": "false"}, fault.encode()
     headers["content-type"] = "application/json"  # ignore the server's charset, which can be any Python codec
     return httpx.Response(status, headers=headers, content=content, request=response.request)
 
@@ -211,7 +220,8 @@ class Sender:
 
     def _one_safe_line(self, text: str) -> str:
         """Return the text as one line without secrets, since a server may echo the key in its error."""
-        return self._redact_key(" ".join(text.split()))[:_MAX_REASON]  # cut last: half a key is not recognized
+        line = self._redact_key(" ".join(text[:_MAX_QUOTED].split()))
+        return line[:_MAX_REASON]  # after redaction, because half a key is not recognized
 
     def _redact_key(self, text: str) -> str:
         for form in (str, repr, json.dumps):  # an error may quote the key with Python's or JSON's escapes
