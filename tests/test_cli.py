@@ -159,6 +159,8 @@ def test_training_commands_accept_a_model_by_position(command, argv, tmp_path, m
     ("options", "message"),
     [
         (["--seed", "-1"], "seed: must be at least 0"),
+        (["--dataloader_num_workers", "100000"], "dataloader_num_workers: at most"),
+        (["--num_train_epochs", "1e308"], "num_train_epochs: must be above 0 and at most"),
         (["--save_only_model", "true"], "save_only_model: not supported"),
         (["--output_dir", "null"], "output_dir is missing"),
         (["--log_level", "false"], "--log_level: 'false' is not one of detail, debug, info"),

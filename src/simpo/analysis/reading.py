@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from simpo.config.text import load_yaml
 from simpo.errors import SimpoError, third_party
 from simpo.runs.files import json_safe
 from simpo.runs.folder import RunRecord
@@ -27,7 +27,6 @@ from simpo.runs.results import FILE_NAME as RESULTS
 
 Row = dict[str, Any]
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _ROUNDING_ERROR = 1e-3  # of rewards in bfloat16
 _PROGRESS = re.compile(r"[\d,]+ of [\d,]+ ")  # progress lines, which are not warnings
 _LONGEST_GAP = timedelta(hours=1)  # longer gaps in the log of an unfinished run count as pauses
@@ -167,7 +166,7 @@ class Run:
         """All recipe keys with their values; empty if the file is missing or damaged."""
         document = None
         with suppress(SimpoError), third_party("recipe.resolved.yaml"):
-            document = yaml.load(self.text("recipe.resolved.yaml"), _LOADER)  # noqa: S506 - a safe loader
+            document = load_yaml(self.text("recipe.resolved.yaml"), "recipe.resolved.yaml")
         return document if isinstance(document, dict) else {}
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import re
 import shutil
 import textwrap
@@ -19,6 +18,7 @@ import yaml
 
 from simpo.config.fields import Key, Setting, accepts, build, check_installed, convert_setting, describe, keys_of
 from simpo.config.foreign import known_spellings, objective_mistakes, paper_settings, resolve
+from simpo.config.text import check_aliases, read_text_file
 from simpo.errors import CombinedError, SimpoError, third_party
 
 _DATA_SUFFIXES = (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")  # not .json, which is also valid YAML
@@ -197,7 +197,7 @@ def _format_value(value: Any) -> str:
 
 logger = logging.getLogger(__package__)
 
-_MAX_VALUES = 100_000  # values in a recipe, with aliases expanded
+_MAX_BYTES = 1 << 18  # of a recipe; PyYAML needs seconds for more
 _NO_OBJECTIVE = "objective: not given"
 
 
@@ -239,7 +239,7 @@ _Loader.add_implicit_resolver(
 def read_file(path: str, mistakes: list[str]) -> list[Setting]:
     """Return the settings in a recipe; errors about duplicate keys are appended to ``mistakes``."""
     with _reading(path):
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(read_text_file(path, _MAX_BYTES))
         loader.name = path
         node = loader.get_single_node()
     settings = list(_settings(loader, node, path))
@@ -265,8 +265,7 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
     if not isinstance(node, yaml.MappingNode):
         raise SimpoError(f"{path}:{node.start_mark.line + 1}: a recipe must be a mapping of keys to values")
     with _reading(path):
-        if _expanded_size(node, {}) > _MAX_VALUES:
-            raise SimpoError(f"{path}: aliases (*) expand to over {_MAX_VALUES:,} values, or a value contains itself")
+        check_aliases(node, path)
         loader.flatten_mapping(node)  # expands merge keys (<<) in front of the mapping's own keys, which thus win
     settings = {}
     for key, value in node.value:
@@ -275,17 +274,6 @@ def _settings(loader: _Loader, node: yaml.Node | None, path: str) -> Iterator[Se
             plain = _to_plain(loader, value)
         settings[key.value] = Setting(key.value, plain, place, f"{place}: {key.value}")
     yield from settings.values()
-
-
-def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Count the nodes within a node with all aliases expanded; infinite if it contains itself."""
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf  # while its children are counted
-        children = [] if isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            children = [child for pair in children for child in pair]
-        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
-    return sizes[id(node)]
 
 
 def _to_plain(loader: _Loader, node: yaml.Node) -> Any:

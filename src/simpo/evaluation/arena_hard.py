@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from scipy.special import expit
 
 from simpo.client import ChatRequest
 from simpo.config import required, setting
+from simpo.config.text import load_yaml
 from simpo.data.rows import Row
 from simpo.errors import SimpoError, third_party
 from simpo.evaluation.answers import Answer, Question, cell, read_answers, read_by_key, write_rows
@@ -180,7 +180,7 @@ class ArenaPrompt:
         shipped = resources.files("simpo.evaluation") / "prompts" / "arena_hard.yaml"
         text, self.digest = read_prompt_file(path, shipped, ())
         with third_party(f"{path}: not YAML"):
-            document = yaml.safe_load(text)
+            document = load_yaml(text, str(path))
         settings = document if isinstance(document, dict) else {}
         template, system = settings.get("prompt_template"), settings.get("system_prompt")
         if isinstance(template, list) and template:

@@ -19,7 +19,7 @@ _DEFAULT_MAX_NEW_TOKENS = 2048  # tokens
 class SamplingSettings:
     """Sampling settings; temperature and top_p default to the paper's values."""
 
-    n: int = setting(1, "Number of answers per prompt; simpo loop needs at least 2.", least=1)
+    n: int = setting(1, "Number of answers per prompt; simpo loop needs at least 2.", least=1, most=10_000)
     temperature: float = setting(0.8, "Sampling temperature; 0 decodes greedily.", least=0)
     top_p: float = setting(
         0.95, "Nucleus sampling: keep the likeliest tokens up to this total probability; 1 is off.", above=0, most=1

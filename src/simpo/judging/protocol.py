@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from simpo.client import Estimate, Usage
+from simpo.config.text import read_text_file
 from simpo.data.messages import Context, Message
 from simpo.data.prompts import PlainPrompt
 from simpo.errors import SimpoError, third_party
@@ -206,12 +207,11 @@ def read_prompt_file(path: Path | None, shipped: Traversable, placeholders: Iter
     ``path`` is the user's file; None uses ``shipped``, the one in the package.
     """
     with third_party(f"{path}: cannot read the judge prompt"):
-        content = shipped.read_bytes() if path is None else path.read_bytes()
-        text = content.decode("utf-8")
+        text = shipped.read_bytes().decode("utf-8") if path is None else read_text_file(path)
     for name in placeholders:
         if f"{{{name}}}" not in text:
             raise SimpoError(f"{path}: the judge prompt lacks the placeholder {{{name}}}")
-    return PromptFile(text, hashlib.sha256(content).hexdigest())
+    return PromptFile(text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from simpo.config import check_values, setting
+from simpo.config.text import read_text_file
 from simpo.errors import InterruptedRun, SimpoError, third_party
 from simpo.evaluation.answers import answers_path
 from simpo.evaluation.preferences import agreement_metrics
@@ -214,7 +215,7 @@ def label(settings: LabelSettings, *, argv: Sequence[str] = ()) -> int:
     folder = settings.output_dir
     paths = [answers_path(name) for name in (settings.answers, settings.against) if name is not None]
     with third_party(f"guidelines: {settings.guidelines} cannot be read"):
-        guidelines = (settings.guidelines or _GUIDELINES).read_text(encoding="utf-8").strip()
+        guidelines = read_text_file(settings.guidelines or _GUIDELINES).strip()
     with RunFolder(folder, command="label") as run:
         items, dropped = pair_items(*paths) if len(paths) > 1 else read_items(paths[0], pairs=settings.pairs)
         with closing(listen(settings.port)) as listening:

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from simpo.config.text import read_text_file
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter, prevent_repacking
@@ -279,7 +280,7 @@ def load_tokenizer(model: str | ModelArguments, *, chat_template: str | None = N
         tokenizer.chat_template = chat_template
     else:
         with third_party(f"chat_template: {chat_template[:80]!r} is neither a template nor a file with one"):
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = read_text_file(chat_template)
     return tokenizer
 
 

@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import deepspeed_config
 
+from simpo.config.text import read_text_file
 from simpo.errors import SimpoError, third_party
 
 # Accelerate imports DeepSpeed whenever it is installed, and the import warns if there is no accelerator.
@@ -49,7 +49,7 @@ def _parse(given: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(given, dict):
         return copy.deepcopy(given)
     with third_party(f"deepspeed: {given!r} is not a JSON file"):
-        return json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        return json.loads(given if given.lstrip().startswith("{") else read_text_file(given))
 
 
 def unset_batch_sizes(config: dict[str, Any], rows: int, accumulation: int) -> None:

@@ -58,6 +58,7 @@ _NOT_IN_IDENTITY = {
     "gpu_memory_utilization", "max_model_len", "tensor_parallel_size",  # vLLM's
 }  # fmt: skip
 _NOT_IN_IDENTITY_PREFIXES = ("hub_", "logging_", "push_to_hub", "save_")
+_MAX_WORKERS = 1024  # processes that load data
 # Arguments of torch.utils.checkpoint that a recipe may set.
 _CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug")
 
@@ -68,7 +69,7 @@ class TrainingSettings(TrainingArguments):
 
     truncates_as_paper: ClassVar[bool] = False  # whether ``truncation: paper``, which is only for pairs, is allowed
 
-    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
+    num_train_epochs: float = setting(1.0, "Passes over the data.", above=0, most=1e6)
     lr_scheduler_type: SchedulerType | str = setting("cosine", "Learning-rate schedule.")
     warmup_steps: float = setting(0.1, "Number of warm-up steps, or their share of all steps if below 1.")
     logging_steps: float = setting(10, "Number of optimizer steps between logs.")
@@ -221,6 +222,8 @@ class TrainingSettings(TrainingArguments):
         for key in ("seed", "data_seed"):
             if not 0 <= (getattr(self, key) or 0) < 2**32:
                 raise SimpoError(f"{key}: must be at least 0 and below 2**32, not {getattr(self, key)}")
+        if self.dataloader_num_workers > _MAX_WORKERS:
+            raise SimpoError(f"dataloader_num_workers: at most {_MAX_WORKERS}, not {self.dataloader_num_workers}")
 
     def _check_checkpointing(self) -> None:
         given = self.gradient_checkpointing_kwargs or getattr(self, "activation_checkpointing_kwargs", None) or {}
