@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 
 import datasets
 import numpy as np
@@ -402,3 +403,26 @@ def test_duplicate_keys_in_an_object_are_rejected(name, pattern, tmp_path):
     (tmp_path / name).write_text(pattern.replace("{}", '{"chosen": "a", "chosen": "b"}'))
     with pytest.raises(SimpoError, match=r"a\.jsonl?.*: an object has the key 'chosen' twice"):
         load(tmp_path / name)
+
+
+def test_many_names_are_compared_in_linear_time(tmp_path):
+    """30,000 columns in CSV, and 60,000 keys of which the last two are the same in JSON."""
+    names = [f"c{n}" for n in range(60_000)]
+    (tmp_path / "a.csv").write_text(",".join(names[:30_000]) + "\n" + ",".join("1" * 30_000) + "\n")
+    pairs = ", ".join(f'"{name}": 1' for name in [*names, names[-1]])
+    (tmp_path / "a.jsonl").write_text("{" + pairs + "}\n")
+    start = time.process_time()
+    assert len(load(tmp_path / "a.csv")[0][0]) == 30_000
+    with pytest.raises(SimpoError, match="has the key 'c59999' twice"):
+        load(tmp_path / "a.jsonl")
+    assert time.process_time() - start < 5  # comparing each with all others takes far over 10 s
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_rejected(tmp_path):
+    """Reading a pipe or a device would never end."""
+    os.mkfifo(tmp_path / "train.jsonl")
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "train.jsonl").symlink_to("/dev/zero")
+    for path in (tmp_path, tmp_path / "train.jsonl", tmp_path / "zero", "/dev/zero"):
+        with pytest.raises(SimpoError, match="neither a regular file nor a folder"):
+            load(path)

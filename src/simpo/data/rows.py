@@ -255,8 +255,8 @@ def rename_columns(dataset: Dataset, mapping: Mapping[str, str], name: str) -> D
         present = set(dataset.column_names) - {WHERE}
     if missing := [column for column in mapping if column not in present]:
         raise SimpoError(f"column_mapping: {name} has no column {missing[0]!r}; it has {', '.join(sorted(present))}")
-    kept = [*mapping.values(), *(present - set(mapping))]
-    if taken := [column for column in mapping.values() if kept.count(column) > 1]:
+    kept = Counter([*mapping.values(), *(present - set(mapping))])
+    if taken := [column for column in mapping.values() if kept[column] > 1]:
         raise SimpoError(f"column_mapping: {name} would have two columns {taken[0]!r}; rename the other one too")
     if ROW in dataset.column_names:
         return dataset.map(_rename_keys, fn_kwargs={"mapping": dict(mapping)}, desc=f"Renaming columns of {name}")

@@ -7,25 +7,24 @@ SHA-256 of the file's content, so a changed file never yields stale rows.
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import hashlib
 import importlib
-import io
 import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from simpo.data.columnar import load_columnar
 from simpo.data.rows import (
     JSON_FEATURES,
     ROW,
@@ -37,7 +36,7 @@ from simpo.data.rows import (
     undecoded,
     with_where,
 )
-from simpo.data.verification import cached
+from simpo.data.verification import cached, check_ratio
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.runs.manifest import file_digest
 
@@ -45,11 +44,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst
 _SUPPORTED = ".jsonl[.gz|.zst], .json[.gz|.zst], .parquet, .csv, .arrow"
 # Part of every cache key: increase it when the same file yields different rows than before.
 _FORMAT = "3"
-# Text beyond these limits is an attack or an accident, and would take gigabytes of memory.
-_MAX_LINE = 1 << 27  # characters in a line of JSON
-_MAX_RATIO, _UNCHECKED_SIZE = 300, 1 << 26  # decompressed bytes per compressed byte, in files over this many bytes
-# How an Arrow stream and an Arrow file end.
-_ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
+# Characters in a line of JSON; a longer one is an attack or an accident, and would take gigabytes of memory.
+_MAX_LINE = 1 << 27
 # No hub id ends in these suffixes: a name that does is meant to be a file.
 _FILE_SUFFIX = re.compile(r"\.(jsonl?|parquet|csv|tsv|arrow|txt|gz|zst|bz2|xz|zip|ya?ml)$")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -126,7 +122,7 @@ def _load_local(path: Path, split: str, *, any_split: bool) -> Dataset:
             f"{path}: no split {split!r}; a single file has only the split 'train': name a slice of it, "
             "e.g. train[:90%] and train[90%:], or use another file"
         )
-    if path.is_file():
+    if not path.is_dir():
         return _load_file(path)
     folder = path
     if not _is_saved(folder):
@@ -210,13 +206,15 @@ def _load_file(path: Path) -> Dataset:
     A row's source is ``file:line`` for JSON Lines, ``file[index]`` for a JSON list and ``file row index`` for other
     formats. The cells of CSV files are text.
     """
+    if not path.is_file():  # reading a device or a pipe may never end
+        raise SimpoError(f"{path}: neither a regular file nor a folder; copy its content to a file")
     if not path.name.endswith(SUFFIXES):
         raise SimpoError(f"{path}: unsupported file type; supported are {_SUPPORTED}")
     with third_party(f"{path}: the file name is not UTF-8; rename the file"):
         path.name.encode()
     digest = _digest([path], path.name)
     if path.suffix in (".parquet", ".arrow"):
-        return _load_columnar(path, digest)
+        return load_columnar(path, digest)
     read_rows = _csv_rows if path.suffix == ".csv" else _json_rows
     options: dict[str, Any] = {"gen_kwargs": {"path": path}, "fingerprint": digest}
     try:
@@ -236,31 +234,6 @@ def _digest(paths: list[Path], label: str) -> str:
     for path in paths:
         digest.update(bytes.fromhex(file_digest(path)))
     return digest.hexdigest()[:32]
-
-
-def _load_columnar(path: Path, digest: str) -> Dataset:
-    kind = path.suffix.removeprefix(".")
-    if kind == "arrow":
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, io.SEEK_END) - 8))
-            if not file.read().endswith(_ARROW_ENDS):  # a stream truncated between two batches would seem complete
-                raise SimpoError(f"{path}: not a readable arrow file: it is truncated or damaged at the end")
-    options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
-    try:
-        empty = kind == "parquet" and not pq.read_metadata(path).num_rows  # the builder cannot read an empty one
-        if not empty:
-            # The builders key their cache by path and modification time; a folder per content is safe.
-            dataset = cached(
-                lambda: load_dataset(
-                    kind, **options, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / "simpo" / digest)
-                )
-            )
-    except Exception as error:
-        reason = one_line(error.__cause__ or error)
-        raise SimpoError(f"{path}: not a readable {kind} file: {reason}") from error
-    if empty or not len(dataset):
-        raise SimpoError(f"{path}: no rows")
-    return with_where(dataset, path.name, digest)
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -308,8 +281,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 def _object_without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"an object has the key {counts.most_common(1)[0][0]!r} twice")
     return mapping
 
 
@@ -324,7 +297,7 @@ def _open_text(path: Path) -> IO[str]:
 
 def _lines(file: IO[str], path: Path) -> Iterator[str]:
     for number, line in enumerate(iter(partial(file.readline, _MAX_LINE), ""), start=1):
-        _check_ratio(path, file.buffer.tell())  # type: ignore[attr-defined]
+        check_ratio(path, file.buffer.tell())  # type: ignore[attr-defined]
         if len(line) == _MAX_LINE:
             raise SimpoError(f"{path}:{number}: the line has over {_MAX_LINE:,} characters; split it into several rows")
         yield line
@@ -332,14 +305,8 @@ def _lines(file: IO[str], path: Path) -> Iterator[str]:
 
 def _pieces(file: IO[str], path: Path) -> Iterator[str]:
     for piece in iter(partial(file.read, 1 << 16), ""):
-        _check_ratio(path, file.buffer.tell())  # type: ignore[attr-defined]
+        check_ratio(path, file.buffer.tell())  # type: ignore[attr-defined]
         yield piece
-
-
-def _check_ratio(path: Path, expanded: int) -> None:
-    """Raise :class:`SimpoError` if this many decompressed bytes are far more than text can be compressed to."""
-    if expanded > max(_UNCHECKED_SIZE, _MAX_RATIO * path.stat().st_size):
-        raise SimpoError(f"{path}: its text is over {_MAX_RATIO} times as large as the file; decompress it yourself")
 
 
 def _check_frames(path: Path) -> None:
@@ -350,7 +317,7 @@ def _check_frames(path: Path) -> None:
         while packed := file.read(2**12):  # at most about 128 MiB of text, even if it is malicious
             while packed:
                 expanded += len(frame.decompress(packed))
-                _check_ratio(path, expanded)
+                check_ratio(path, expanded)
                 complete, packed = frame.eof, frame.unused_data
                 if complete:
                     frame = new()
@@ -397,7 +364,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
 def _check_header(header: list[str], path: Path) -> None:
     if not header:
         raise SimpoError(f"{path}: not a readable csv file: the first line has no header")
-    if repeated := [name for name in header if header.count(name) > 1]:
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
         raise SimpoError(f"{path}:1: the header has the column {repeated[0]!r} more than once; rename one of them")
     if padded := [name for name in header if name != name.strip()]:
         raise SimpoError(f"{path}:1: the column name {padded[0]!r} has whitespace around it; remove it")

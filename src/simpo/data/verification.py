@@ -30,6 +30,16 @@ logger = logging.getLogger(__name__)
 _CACHE_ERRORS = (OSError, pa.ArrowException, json.JSONDecodeError, DatasetGenerationError)
 _temporary_cache: list[Path] = []  # the cache used until the process ends if the normal one is unusable
 
+# Decompressed bytes per byte of a file, in files that expand to more than this many bytes: more is an attack or an
+# accident, and would take gigabytes of memory.
+_MAX_RATIO, _UNCHECKED_SIZE = 300, 1 << 26
+
+
+def check_ratio(path: Path, expanded: int) -> None:
+    """Raise :class:`SimpoError` if this many decompressed bytes are far more than text can be compressed to."""
+    if expanded > max(_UNCHECKED_SIZE, _MAX_RATIO * path.stat().st_size):
+        raise SimpoError(f"{path}: its text is over {_MAX_RATIO} times as large as the file; decompress it yourself")
+
 
 def cached(make: Callable[[], Dataset]) -> Dataset:
     """Return the dataset that ``make`` returns, after verifying its files in the cache.
