@@ -8,6 +8,8 @@ import time
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
@@ -426,3 +428,30 @@ def test_what_is_neither_a_file_nor_a_folder_is_rejected(tmp_path):
     for path in (tmp_path, tmp_path / "train.jsonl", tmp_path / "zero", "/dev/zero"):
         with pytest.raises(SimpoError, match="neither a regular file nor a folder"):
             load(path)
+
+
+TIMES = [
+    (pa.timestamp("s"), 10**12),
+    (pa.timestamp("us", tz="Mars/Phobos"), 5),
+    (pa.date32(), 2**30),
+    (pa.date64(), 2**60),
+    (pa.duration("s"), -(2**62)),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("kind", "number"), TIMES)
+def test_times_that_python_cannot_represent_are_rejected(kind, number, nested, tmp_path):
+    """Also in a column that nothing needs; a time within the limits is read as text."""
+    integer = pa.int32() if kind == pa.date32() else pa.int64()
+    near = kind if kind.id != pa.timestamp("us").id else pa.timestamp(kind.unit)
+    for name, type_, values in (("good", near, [1, None, 0]), ("bad", kind, [1, None, number])):
+        column = pa.array(values, integer).view(type_)
+        if nested:
+            column = pa.array([[{"t": one}] for one in column], pa.list_(pa.struct([("t", type_)])))
+        pq.write_table(pa.table({"prompt": ["a", "b", "c"], "when": column}), tmp_path / f"{name}.parquet")
+    with pytest.raises(SimpoError, match=r"bad\.parquet: the column 'when' has a date or time"):
+        load(tmp_path / "bad.parquet")
+    rows = [row["when"] for row, _ in load(tmp_path / "good.parquet")]
+    expected = str(pa.array([1], integer).view(near)[0].as_py())
+    assert (rows[0][0]["t"] if nested else rows[0]) == expected

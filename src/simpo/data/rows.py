@@ -33,6 +33,7 @@ from datasets import (
     concatenate_datasets,
 )
 
+from simpo.data.verification import check_times
 from simpo.errors import SimpoError
 
 # Underscored to avoid clashes with column names in the data.
@@ -101,6 +102,7 @@ def as_dataset(rows: object, name: str) -> Dataset:
     Anything but a dataset or a list of rows raises an error that explains what to pass.
     """
     if isinstance(rows, Dataset):
+        check_times(rows, name)
         return _with_class_names(rows)
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, rows))
@@ -130,6 +132,7 @@ def with_where(dataset: Dataset, label: str, digest: str) -> Dataset:
     """Add the column that names the source of each row of a columnar dataset, ``label row index``; decode no images."""
     if taken := {ROW, WHERE} & set(dataset.column_names):
         raise SimpoError(f"{label}: the column name {taken.pop()!r} is reserved; rename the column")
+    check_times(dataset, label)
     where = [f"{label} row {index}" for index in range(len(dataset))]
     # datasets decodes images with every program that Pillow knows; those that are used are decoded in images.py.
     return _with_class_names(undecoded(dataset)).add_column(WHERE, where, new_fingerprint=digest)

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, pairwise
 from pathlib import Path
@@ -189,3 +189,41 @@ def check_rankings(rows: Dataset, label: str) -> None:
         descending = all(a >= b for a, b in pairwise(row_scores)) and row_scores[0] > row_scores[-1]
         if len(row_scores) != responses or not descending:
             raise SimpoError(f"{label} row {row}: scores must be one per response, best first, and not all equal")
+
+
+# ---- Dates and times.
+
+
+def check_times(dataset: Dataset, label: str) -> None:
+    """Raise :class:`SimpoError` for a column with a date, time or duration that Python cannot represent."""
+    for name in dataset.column_names:
+        for chunk in dataset.data.column(name).chunks:
+            for array in _time_arrays(chunk):
+                try:
+                    _extremes(array).to_pylist()
+                except (OverflowError, ValueError, pa.ArrowException) as error:
+                    raise SimpoError(
+                        f"{label}: the column {name!r} has a date or time that cannot be read ({one_line(error)}); "
+                        "correct or remove it"
+                    ) from error
+
+
+def _time_arrays(array: pa.Array) -> Iterator[pa.Array]:
+    """Yield the dates, times and durations in an array, at any depth."""
+    kind = array.type
+    if isinstance(array, pa.ExtensionArray):
+        yield from _time_arrays(array.storage)
+    elif pa.types.is_temporal(kind) and not pa.types.is_interval(kind):
+        yield array
+    elif pa.types.is_struct(kind):
+        for column in array.flatten():
+            yield from _time_arrays(column)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from _time_arrays(array.flatten())
+
+
+def _extremes(array: pa.Array) -> pa.Array:
+    """Return the smallest and the largest value; if Python can represent both, it can represent all."""
+    numbers = pa.int32() if array.type.bit_width == 32 else pa.int64()
+    found = pc.min_max(array.view(numbers))
+    return pa.array([found["min"].as_py(), found["max"].as_py()], numbers).view(array.type)
