@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from simpo.errors import SimpoError
-from simpo.models.checkpoint import model_digest
+from simpo.models.checkpoint import Checkpoint, model_digest
 from simpo.models.loading import check_model_files, generation_config, load_model, load_tokenizer
 from simpo.models.reward import load_reward_model
 from simpo.models.settings import ModelArguments
@@ -25,6 +25,23 @@ def model(make_model, tmp_path):
     """The folder of a tiny model."""
     make_model("llama").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def make_adapter(make_model, tmp_path):
+    """``make_adapter(**changes)``: the folder of an adapter for a tiny model, with a changed configuration."""
+
+    def make(**changes):
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+        get_peft_model(make_model("llama"), config).save_pretrained(tmp_path / "adapter")
+        change_json(tmp_path / "adapter" / "adapter_config.json", **changes)
+        return tmp_path / "adapter"
+
+    return make
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
 
 
 def pickled(model):
@@ -53,10 +70,6 @@ def test_code_in_a_pickle_never_runs(model, tmp_path, allowed):
     with pytest.raises(SimpoError, match="model_name_or_path"):
         load_model(ModelArguments(str(model), allow_pickle=allowed))
     assert not (tmp_path / "ran").exists()
-
-
-def change_json(path, **changes):
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
 
 
 def index(model, file):
@@ -203,16 +216,35 @@ def test_damaged_files_are_reported(model, name, content):
         {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
     ],
 )
-def test_damaged_adapters_are_reported(make_model, model, tmp_path, change):
-    adapter = tmp_path / "adapter"
-    get_peft_model(
-        make_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
-    ).save_pretrained(adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": str(model)} | change
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+def test_damaged_adapters_are_reported(make_adapter, model, change):
     with pytest.raises(SimpoError, match="adapter"):
-        load_model(str(adapter))
+        load_model(str(make_adapter(**{"base_model_name_or_path": str(model)} | change)))
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_reward_model, model_digest, Checkpoint.read])
+def test_an_adapter_of_an_adapter_is_rejected(make_adapter, model, tmp_path, load):
+    adapter = make_adapter(base_model_name_or_path=str(tmp_path / "adapter"))
+    (adapter / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(SimpoError, match=r"adapter.*itself an adapter.*simpo merge"):
+        load(ModelArguments(str(adapter)))
+
+
+def test_an_adapter_of_an_adapter_on_the_hub_is_rejected(make_adapter, model, cached):
+    for file in make_adapter(base_model_name_or_path="someone/base").iterdir():
+        shutil.copy(file, model)
+    cached()
+    with pytest.raises(SimpoError, match=r"someone/model.*itself an adapter"):
+        load_model(str(make_adapter(base_model_name_or_path="someone/model")))
+
+
+@pytest.mark.parametrize("factor", [1e300, float("nan"), float("inf"), "x"])
+def test_position_limits_without_a_meaning_are_reported(model, factor):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 10**18}
+    change_json(model / "config.json", rope_parameters=rope)
+    assert Checkpoint.read(ModelArguments(str(model))).context == 4 * 10**18
+    change_json(model / "config.json", rope_parameters=rope | {"factor": factor})
+    with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
+        Checkpoint.read(ModelArguments(str(model)))
 
 
 def test_an_attention_implementation_from_the_hub_counts_as_code():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,11 @@ def find_adapter(name: str, revision: str = "main") -> LoraConfig | None:
     base, base_revision = config.base_model_name_or_path, config.revision
     if not base or not isinstance(base, str) or not isinstance(base_revision, str | None):
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter that does not name its base model")
+    if (Path(os.path.expanduser(base)) / CONFIG_NAME).is_file():  # noqa: PTH111 - no error for ~nobody
+        raise SimpoError(
+            f"model_name_or_path: {name!r} is an adapter whose base model {base!r} is itself an adapter; merge that "
+            "one first with simpo merge, or name a full model"
+        )
     if config.megatron_config:  # peft would import whatever module the adapter names
         raise SimpoError(f"model_name_or_path: {name!r} is an adapter for Megatron, which is not supported")
     return config

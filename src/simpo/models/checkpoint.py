@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from simpo.errors import third_party
 from simpo.models.adapters import find_adapter
 from simpo.models.devices import device
 from simpo.models.files import indexed_files
@@ -69,18 +70,10 @@ class Limits:
 
     @classmethod
     def of(cls, config: Any) -> Limits:
-        """Read the limits from a model's configuration."""
+        """Read the limits from a model's configuration; values that make no sense raise :class:`SimpoError`."""
         text = config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None)
-        ropes = getattr(text, "rope_parameters", None) or {}
-        ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
-        embeddings = getattr(text, "vocab_size", None)
-        if limit is None or getattr(text, "alibi", False) or any(rope["rope_type"] == "dynamic" for rope in ropes):
-            return cls(None, embeddings)
-        for rope in ropes:  # YaRN does not require raising max_position_embeddings
-            if rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings"):
-                limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
-        return cls(limit, embeddings)
+        with third_party(f"model_name_or_path: {config.name_or_path!r}: config.json: the position limits are invalid"):
+            return cls(_positions(text), getattr(text, "vocab_size", None))
 
     def fault(self, length: int, ids: Iterable[int] = ()) -> str | None:
         """Explain why a model cannot read ``length`` tokens of prompt and answer with these ids; None if it can."""
@@ -91,6 +84,18 @@ class Limits:
                 if not 0 <= token_id < self.embeddings:
                     return f"token id {token_id}; the model has embeddings for 0 to {self.embeddings - 1}"
         return None
+
+
+def _positions(text: Any) -> int | None:
+    limit = getattr(text, "max_position_embeddings", None)
+    ropes = getattr(text, "rope_parameters", None) or {}
+    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
+    if limit is None or getattr(text, "alibi", False) or any(rope["rope_type"] == "dynamic" for rope in ropes):
+        return None
+    for rope in ropes:  # YaRN does not require raising max_position_embeddings
+        if rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings"):
+            limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    return limit
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,10 @@ def load_weights(auto: Any, arguments: ModelArguments, **options: Any) -> tuple[
     """
     options = _loading_options(arguments) | options
     check_weight_files(arguments, load_files(AutoConfig, arguments))
+    if find_adapter(arguments.model_name_or_path, arguments.model_revision) is not None:  # a base model on the hub
+        raise SimpoError(
+            f"model_name_or_path: {arguments.model_name_or_path!r} is itself an adapter; name a full model"
+        )
     if not arguments.allow_pickle:
         options["use_safetensors"] = True
     if arguments.trust_remote_code:  # code written for transformers 4, such as ArmoRM's, imports this name
