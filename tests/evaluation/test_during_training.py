@@ -137,6 +137,20 @@ def test_answers_are_the_models_own_greedy_answers(uninterrupted, world, name, w
         assert row["response_ids"] == [whole[0, ids["input_ids"].shape[1] :].tolist()]
 
 
+def test_the_best_model_can_be_the_one_with_the_best_answers(world, tmp_path, capsys):
+    best = {"metric_for_best_model": "eval_generations/win_rate", "load_best_model_at_end": "true"}
+    output = tmp_path / "run"
+    assert cli.main(options(world, output, **best)) == 0
+    lines = {line["step"]: line for line in logged(output) if "eval_loss" in line}
+    assert {name for name in lines[EVERY] if "generations" in name} == {f"eval_generations/{name}" for name in NAMES}
+    rates = {step: line["eval_generations/win_rate"] for step, line in lines.items()}
+    assert same_weights(output, output / f"checkpoint-{max(rates, key=rates.get)}")
+    capsys.readouterr()
+    assert cli.main(options(world, tmp_path / "unjudged", **best, eval_judge=None)) == 2  # found out before training
+    assert "metric_for_best_model" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "unjudged/run.json").exists()
+
+
 def test_metrics_match_their_definitions(uninterrupted):
     found, start = answers(uninterrupted), answers(uninterrupted)["start"]
     assert set(found) == {"start", *(f"step-{step}" for step in range(EVERY, STEPS + 1, EVERY))}

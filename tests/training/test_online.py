@@ -60,6 +60,14 @@ def online(chat_world, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("settings", [{"objective": "grpo"}, {"objective": "dpo", "beta": 0.1, "kl_weight": 0.1}])
+def test_exactly_the_metrics_of_held_out_pairs_are_known(settings, online):
+    held_out = [{"prompt": f"What is {a} and 1?", "chosen": "Yes.", "rejected": "No."} for a in range(4)]
+    trainer = online(eval_dataset=held_out, **settings)
+    found = {name for name in trainer.evaluate() if not name.endswith(("runtime", "per_second"))}
+    assert {f"eval_{name}" for name in trainer.evaluated_names} == found - {"epoch"}
+
+
 class Watch(TrainerCallback):
     """Records logs, and the gradients and number of rollout files before each optimizer step."""
 

@@ -254,6 +254,12 @@ class Generations(RunCallback):
             warn_or_stop(self._config.guard, step, "answers", event, Path(self._config.output_dir))
         return metrics
 
+    @property
+    def metric_names(self) -> list[str]:
+        """The statistics of the answers and, with a judge, their win rate."""
+        names = [field.name for field in dataclasses.fields(AnswerStatistics)]
+        return [f"generations/{name}" for name in (*names, *([] if self._judge is None else ["win_rate"]))]
+
     def _compare_with_start(self, answers: _Answers, step: int) -> tuple[dict[str, float], list[str]]:
         path = self._folder / f"step-{step}.jsonl"
         write_responses(path, self._prompts, answers.texts, answers.samples)

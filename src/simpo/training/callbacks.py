@@ -21,7 +21,8 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback, Track
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from simpo.errors import one_line
+from simpo.config.fields import nearest
+from simpo.errors import SimpoError, one_line
 from simpo.runs.files import JsonLines, json_safe, read_lines
 from simpo.runs.log import Log
 from simpo.runs.results import FILE_NAME, read_results
@@ -74,6 +75,30 @@ class RunCallback(TrainerCallback):
     def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
         """Return metrics to add to an evaluation during training; they are logged with the prefix ``eval_``."""
         return {}
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The names of the metrics that :meth:`evaluate` returns, known after :meth:`prepare`."""
+        return ()
+
+
+# What Trainer adds to the metrics of an evaluation.
+_EVALUATION_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def check_measured(key: str, metric: str, trainer: Trainer) -> None:
+    """Raise :class:`SimpoError` unless the trainer's evaluations have ``metric``, which the setting ``key`` names.
+
+    As in transformers, the prefix ``eval_`` may be missing. The trainer's callbacks must have been prepared.
+    """
+    callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, RunCallback)]
+    measured = [*trainer.evaluated_names, *(name for callback in callbacks for name in callback.metric_names)]
+    known = [f"eval_{name}" for name in measured]
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if name not in (*known, *_EVALUATION_TIMES):
+        raise SimpoError(
+            f"{key}: {metric} is not measured on these rows; choose from {', '.join(known)}{nearest(name, known)}"
+        )
 
 
 class CheckpointShare(TrainerCallback):

@@ -195,6 +195,11 @@ class ResumableTrainer(ShardedTrainer):
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics of a row, the loss first."""
 
+    @property
+    def evaluated_names(self) -> tuple[str, ...]:
+        """Names of the metrics that held-out rows have."""
+        return self.metric_names
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log, over all ranks, to the training log."""
         for means in (self._means, *self._other_means.values()) if "loss" in logs else ():

@@ -166,6 +166,10 @@ class OnlineTrainer(PreferenceTrainer):
     def metric_names(self) -> tuple[str, ...]:
         return (*super().metric_names, *_POLICY_NAMES, *ROLLOUT_NAMES, _STALENESS)
 
+    @property
+    def evaluated_names(self) -> tuple[str, ...]:
+        return super().metric_names  # held-out rows are pairs, not rollouts
+
     @classmethod
     def describe(cls, args: Any) -> Description:
         sampling = "on-policy" if args.sync_every == 1 else f"answers sampled every {args.sync_every} steps"

@@ -29,7 +29,7 @@ from simpo.runs.folder import RunFolder
 from simpo.runs.manifest import file_digest, is_intact
 from simpo.runs.results import EXAMPLES, FILE_NAME, HELD_OUT, Metric, Stage, write_results
 from simpo.training.batches import rows_digest
-from simpo.training.callbacks import MetricsFile, RunCallback, log_as_lines
+from simpo.training.callbacks import MetricsFile, RunCallback, check_measured, log_as_lines
 from simpo.training.checkpoints import StopOnSignal, check_complete, last_good_checkpoint, shared_staging
 from simpo.training.guard import Guard
 from simpo.training.metrics import Scores, read_scores, write_scores
@@ -168,6 +168,8 @@ def _prepare(
             callbacks=list(job.callbacks),
             **extra,
         )
+    if config.metric_for_best_model is not None and config.eval_strategy != "no":
+        check_measured("metric_for_best_model", config.metric_for_best_model, trainer)
     for callback in job.run_callbacks:
         callback.check_trainer(trainer)
     check_optimizer(trainer)

@@ -27,7 +27,7 @@ from simpo.runs.folder import DifferentRunError, FolderInUseError, RunFolder, Ru
 from simpo.runs.log import Log, redact
 from simpo.runs.results import FILE_NAME, Metric, make_table, print_full_width, read_results
 from simpo.training.batches import rows_digest
-from simpo.training.callbacks import RunCallback, track_part
+from simpo.training.callbacks import RunCallback, check_measured, track_part
 from simpo.training.preference import PreferenceTrainer
 from simpo.training.run import TrainingJob, prepare_data, run_training
 from simpo.workflows.sweep_study import (
@@ -198,9 +198,7 @@ class _TrialCallback(RunCallback):
         """Raise :class:`SimpoError` if the trial's evaluations will not have the metric."""
         if trainer.eval_dataset is None:
             raise SimpoError("eval_dataset_name: name held-out pairs to compare the trials on")
-        known = [f"eval_{name}" for name in trainer.metric_names]
-        if self._metric not in (*known, WIN_RATE):
-            raise SimpoError(f"--metric: {self._metric} is not measured on these rows; choose from {', '.join(known)}")
+        check_measured("--metric", self._metric, trainer)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
