@@ -6,6 +6,7 @@ A checkpoint can therefore resume on any other number of ranks, with FSDP2 or wi
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -108,8 +110,9 @@ class ShardedTrainer(Trainer):
         elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():  # absent in a model folder
             folder = Path(checkpoint)
             state = torch.load(folder / OPTIMIZER_NAME, weights_only=True, map_location="cpu", mmap=True)
+            _check_optimizer(self.optimizer, state["param_groups"], folder)
             _load_state(self.optimizer, state)
-            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            _load_schedule(self.lr_scheduler, torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _load_weights(self.model, Path(resume_from_checkpoint))  # never called with DeepSpeed, which has its own files
@@ -256,8 +259,48 @@ def _gather_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, 
     return {**state, "state": whole}
 
 
+def _settings(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group: the arguments of the optimizer's constructor, and ``initial_lr``.
+
+    Whatever else a group holds is state, such as the step count of schedule-free optimizers. The schedule sets ``lr``.
+    """
+    kind = type(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps optimizers
+    names = {"initial_lr", *inspect.signature(kind.__init__).parameters} - {"params", "lr"}
+    return [{name: group[name] for name in group.keys() & names} for group in optimizer.param_groups]
+
+
+def _check_optimizer(optimizer: Any, stored: list[dict[str, Any]], checkpoint: Path) -> None:
+    """Raise :class:`SimpoError` if another kind of optimizer saved the groups ``stored``.
+
+    Groups of the same optimizer may still differ, as other versions of its package may have more or fewer settings.
+    """
+    for group, saved in zip(optimizer.param_groups, stored, strict=False):
+        scheduled = {"initial_lr"}  # which only some schedules set
+        lacking, unknown = sorted(group.keys() - saved.keys()), sorted(saved.keys() - group.keys() - scheduled)
+        if lacking and unknown:
+            raise SimpoError(
+                f"optim: {checkpoint} was saved by another optimizer (it has {unknown[0]}, but not {lacking[0]}); "
+                "restore optim, or start a new run from the checkpoint's weights (model_name_or_path)"
+            )
+
+
+def _load_schedule(scheduler: Any, state: dict[str, Any]) -> None:
+    """Load the step of a schedule, and continue from there with the configured learning rate.
+
+    ``reduce_lr_on_plateau`` and ``greedy`` continue with the stored learning rate, which depends on the losses so far.
+    """
+    configured = getattr(scheduler, "base_lrs", None)
+    scheduler.load_state_dict(state)
+    if type(scheduler) is LambdaLR:
+        scheduler.base_lrs = configured
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+
 def _load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state with full tensors into an optimizer with possibly sharded parameters."""
+    """Load a state with full tensors into an optimizer with possibly sharded parameters; it keeps its own settings."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shards = {
         index: {
@@ -266,7 +309,10 @@ def _load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None
         }
         for index, entries in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": shards})
+    groups = state["param_groups"]
+    if len(groups) == len(optimizer.param_groups):  # otherwise, the optimizer rejects them
+        groups = [stored | own for stored, own in zip(groups, _settings(optimizer), strict=True)]
+    optimizer.load_state_dict({**state, "state": shards, "param_groups": groups})
 
 
 def _as_sharded(whole: Tensor, other: Tensor) -> Tensor:
