@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from simpo.errors import SimpoError
 from simpo.models.checkpoint import Checkpoint, model_digest
@@ -235,6 +236,19 @@ def test_an_adapter_of_an_adapter_on_the_hub_is_rejected(make_adapter, model, ca
     cached()
     with pytest.raises(SimpoError, match=r"someone/model.*itself an adapter"):
         load_model(str(make_adapter(base_model_name_or_path="someone/model")))
+
+
+@pytest.mark.parametrize("count", [10_001, 100_000, 1_000_000_000, 1e9])
+@pytest.mark.parametrize("change", [{"num_hidden_layers": ...}, {"text_config": {"n_layer": ...}}])
+def test_too_many_layers_are_reported_at_once(model, monkeypatch, change, count):
+    def reached(*_, **__):
+        raise AssertionError("transformers would build lists of these layers")
+
+    change_json(model / "config.json", **json.loads(json.dumps(change, default=lambda _: count)))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", reached)
+    for load in (load_model, load_reward_model, lambda name: Checkpoint.read(ModelArguments(name))):
+        with pytest.raises(SimpoError, match=r"model_name_or_path: .*config\.json: (num_hidden_layers|n_layer) is 1"):
+            load(str(model))
 
 
 @pytest.mark.parametrize("factor", [1e300, float("nan"), float("inf"), "x"])

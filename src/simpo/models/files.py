@@ -1,4 +1,4 @@
-"""Checks which files the configuration and indexes of a model name, before any weights are read."""
+"""Checks a model's configuration and the files that it and its indexes name, before any weights are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from simpo.errors import SimpoError, third_party
 from simpo.models.settings import ModelArguments
@@ -20,7 +20,43 @@ PICKLE = (
     "trust it, allow it with allow_pickle (--allow_pickle)"
 )
 _FILE_NAME = re.compile(r"[^/\\:]+")  # without a folder or drive
+# Numbers of layers, of which configurations build lists before anything is read: num_hidden_layers, n_layer, depth, ...
+_LAYERS = re.compile(r"(?!max_)(.*_)?(layers?|depth|blocks|stages)")
+_MOST_LAYERS = 10_000
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
+
+
+def check_config(arguments: ModelArguments) -> None:
+    """Raise :class:`SimpoError` if a configuration asks for more layers than any model has, which would take hours.
+
+    Damaged files are left to transformers, which reports them.
+    """
+    name = arguments.model_name_or_path
+    hub = None if Path(name).is_dir() else _on_hub(arguments, CONFIG_NAME)
+    files = sorted(Path(name).glob("config*.json")) if hub is None else [hub]  # some are for other transformers
+    for path in files:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        for key, count in _layer_counts(content):
+            if count > _MOST_LAYERS:
+                raise SimpoError(
+                    f"model_name_or_path: {name!r}: {path.name}: {key} is {count}, and no model has more than "
+                    f"{_MOST_LAYERS:,} layers; restore the file"
+                )
+
+
+def _layer_counts(content: Any) -> Iterator[tuple[str, float]]:
+    """Iterate over the keys and values of all numbers of layers in a configuration, and in those nested in it."""
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += part.values()
+            yield from ((k, v) for k, v in part.items() if _LAYERS.fullmatch(k) and isinstance(v, int | float))
 
 
 def check_weight_files(arguments: ModelArguments, config: Any) -> None:
@@ -58,17 +94,24 @@ def _hub_index(arguments: ModelArguments, chosen: set[str]) -> set[str]:
     """Return the names of the files that the index of a model on the hub lists; empty if it has none."""
     name, files = arguments.model_name_or_path, set()
     for file in {file for file in chosen if file.endswith(".index.json")} or {SAFE_WEIGHTS_INDEX_NAME}:
-        with third_party(f"model_name_or_path: {name!r} cannot be loaded"):
-            path = cached_file(
-                name,
-                file,
-                revision=arguments.model_revision,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        files |= set() if path is None else _listed(Path(path), name)
+        path = _on_hub(arguments, file)
+        files |= set() if path is None else _listed(path, name)
     return files
+
+
+def _on_hub(arguments: ModelArguments, file: str) -> Path | None:
+    """Return a file of a model on the hub, downloaded if necessary, or None if there is none."""
+    name = arguments.model_name_or_path
+    with third_party(f"model_name_or_path: {name!r} cannot be loaded"):
+        path = cached_file(
+            name,
+            file,
+            revision=arguments.model_revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return None if path is None else Path(path)
 
 
 def _listed(index: Path, name: str) -> set[str]:
