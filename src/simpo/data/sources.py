@@ -24,7 +24,7 @@ import datasets
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from simpo.data.columnar import load_columnar
+from simpo.data.columnar import check_expansion, load_columnar
 from simpo.data.rows import (
     JSON_FEATURES,
     ROW,
@@ -180,6 +180,8 @@ def _load_saved(folder: Path, split: str) -> Dataset:
         label, saved = f"{folder.name}[{split}]", saved[split]
     if not len(saved):
         raise SimpoError(f"{label}: no rows")
+    for file in saved.cache_files:
+        check_expansion(Path(file["filename"]))
     # Rows that were tokenized before saving already name their source.
     if {"prompt_ids", "response_ids"} <= set(saved.column_names):
         return undecoded(saved)

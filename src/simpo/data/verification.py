@@ -38,7 +38,9 @@ _MAX_RATIO, _UNCHECKED_SIZE = 300, 1 << 26
 def check_ratio(path: Path, expanded: int) -> None:
     """Raise :class:`SimpoError` if this many decompressed bytes are far more than text can be compressed to."""
     if expanded > max(_UNCHECKED_SIZE, _MAX_RATIO * path.stat().st_size):
-        raise SimpoError(f"{path}: its text is over {_MAX_RATIO} times as large as the file; decompress it yourself")
+        raise SimpoError(
+            f"{path}: its rows are over {_MAX_RATIO} times as large as the file; convert it to .jsonl if you trust it"
+        )
 
 
 def cached(make: Callable[[], Dataset]) -> Dataset:
