@@ -143,3 +143,29 @@ def test_another_optimizer_is_rejected(optim, elsewhere, chat_world, killed, tmp
     assert cli.main(options(chat_world, output, **changes, optim=optim)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "optim: " in error and str(killed / "checkpoint-4") in error
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 3}, {"use_peft": "true"}, {"optim": "sgd"}])
+def test_a_start_that_fails_leaves_the_run_as_it_was(changed, chat_world, killed, tmp_path, capsys):
+    """The original command still continues it; a new folder is not created."""
+    before = (killed / "run.json").read_bytes()
+    assert cli.main(options(chat_world, killed, **STEPS | changed, accept_changes="true")) == 2
+    assert (killed / "run.json").read_bytes() == before
+    output, changes = continued(elsewhere=True, killed=killed, tmp_path=tmp_path)
+    assert cli.main(options(chat_world, output, **changes | changed)) == 2
+    assert not output.exists()
+    assert all(str(killed / "checkpoint-4") in line for line in capsys.readouterr().err.strip().splitlines())
+    assert cli.main(options(chat_world, killed, **STEPS)) == 0
+
+
+def test_a_run_folder_in_place_of_a_checkpoint_is_rejected_with_its_newest_checkpoint(
+    chat_world, killed, tmp_path, capsys
+):
+    argv = options(chat_world, tmp_path / "new", **STEPS, resume_from_checkpoint=killed)
+    for finished in (False, True):
+        if finished:
+            assert cli.main(options(chat_world, killed, **STEPS)) == 0
+        capsys.readouterr()
+        assert cli.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(killed / f"checkpoint-{8 if finished else 4}") in error

@@ -65,6 +65,8 @@ def check_complete(path: Path) -> None:
     """Raise :class:`SimpoError` unless ``path`` is a checkpoint with no missing or modified files."""
     if not path.is_dir():
         raise SimpoError(f"resume_from_checkpoint: there is no folder {path}")
+    if not (path / _MEANS_NAME).is_file() and (inside := checkpoints(path)):
+        raise SimpoError(f"resume_from_checkpoint: {path} is a run folder; use a checkpoint in it, such as {inside[0]}")
     if fault := find_damage(path):
         raise SimpoError(f"resume_from_checkpoint: {path} is damaged ({fault}); use another checkpoint")
 
@@ -82,6 +84,10 @@ def check_best(path: Path) -> None:
 def check_checkpoint(path: Path, model: nn.Module) -> None:
     """Raise :class:`SimpoError` unless ``path`` is an undamaged checkpoint of a model like ``model``."""
     check_complete(path)
+    _check_same_model(path, model)
+
+
+def _check_same_model(path: Path, model: nn.Module) -> None:
     if fault := _mismatch(path, model):
         raise SimpoError(
             f"resume_from_checkpoint: {path} belongs to another model ({fault}); use a checkpoint of this model"
@@ -246,6 +252,27 @@ class ResumableTrainer(ShardedTrainer):
             )
         return checkpoint
 
+    def check_start(self, checkpoint: Path) -> None:
+        """Raise :class:`SimpoError` if training cannot start from the undamaged ``checkpoint``; writes nothing.
+
+        ``train`` checks the same, and also compares the step with a last step that depends on the number of rows.
+        """
+        _check_same_model(checkpoint, self.model)
+        with third_party(f"resume_from_checkpoint: {checkpoint}: {TRAINER_STATE_NAME}"):
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            step, recorded = int(state.global_step), state.best_model_checkpoint
+        self._check_step(checkpoint, step, self.args.max_steps if self.args.max_steps > 0 else step)
+        self._find_best(checkpoint, recorded)
+        with _stored_state(str(checkpoint)):
+            self.check_optimizer_state(checkpoint)
+
+    def _check_step(self, checkpoint: Path | str | None, step: int, last: int) -> None:
+        if step > last:
+            raise SimpoError(
+                f"resume_from_checkpoint: {checkpoint} was saved at step {step}, past the last step of this training "
+                f"({last}); raise max_steps or num_train_epochs, or use an earlier checkpoint"
+            )
+
     def _restore(self, checkpoint: Path) -> None:
         """Check the checkpoint and restore the state that ``Trainer`` does not."""
         check_checkpoint(checkpoint, self.model)
@@ -260,8 +287,6 @@ class ResumableTrainer(ShardedTrainer):
                 self._other_means[name].restore(means[name], main=self.is_world_process_zero())
             self._tokens = int(means.get("tokens", 0)) if self.is_world_process_zero() else 0
         self._best_before = self._find_best(checkpoint, state.best_model_checkpoint)
-        if self._best_before not in (None, checkpoint) and self.args.load_best_model_at_end:
-            check_best(self._best_before)
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved = step_of(checkpoint)
             newest = checkpoints(Path(self.args.output_dir))[0].name == checkpoint.name
@@ -277,7 +302,7 @@ class ResumableTrainer(ShardedTrainer):
             )
 
     def _find_best(self, checkpoint: Path, recorded: str | None) -> Path | None:
-        """Return where the best checkpoint recorded in ``checkpoint`` should be, even if it is gone.
+        """Return the best checkpoint recorded in ``checkpoint``, or None; if it will be loaded, check it.
 
         It is next to ``checkpoint``, or next to the checkpoint that this run started from, if it is from before the
         start. The recorded folder does not count, because it is another run's if the run folder was copied.
@@ -287,7 +312,10 @@ class ResumableTrainer(ShardedTrainer):
         start = checkpoint_from_recipe(self.args)
         folders = [checkpoint.parent, *([] if start is None else [Path(start).parent])]
         places = [folder / Path(recorded).name for folder in folders]
-        return next((place for place in places if place.is_dir()), places[0])
+        best = next((place for place in places if place.is_dir()), places[0])
+        if self.args.load_best_model_at_end and best != checkpoint:
+            check_best(best)
+        return best if best.is_dir() else None
 
     def _load_best_model(self) -> None:
         check_best(Path(str(self.state.best_model_checkpoint)))  # it may have been damaged since it was written
@@ -304,15 +332,11 @@ class ResumableTrainer(ShardedTrainer):
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
         """Keep ``Trainer`` from taking one step too many when resuming from the last step of a run ending mid-epoch."""
         started = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
-        if self.state.global_step > max_steps:
-            raise SimpoError(
-                f"resume_from_checkpoint: {checkpoint} was saved at step {self.state.global_step}, past the last step "
-                f"of this training ({max_steps}); raise max_steps or num_train_epochs, or use an earlier checkpoint"
-            )
+        self._check_step(checkpoint, self.state.global_step, max_steps)
         if checkpoint is not None:
             self.state.compute_steps(self.args, max_steps)  # this run's logging_steps, eval_steps and save_steps
             best = self._best_before  # the recorded folder may have been moved or copied since
-            self.state.best_model_checkpoint = str(best) if best is not None and best.is_dir() else None
+            self.state.best_model_checkpoint = None if best is None else str(best)
         return (epochs, 0) if self.state.global_step == max_steps else started
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -91,6 +91,7 @@ def run_training(kind: type[PackedTrainer], job: TrainingJob) -> Path:
     with RunFolder(folder_path, command=kind.command, writes=config.process_index == 0) as folder:
         folder.log(f"objective: {kind.describe(config).objective}")
         trainer, metrics, identity = _prepare(kind, job, folder)
+        _check_start(trainer, folder)
         folder.begin(
             identity,
             argv=job.argv,
@@ -288,6 +289,20 @@ def _train(trainer: PackedTrainer, folder: RunFolder) -> list[Metric]:
         outcome = trainer.train(resume_from_checkpoint=start)
     metrics = [Metric("train/loss", trainer.mean_loss()), Metric("train/steps", outcome.global_step)]
     return [*metrics, Metric("train/tokens", trainer.trained_tokens())]
+
+
+def _check_start(trainer: PackedTrainer, folder: RunFolder) -> None:
+    """Check the checkpoint that training starts from, before the folder records this run's settings.
+
+    A run that continues with unchanged settings has recorded them already, and ``train`` checks its checkpoint.
+    """
+    resuming, finished = from_main((folder.resuming, folder.finished))
+    if finished or (resuming and not trainer.args.accept_changes):
+        return
+    newest = from_main(last_good_checkpoint(folder.path) if folder.writes and resuming else None)
+    start = newest or checkpoint_from_recipe(trainer.args)
+    if start is not None:
+        trainer.check_start(Path(start))
 
 
 def _starting_point(trainer: PackedTrainer, folder: RunFolder) -> str | None:

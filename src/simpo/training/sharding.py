@@ -114,6 +114,15 @@ class ShardedTrainer(Trainer):
             _load_state(self.optimizer, state)
             _load_schedule(self.lr_scheduler, torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
+    def check_optimizer_state(self, checkpoint: Path) -> None:
+        """Raise :class:`SimpoError` if another optimizer saved ``checkpoint``; DeepSpeed checks its own files."""
+        if self.is_deepspeed_enabled or not (checkpoint / OPTIMIZER_NAME).is_file():
+            return
+        state = torch.load(checkpoint / OPTIMIZER_NAME, weights_only=True, map_location="cpu", mmap=True)
+        before = self.optimizer
+        _check_optimizer(self.create_optimizer(), state["param_groups"], checkpoint)
+        self.optimizer = before
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _load_weights(self.model, Path(resume_from_checkpoint))  # never called with DeepSpeed, which has its own files
 
