@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from simpo import score_responses
 from simpo.errors import SimpoError
-from simpo.models.adapters import disable_dropout
+from simpo.models.adapters import add_adapter, disable_dropout
 from simpo.models.checkpoint import model_digest
 from simpo.models.loading import load_model, load_tokenizer
 from simpo.models.settings import ModelArguments
@@ -346,7 +346,8 @@ def test_an_unusable_adapter_gives_a_one_line_error(damage, message, bases, tmp_
             {"lora_modules_to_save": ["lm_haed"]},
             "lora_modules_to_save: no suitable layer has a name ending in 'lm_haed'",
         ),
-        ({"lora_r": 0}, "lora_r: must be at least 1, not 0"),
+        ({"lora_r": 0}, "lora_r: must be at least 1 and at most 16384, not 0"),
+        ({"lora_r": 10**9}, "lora_r: must be at least 1 and at most 16384, not 1000000000"),
         ({"lora_alpha": 0}, "lora_alpha: must be at least 1, not 0"),
         ({"lora_dropout": -0.1}, "lora_dropout: must be at least 0 and below 1, not -0.1"),
         ({"lora_dropout": 1.0}, "lora_dropout: must be at least 0 and below 1, not 1.0"),
@@ -357,6 +358,21 @@ def test_an_unusable_adapter_gives_a_one_line_error(damage, message, bases, tmp_
 def test_invalid_settings_give_a_one_line_error(given, message, bases):
     with pytest.raises(SimpoError, match=message):
         load_model(arguments(bases("llama"), **given))
+
+
+def test_an_adapter_that_does_not_fit_into_memory_is_a_one_line_error(bases):
+    model = load_model(ModelArguments(str(bases("llama"))))
+    with pytest.raises(SimpoError, match="use_peft: cannot add an adapter to this model"):
+        add_adapter(model, {"lora_r": 10**14})
+
+
+@pytest.mark.parametrize("change", [{"r": 10**14}, {"r": 5}, {"rank_pattern": {"q_proj": 10**14}}])
+def test_ranks_that_the_weights_do_not_have_are_found_before_memory_is_allocated(bases, tmp_path, change):
+    folder = save(adapted(bases("llama")), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SimpoError, match=f"{max(4, change.get('r', 10**14)):,}.* at most rank 4;"):
+        load_model(str(folder))
 
 
 def test_dropout_on_experts_is_rejected(bases):

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from simpo.errors import SimpoError, one_line, third_party
-from simpo.models.settings import LORA
+from simpo.models.settings import LORA, MOST_RANK
 from simpo.models.zero import gathered, shape_of
 from simpo.packing.model import causal_lm, is_reward_model, score_head
 
@@ -83,7 +83,7 @@ def add_adapter(model: PreTrainedModel, given: Mapping[str, Any], revision: str 
     try:
         with _without_warnings():
             adapted: Any = get_peft_model(model, LoraConfig(task_type=_task(model), **settings), revision=revision)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: it does not fit into memory
         advice = "; set lora_dropout: 0" if "lora_dropout" in str(error) else ""  # for mixtures of experts
         raise SimpoError(f"use_peft: cannot add an adapter to this model ({one_line(error)}){advice}") from error
     fully_trained = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -138,6 +138,7 @@ def continue_adapter(
             raise SimpoError(f"{key}: {name} is an existing adapter with {shown}, which cannot change; leave {key} out")
     base = model.name_or_path
     stored = read_adapter_tensors(name, revision)
+    _check_ranks(config, stored, name)
     _resize_vocabulary(model, stored, name)
     config.inference_mode = False
     with third_party(f"model_name_or_path: {name}: the adapter belongs to another model"), _without_warnings():
@@ -147,6 +148,22 @@ def continue_adapter(
         raise SimpoError(f"model_name_or_path: {name}: the adapter belongs to another model than {base!r} ({fault})")
     set_peft_model_state_dict(adapted, stored)
     return adapted
+
+
+def _check_ranks(config: LoraConfig, stored: Mapping[str, Tensor], name: str) -> None:
+    """Raise :class:`SimpoError` for ranks that the ``stored`` tensors cannot have, before peft allocates memory.
+
+    Each layer's exact rank is checked afterwards, because only peft knows which layers a pattern matches.
+    """
+    with third_party(f"model_name_or_path: {name}: the adapter's ranks are invalid"):
+        ranks = [int(rank) for rank in (config.r, *(config.rank_pattern or {}).values())]
+    # a layer's factor has as many rows as its rank, or a multiple in a mixture of experts
+    most = max((len(tensor) for key, tensor in stored.items() if re.search(r"\.lora_(embedding_)?A\b", key)), default=0)
+    if min(ranks) > most or max(ranks) > max(most, MOST_RANK):
+        raise SimpoError(
+            f"model_name_or_path: {name}: {CONFIG_NAME} and {WEIGHTS_NAME} do not belong together: the adapter has "
+            f"rank {max(ranks):,}, and its weights have at most rank {most:,}; restore both files"
+        )
 
 
 def _resize_vocabulary(model: PreTrainedModel, stored: Mapping[str, Tensor], name: str) -> None:

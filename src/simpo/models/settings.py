@@ -20,6 +20,7 @@ LORA: dict[str, tuple[str, Any]] = {
 }
 # The recipe keys of a 4-bit base model, with their defaults.
 _QUANTIZATION: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False}
+MOST_RANK = 16_384  # more than the width of almost all layers, beyond which a higher rank adds nothing
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -45,7 +46,7 @@ class ModelArguments:
     )
 
     use_peft: bool = setting(False, "Train a LoRA adapter and freeze the model's own weights.")
-    lora_r: int | None = setting(None, "Rank of the adapter (default: 16).", least=1)
+    lora_r: int | None = setting(None, "Rank of the adapter (default: 16).", least=1, most=MOST_RANK)
     lora_alpha: int | None = setting(
         None, "Scale of the adapter: its output is multiplied by lora_alpha / lora_r (default: 32).", least=1
     )
