@@ -487,3 +487,12 @@ def test_questions_about_special_tokens_are_text(build_tokenizer):
     with pytest.raises(SimpoError, match="rejected is already rendered"):
         row = {"prompt": "Hi?", "chosen": "yes", "rejected": "<|channel|>analysis<|message|>Hm.<|end|>"}
         prepare(Dataset.from_list([row]), build_tokenizer("chatml"), TokenizeSettings())
+
+
+@pytest.mark.parametrize("text", ["[" + "1," * 3_000_000, "-" * 6_000_000 + "1", "0x" + "f" * 6_000_000])
+def test_megabytes_of_text_are_not_parsed_as_python(text):
+    """It would take tens of seconds and gigabytes; JSON has no such limit."""
+    with pytest.raises(ValueError, match="1,000,000 characters"):
+        parse_text(text)
+    long = [{"role": "user", "content": "x" * 2_000_000}]
+    assert parse_text(json.dumps(long)) == long
