@@ -11,10 +11,11 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from tests.vision import FAMILIES, picture
 
-from simpo.data.images import has_images
+from simpo.data.images import ImageReader, has_images
 from simpo.data.inspection import shared_rows
 from simpo.data.prompts import prepare_prompts
-from simpo.data.rows import as_dataset, concatenate, with_where
+from simpo.data.rendering import Rendered
+from simpo.data.rows import BadRow, as_dataset, concatenate, with_where
 from simpo.data.settings import TokenizeSettings
 from simpo.data.shapes import first_canonical
 from simpo.data.sources import load_rows
@@ -228,6 +229,15 @@ def test_a_pipe_is_not_an_image(folder, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(SimpoError, match="not a regular file"):
         prepared([pair("what?", images=["pipe.png"])], FAMILIES["llava"].processor(), tmp_path)
+
+
+def test_a_wrong_number_of_images_is_noticed_before_any_is_read(folder):
+    """A row may have thousands of them."""
+    processor = FAMILIES["llava"].processor()
+    reader = ImageReader(processor, str(folder))
+    rendered = Rendered(processor.image_token, ())
+    with pytest.raises(BadRow, match="the row has 10000 images, but the chat template renders 1"):
+        reader.insert_images([rendered], ["missing.png"] * 10_000)
 
 
 def test_images_require_a_processor(folder):
