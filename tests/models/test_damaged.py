@@ -273,3 +273,32 @@ def test_a_tokenizer_with_settings_of_the_wrong_type_is_reported(chat_world, tmp
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": []}))
     with pytest.raises(SimpoError, match=r"model_name_or_path: .*model"):
         load_tokenizer(str(folder))
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+TENFOLD = replace({"String": "a"}, "a" * 10)
+
+
+@pytest.mark.parametrize(
+    ("part", "steps", "growth"),
+    [
+        ("normalizer", [TENFOLD] * 4, "10,000"),
+        ("decoder", [TENFOLD] * 9, "1,000,000,000"),
+        ("normalizer", [TENFOLD, TENFOLD, {"type": "Sequence", "normalizers": [TENFOLD, TENFOLD]}], "10,000"),
+        ("normalizer", [replace({"Regex": "(?=a)"}, "a")] * 10, "1,024"),
+        ("normalizer", [{"type": "Prepend", "prepend": "a" * 9}, *[TENFOLD] * 3], "10,000"),
+        ("normalizer", [TENFOLD] * 3, None),
+        ("normalizer", [replace({"String": c}, "0" * 3) for c in "abcdefghij"], None),  # they do not multiply
+    ],
+)
+def test_tokenizers_that_make_texts_huge_are_rejected(chat_world, tmp_path, part, steps, growth):
+    folder = shutil.copytree(chat_world / "model", tmp_path / "model")
+    change_json(folder / "tokenizer.json", **{part: {"type": "Sequence", f"{part}s": steps}})
+    if growth is None:
+        assert load_tokenizer(str(folder)).backend_tokenizer.normalizer.normalize_str("a") in ("a" * 1000, "000")
+        return
+    with pytest.raises(SimpoError, match=rf"model_name_or_path: .*tokenizer\.json: its {part} .*{growth} times"):
+        load_tokenizer(str(folder))

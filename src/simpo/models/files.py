@@ -1,4 +1,4 @@
-"""Checks a model's configuration and the files that it and its indexes name, before any weights are read."""
+"""Checks what a model's configuration, tokenizer and indexes ask for, before anything large is done or read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from simpo.errors import SimpoError, third_party
@@ -23,6 +24,7 @@ _FILE_NAME = re.compile(r"[^/\\:]+")  # without a folder or drive
 # Numbers of layers, of which configurations build lists before anything is read: num_hidden_layers, n_layer, depth, ...
 _LAYERS = re.compile(r"(?!max_)(.*_)?(layers?|depth|blocks|stages)")
 _MOST_LAYERS = 10_000
+_MOST_GROWTH = 1_000  # how many times longer a tokenizer may make a text
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
 
 
@@ -32,31 +34,88 @@ def check_config(arguments: ModelArguments) -> None:
     Damaged files are left to transformers, which reports them.
     """
     name = arguments.model_name_or_path
-    hub = None if Path(name).is_dir() else _on_hub(arguments, CONFIG_NAME)
-    files = sorted(Path(name).glob("config*.json")) if hub is None else [hub]  # some are for other transformers
-    for path in files:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
+    for file, content in _json_files(arguments, CONFIG_NAME, "config*.json"):
         for key, count in _layer_counts(content):
             if count > _MOST_LAYERS:
                 raise SimpoError(
-                    f"model_name_or_path: {name!r}: {path.name}: {key} is {count}, and no model has more than "
+                    f"model_name_or_path: {name!r}: {file}: {key} is {count}, and no model has more than "
                     f"{_MOST_LAYERS:,} layers; restore the file"
                 )
 
 
 def _layer_counts(content: Any) -> Iterator[tuple[str, float]]:
     """Iterate over the keys and values of all numbers of layers in a configuration, and in those nested in it."""
+    for part in _nested(content):
+        yield from ((k, v) for k, v in part.items() if _LAYERS.fullmatch(k) and isinstance(v, int | float))
+
+
+def check_tokenizer(arguments: ModelArguments) -> None:
+    """Raise :class:`SimpoError` if replacements in a tokenizer's files make texts so long that they fill the memory.
+
+    Rust libraries abort the process then, and even loading normalizes the added tokens.
+    """
+    for file, content in _json_files(arguments, FULL_TOKENIZER_FILE, "tokenizer*.json"):
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            growth = _growth(content.get(part)) if isinstance(content, dict) else 1
+            if growth > _MOST_GROWTH:
+                raise SimpoError(
+                    f"model_name_or_path: {arguments.model_name_or_path!r}: {file}: its {part} can make texts "
+                    f"{growth:,.0f} times longer (at most {_MOST_GROWTH:,}); restore the file"
+                )
+
+
+def _growth(component: Any) -> float:
+    """Return a bound on how many times longer a component of a tokenizer makes a text.
+
+    A replacement multiplies the growth of an earlier one only if it can match what that one inserted.
+    """
+    highest = 1.0
+    of_inserted: dict[str, float] = {}  # the growth that inserted characters are part of
+    for step in _nested(component):
+        kind, pattern = step.get("type"), step.get("pattern")
+        if kind == "Prepend":
+            inserted = str(step.get("prepend"))
+            growth = 1.0 + len(inserted)
+        elif kind == "Replace" and isinstance(pattern, dict):
+            inserted, literal = str(step.get("content")), pattern.get("String")
+            if literal:
+                before = max(of_inserted.get(character, 1.0) for character in str(literal))
+                growth = before * max(1.0, len(inserted) / len(str(literal)))
+            else:  # an expression can match between any two characters, and so does an empty pattern
+                growth = highest * (1.0 + len(inserted))
+        else:
+            continue
+        highest = max(highest, growth)
+        of_inserted |= {character: max(growth, of_inserted.get(character, 1.0)) for character in inserted}
+    return highest
+
+
+def _nested(content: Any) -> Iterator[dict[str, Any]]:
+    """Iterate over all objects in JSON content, in their order in the file."""
     parts = [content]
     while parts:
         part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict):
-            parts += part.values()
-            yield from ((k, v) for k, v in part.items() if _LAYERS.fullmatch(k) and isinstance(v, int | float))
+        if isinstance(part, dict):
+            yield part
+            parts += reversed(part.values())
+        elif isinstance(part, list):
+            parts += reversed(part)
+
+
+def _json_files(arguments: ModelArguments, file: str, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Iterate over the names and contents of a model's undamaged JSON files: ``file`` on the hub, or all in a folder.
+
+    Some of those in a folder are for other versions of transformers.
+    """
+    folder = Path(arguments.model_name_or_path)
+    paths = sorted(folder.glob(pattern)) if folder.is_dir() else [_on_hub(arguments, file)]
+    for path in paths:
+        try:
+            content = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if path is not None:
+            yield path.name, content
 
 
 def check_weight_files(arguments: ModelArguments, config: Any) -> None:

@@ -39,7 +39,7 @@ from simpo.config.text import read_text_file
 from simpo.data.chat_template import end_of_turn
 from simpo.errors import SimpoError, one_line, third_party
 from simpo.models.adapters import add_adapter, continue_adapter, find_adapter, prevent_repacking
-from simpo.models.files import PICKLE, check_config, check_weight_files
+from simpo.models.files import PICKLE, check_config, check_tokenizer, check_weight_files
 from simpo.models.settings import ModelArguments
 from simpo.runs.files import write_text
 
@@ -216,6 +216,8 @@ def load_files(auto: Any, arguments: ModelArguments, **options: Any) -> Any:
     name = arguments.model_name_or_path
     check_folder(name)
     check_config(arguments)
+    if auto is AutoTokenizer:
+        check_tokenizer(arguments)
     try:
         return auto.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **options
