@@ -9,7 +9,7 @@ from simpo.generation.settings import SamplingSettings, derived_seed
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 0}, "n: must be at least 1, not 0"),
+        ({"n": 0}, "n: must be at least 1 and at most 10000, not 0"),
         ({"top_k": -1}, "top_k: must be at least 0, not -1"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, not 0"),
         ({"seed": -1}, "seed: must be at least 0, not -1"),

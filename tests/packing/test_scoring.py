@@ -44,16 +44,17 @@ def test_values_and_their_order_match_the_naive_sums(
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "budget"), [("llama", "auto", 27), ("llama", "padded", 60), ("bloom", "auto", 60)]
+    ("name", "path", "budget", "passes"),
+    [("llama", "auto", 27, 1), ("llama", "padded", 60, 1), ("falcon", "auto", 60, 2)],
 )
-def test_no_forward_exceeds_the_budget(name, path, budget, rows, make_model):
-    """Counted where tokens enter the model, padding included."""
+def test_no_forward_exceeds_the_budget(name, path, budget, passes, rows, make_model):
+    """Counted where tokens enter the model, padding included. Through a cache, a batch takes two passes."""
     model = make_model(name)
     score_responses(model, rows, path=path)  # runs the self-check first
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     score_responses(model, rows, max_batch_tokens=budget, path=path)
-    assert 1 < len(seen) < len(rows)
+    assert 1 < len(seen) / passes < len(rows)
     assert max(seen) <= budget
 
 

@@ -118,7 +118,7 @@ def test_checkpoints_of_comparisons_and_of_whole_batches(sharded, rows, monkeypa
     """Compared with a trace of all comparisons through all layers."""
     blueprint = Blueprint(ModelArguments("toy"), _CONVOLUTIONS, torch.float32, checkpointed_share=1.0)
     batch = PackedBatch.build(comparisons_of(rows, range(4)))
-    monkeypatch.setattr("simpo.packing.cached._is_sharded", lambda model: sharded)
+    monkeypatch.setattr("simpo.packing.cached.is_sharded", lambda model: sharded)
     actual = _trace(blueprint, batch, range(6))
     costs = [actual.pop(field.name) for field in fields(Cost)]
     step = measure_step(replace(blueprint, sharded=sharded), batch)

@@ -196,7 +196,8 @@ def test_the_command_writes_training_rows(tmp_path, capsys):
             "no pairs (dropped 2 answers: cut at max_new_tokens",
         ),
         ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "jsonl:1: id: expected text"),
-        ("{]\n{}\n", "not a JSON object"),
+        ("{]\n{}\n", "a.jsonl:1: not JSON"),
+        ("[]\n{}\n", "a.jsonl:1: not a JSON object"),
     ],
 )
 def test_unusable_input_gives_a_one_line_error(content, message, tmp_path, capsys):
