@@ -83,7 +83,7 @@ class Measure:
 
     @property
     def verdict(self) -> str:
-        """The :attr:`direction` in words; not defined where it is ``"unknown"``."""
+        """The :attr:`direction` in words; raises KeyError if it is ``"unknown"``."""
         wording = dict(zip(("better", "worse", "unclear"), self.kind.verdicts, strict=True))
         return wording[self.direction].format(**self.names)
 
